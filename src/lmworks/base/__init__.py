@@ -1,0 +1,1 @@
+"""What every layer may lean on: errors, files, optional imports, threads, shared types, reports."""

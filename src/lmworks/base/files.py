@@ -1,0 +1,167 @@
+"""Files that are either whole or absent: write beside, fsync, rename, fsync the folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lmworks.base.errors import FormatError, InputError
+
+STAGED = ".staged"  # suffix of a file that is being written
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write `data` atomically: a reader, or a crash, sees the old file or the new one, nothing between."""
+    path = Path(path)
+    staged = path.with_name(f".{path.name}{STAGED}")
+    try:
+        with staged.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staged, path)  # noqa: PTH105 (the one place that renames; faults are injected here by name)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically; NaN and infinity are refused."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object; anything else is a FormatError that names the file and the line."""
+    path = Path(path)
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise FormatError(f"{path.name} is missing", where=str(path.parent)) from None
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path.name} is not UTF-8", where=str(path), found=str(error)) from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise FormatError(f"{path.name} is not valid JSON", where=str(path), found=str(error)) from None
+    if not isinstance(value, dict):
+        raise FormatError(
+            f"{path.name} does not hold a JSON object", where=str(path), found=type(value).__name__, expected="object"
+        )
+    return value
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Make renames inside `folder` survive a power loss."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file and folder below `folder` to the disk."""
+    for path in [*sorted(folder.rglob("*")), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def confine(root: str | Path, name: str) -> Path:
+    """Return `root/name` if it stays inside `root` after links are followed; else raise FormatError."""
+    base = Path(root).resolve()
+    path = (base / name).resolve()
+    if Path(name).is_absolute() or not path.is_relative_to(base):
+        raise FormatError(
+            "a file name points outside its folder", where=str(root), found=name, expected="a name inside the folder"
+        )
+    return path
+
+
+def sha256(path: str | Path) -> str:
+    """Return the file's SHA-256 as hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free bytes on the disk that would hold `path` (which need not exist yet)."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def check_output(path: str | Path, *, overwrite: bool = False, need_bytes: int = 0) -> Path:
+    """Refuse an output folder that cannot be made, holds something else, or will not fit; make nothing."""
+    out = Path(path)
+    parent = next((p for p in out.absolute().parents if p.exists()), Path("/"))
+    if not parent.is_dir():
+        raise InputError(
+            f"cannot write to {out}", where=str(parent), found="a file", expected="a folder", fix="choose another -o"
+        )
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"cannot write to {out}", where=str(parent), found="no permission", fix="choose another -o")
+    if out.exists():
+        if not out.is_dir():
+            raise InputError(f"cannot write to {out}", found="a file", expected="a folder", fix="choose another -o")
+        held = any(out.iterdir())
+        if held and not (out / "lmworks.json").exists():
+            raise InputError(
+                f"{out} holds files that lmworks did not write",
+                fix="choose another -o, or empty the folder yourself",
+            )
+        if held and not overwrite:
+            raise InputError(f"{out} already holds a model", fix="add --overwrite to replace it, or choose another -o")
+    free = free_bytes(out.absolute())
+    if free < need_bytes:
+        raise InputError(
+            f"not enough disk space for {out}",
+            found=f"{free / 1e6:.0f} MB free",
+            expected=f"about {need_bytes / 1e6:.0f} MB",
+            fix="free some space, choose a smaller --size, or write to another disk with -o",
+        )
+    return out
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a staging folder beside `path` that takes its place when the block succeeds and vanishes when it fails."""
+    out = Path(path).absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staged = out.with_name(f"{out.name}{STAGED}")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir()
+    try:
+        yield staged
+        put_in_place(staged, out)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def put_in_place(staged: Path, out: Path) -> None:
+    """Flush the finished folder `staged` and rename it to `out`, replacing what is there."""
+    sync_tree(staged)
+    old = out.with_name(f"{out.name}.old{STAGED}")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    try:
+        staged.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+    sync_folder(out.parent)
+    shutil.rmtree(old, ignore_errors=True)

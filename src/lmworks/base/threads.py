@@ -1,0 +1,35 @@
+"""How many processors this process may really use: the smallest of machine, affinity and cgroup quota.
+
+Inside a container the machine's core count is a trap: libraries that start a thread a core fight each other.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def cpu_count(*, cgroup: Path = CGROUP) -> int:
+    """Return the number of processors to use, at least 1; `LMWORKS_THREADS` overrides it."""
+    wanted = os.environ.get("LMWORKS_THREADS", "")
+    if wanted.isdigit() and int(wanted) > 0:
+        return int(wanted)
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = read_quota(cgroup)
+    return max(1, allowed if quota is None else min(allowed, int(quota)))
+
+
+def read_quota(cgroup: Path) -> float | None:
+    """Return the cgroup's processor quota in cores (version 2, then 1), or None where there is none."""
+    try:
+        quota, period = (cgroup / "cpu.max").read_text().split()[:2]
+        return None if quota == "max" else float(quota) / float(period)
+    except (OSError, ValueError):
+        pass
+    try:
+        microseconds = float((cgroup / "cpu" / "cpu.cfs_quota_us").read_text())
+        return microseconds / float((cgroup / "cpu" / "cpu.cfs_period_us").read_text()) if microseconds > 0 else None
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,32 @@
+"""Fixtures for every test: the real data beside the project, and a rule that it may not be skipped where it is set."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of real data sets named by LMWORKS_DATA; tests that need it are skipped only where it is not set."""
+    value = os.environ.get("LMWORKS_DATA")
+    if not value:
+        pytest.skip("LMWORKS_DATA is not set")
+    folder = Path(value)
+    assert folder.is_dir(), f"LMWORKS_DATA names {folder}, which is not a folder"
+    return folder
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    """Turn a skip into a failure where LMWORKS_DATA is set, so that a missing tool cannot hide a test."""
+    outcome = yield
+    report = outcome.get_result()
+    if report.skipped and os.environ.get("LMWORKS_DATA") and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped although LMWORKS_DATA is set: {report.longrepr}"
