@@ -1,0 +1,42 @@
+# The same few verbs everywhere: make install | check | lint | test | test-long | demo | bench | clean
+PYTHON ?= python3
+BIN := .venv/bin
+WEB := src/lmworks/export/web
+INSTALLED := .venv/.installed
+
+.PHONY: install check lint test test-long demo bench clean
+
+install: $(INSTALLED)
+
+# torch first and pinned: without it, pip would fetch the build for graphics cards, several gigabytes
+$(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(WEB)/package.json $(WEB)/package-lock.json
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade "pip>=24"
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[all,dev]"
+	$(BIN)/python hatch_build.py
+	touch $(INSTALLED)
+
+check: lint
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: install
+	$(BIN)/python -m pytest -m "not slow and not live"
+
+test-long: install
+	$(BIN)/python -m pytest -m "not live"
+
+demo: install
+	$(BIN)/lmworks build --out demo --overwrite
+	@echo "Open the page:  $(BIN)/lmworks serve demo"
+
+bench: install
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf .venv demo dist build .mypy_cache .ruff_cache .pytest_cache $(WEB)/node_modules $(WEB)/vendor
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,97 @@
+"""The command line: verb first, results on standard output, everything else on standard error.
+
+Each verb lives in a file of its own and is imported when it is called, so that `lmworks --help` is immediate.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from lmworks import __version__
+from lmworks.base.errors import Interrupted, LmworksError, from_os_error
+
+VERBS = {  # verb -> where it lives, what it does, two examples
+    "build": (
+        "lmworks.cli.build:build",
+        "Text to a verified model in a web page, in one command.",
+        ("lmworks build -o demo", "lmworks build my_texts/ -o my_model --size small"),
+    ),
+    "train": (
+        "lmworks.cli.build:train",
+        "Text to a tokenizer and a trained model, in the Hugging Face layout.",
+        ("lmworks train books/ -o my_model", "lmworks train input.txt -o my_model --tokenizer char --steps 2000"),
+    ),
+    "generate": (
+        "lmworks.cli.predict:generate",
+        "Continue a prompt; the text appears as it is made.",
+        (
+            'lmworks generate my_model "Once upon a time"',
+            "lmworks generate my_model --temperature 0 --json < prompt.txt",
+        ),
+    ),
+    "evaluate": (
+        "lmworks.cli.predict:evaluate",
+        "Perplexity, bits per byte and next-token accuracy of a model on a text.",
+        ("lmworks evaluate my_model held_out.txt", "lmworks evaluate my_model held_out.txt --dtype int8 --json"),
+    ),
+    "verify": (
+        "lmworks.cli.check:verify",
+        "Prove that every runtime gives torch's tokens and logits and that no file was changed; exit code 1 if not.",
+        ("lmworks verify my_model", "lmworks verify my_model --runtimes torch,onnx --json"),
+    ),
+    "serve": (
+        "lmworks.cli.serve:serve",
+        "Serve the page of a model folder, POST /v1/completions and GET /health/ready.",
+        ("lmworks serve my_model", "lmworks serve my_model --port 9000"),
+    ),
+}
+HELP = (
+    "Turn your text into a small language model that gives the same answers on your machine, a server and a web page."
+)
+EXAMPLES = ("lmworks build -o demo", "lmworks serve demo")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code: 0 done, 1 a check failed, 2 the input cannot be used, 130 interrupted."""
+    from cyclopts import App, CycloptsError
+
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    app = App("lmworks", help=HELP, version=__version__, help_epilogue=show_examples(EXAMPLES), help_format="markdown")
+    for name, (place, purpose, examples) in VERBS.items():
+        app.command(place, name=name, help=purpose, help_epilogue=show_examples(examples))
+    try:
+        result = app(words or ["--help"], exit_on_error=False, print_error=True, result_action="return_value")
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except CycloptsError:
+        return 2
+    except LmworksError as error:
+        if debug:
+            raise
+        return refuse(error)
+    except KeyboardInterrupt:
+        return refuse(Interrupted("interrupted"))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if debug:
+            raise
+        return refuse(from_os_error(error, f"lmworks {words[0]} failed" if words else "lmworks failed"))
+    except MemoryError:
+        return refuse(LmworksError("out of memory", fix="choose a smaller --size, or halve --batch-size or --context"))
+
+
+def show_examples(lines: Sequence[str]) -> str:
+    """Return the examples as Markdown for a help page."""
+    return "Examples:\n\n" + "\n\n".join(f"    {line}" for line in lines)
+
+
+def refuse(error: LmworksError) -> int:
+    """Print one message on standard error and return its exit code."""
+    print(f"lmworks: {error}", file=sys.stderr)  # noqa: T201
+    return error.exit_code

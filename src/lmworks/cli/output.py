@@ -1,0 +1,31 @@
+"""How every verb shows its result, and the options that all verbs spell alike."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from lmworks.base.report import Report
+
+Out = Annotated[Path, Parameter(name=["--out", "-o"], help="The folder to write.")]
+Overwrite = Annotated[bool, Parameter(help="Replace a model that is there already.", negative="")]
+Json = Annotated[bool, Parameter(help="Print the result as JSON.", negative="")]
+Model = Annotated[Path, Parameter(help="A model folder.")]
+
+
+def show(report: Report, *, json: bool) -> int:
+    """Print the report on standard output, as JSON or for people."""
+    if json:
+        print_json(report.to_dict())
+    else:
+        report.print()
+    return 0
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document as the last thing on standard output."""
+    sys.stdout.write(jsonlib.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,0 +1,90 @@
+"""`lmworks generate` and `lmworks evaluate`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from lmworks.base.errors import InputError
+from lmworks.cli.output import Json, Model, print_json, show
+
+Runtime = Annotated[Literal["auto", "torch", "onnx"], Parameter(help="What runs the model.")]
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, Parameter(help="The text to continue; none: standard input.")] = None,
+    /,
+    *,
+    max_tokens: Annotated[int, Parameter(help="Stop after so many tokens.")] = 100,
+    temperature: Annotated[float, Parameter(help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, Parameter(help="Choose among the k likeliest; 0: all.")] = 0,
+    top_p: Annotated[float, Parameter(help="Choose among the likeliest with this total probability.")] = 1.0,
+    repeat_penalty: Annotated[float, Parameter(help="Above 1 makes recent tokens less likely.")] = 1.0,
+    repeat_last_n: Annotated[int, Parameter(help="How many recent tokens the penalty looks at.")] = 64,
+    seed: Annotated[int | None, Parameter(help="Makes sampling repeatable.")] = None,
+    runtime: Runtime = "auto",
+    dtype: Annotated[str, Parameter(help="fp32 or int8 (onnx), fp32 or bf16 (torch).")] = "fp32",
+    json: Json = False,
+) -> int:
+    """Continue a prompt; the text appears as it is made."""
+    from lmworks import api
+
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise InputError("no prompt", fix='lmworks generate MODEL "Once upon a time"')
+        prompt = sys.stdin.read().rstrip("\n")
+    pieces = api.generate(
+        model,
+        prompt,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repeat_penalty=repeat_penalty,
+        repeat_last_n=repeat_last_n,
+        seed=seed,
+        runtime=runtime,
+        dtype=dtype,
+    )
+    if not json:
+        sys.stdout.write(prompt)
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+    else:
+        for _ in pieces:
+            pass
+    done = pieces.generation
+    if json:
+        print_json(
+            {
+                "text": done.text,
+                "tokens": done.tokens,
+                "tokens_per_second": done.tokens_per_second,
+                "finish_reason": done.finish_reason,
+            }
+        )
+    elif done.tokens_per_second:
+        sys.stderr.write(f"{len(done.tokens)} tokens, {done.tokens_per_second:.0f} tokens/s after the first\n")
+    return 0
+
+
+def evaluate(
+    model: Model,
+    texts: Annotated[Path, Parameter(help="A file or folder of text.")],
+    /,
+    *,
+    column: Annotated[str | None, Parameter(help="The column of csv, tsv or jsonl that holds the text.")] = None,
+    runtime: Runtime = "auto",
+    dtype: Annotated[str, Parameter(help="fp32 or int8 (onnx), fp32 or bf16 (torch).")] = "fp32",
+    json: Json = False,
+) -> int:
+    """Perplexity, bits per byte and next-token accuracy of a model on a text."""
+    from lmworks import api
+
+    return show(api.evaluate(model, texts, column=column, runtime=runtime, dtype=dtype), json=json)

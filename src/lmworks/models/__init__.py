@@ -1,0 +1,1 @@
+"""The closed core: one config, one attention, one Transformer; families are tables."""

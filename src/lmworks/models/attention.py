@@ -1,0 +1,63 @@
+"""Scaled dot-product attention with grouped key/value heads.
+
+    softmax(q k^T / sqrt(E)) v      (Vaswani et al. 2017, section 3.2; grouped heads: Ainslie et al. 2023)
+
+Shapes: B batch, T tokens, S keys, D hidden_size, H heads, K key/value heads, E head_dim.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmworks.models.cache import CacheStep
+from lmworks.models.config import Config
+from lmworks.models.rope import rotate
+
+
+class Context:
+    """What every layer of one forward shares: the mask, rotary tables and the cache's step."""
+
+    def __init__(
+        self,
+        mask: Tensor | None,
+        causal: bool,
+        rope: tuple[Tensor, Tensor] | None = None,
+        cache: CacheStep | None = None,
+    ) -> None:
+        self.mask, self.causal, self.rope, self.cache = mask, causal, rope, cache
+
+
+class Attention(nn.Module):
+    """Queries look at keys and take a weighted mean of values; q, k, v and o stay separate modules."""
+
+    def __init__(self, c: Config, layer: int) -> None:
+        super().__init__()
+        self.layer, self.dropout = layer, c.dropout
+        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, self.heads * self.head_dim, bias=c.attention_bias)
+        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=c.attention_bias)
+        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=c.attention_bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=c.attention_bias)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Mix the tokens: (B, T, D) -> (B, T, D)."""
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, E)
+        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, E)
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, E)
+        if context.rope is not None:
+            q, k = rotate(q, *context.rope), rotate(k, *context.rope)
+        if context.cache is not None:
+            k, v = context.cache.update(self.layer, k, v)  # (B, K, S, E)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            context.mask,
+            self.dropout if self.training else 0.0,
+            is_causal=context.causal,
+            enable_gqa=self.heads != self.kv_heads,
+        )  # (B, H, T, E)
+        mixed: Tensor = self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
+        return mixed

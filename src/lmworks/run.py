@@ -1,0 +1,280 @@
+"""One training run: corpus -> tokenizer -> model -> scores, in a folder that can be resumed at any point.
+
+The folder is `OUT.partial` until everything is done; then it is renamed to OUT, so OUT is complete or absent.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lmworks.base.errors import InputError
+from lmworks.base.files import check_output, put_in_place, read_json, write_json
+from lmworks.base.threads import cpu_count
+from lmworks.base.types import Ints
+from lmworks.corpus import Corpus
+from lmworks.evaluation.perplexity import bits_per_byte, mixture, token_logprobs
+from lmworks.models.config import Config
+from lmworks.settings import Settings
+
+from lmworks.runtime.base import Runtime
+
+if TYPE_CHECKING:
+    from lmworks.models.heads import CausalLM
+    from lmworks.tokens.tokenizer import Tokenizer
+    from lmworks.training.trainer import TrainConfig, TrainResult
+
+FIXED_BYTES = 60_000_000  # the page's library and WASM, reports
+RUN_FILE = "run.json"  # the settings and the corpus of a run, checked on resume
+DISK_FACTOR = 40  # bytes on disk for one parameter: weights, two checkpoints with optimizer, graphs
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How well the network and the n-gram referee predict the held-out text; losses in nats per token."""
+
+    loss: float
+    bits_per_byte: float | None
+    next_token_accuracy: float
+    ngram_loss: float
+    ngram_bits_per_byte: float | None
+    mixture_loss: float
+    mixture_bits_per_byte: float | None
+    mixture_weight: float
+    validation_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """Perplexity of the network per token."""
+        return math.exp(self.loss)
+
+    @property
+    def ngram_perplexity(self) -> float:
+        """Perplexity of the referee per token."""
+        return math.exp(self.ngram_loss)
+
+    @property
+    def mixture_perplexity(self) -> float:
+        """Perplexity of the mixture per token."""
+        return math.exp(self.mixture_loss)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run made."""
+
+    settings: Settings
+    corpus: Corpus
+    tokenizer: Tokenizer
+    model: CausalLM
+    result: TrainResult
+    scores: Scores
+    samples: tuple[tuple[str, str], ...]  # (prompt, continuation)
+
+    @property
+    def parameters(self) -> int:
+        """Trainable numbers; a tied embedding counts once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def floor(self) -> float | None:
+        """Exact entropy of the held-out text in bits per byte, where the language is the built-in one."""
+        return None if self.corpus.floor is None else self.corpus.floor / self.corpus.validation_bytes
+
+
+@contextmanager
+def run_folder(out: Path, *, resume: bool, overwrite: bool) -> Iterator[Path]:
+    """Yield `OUT.partial`; rename it to OUT on success. On failure it stays only if it holds a checkpoint."""
+    from lmworks.training.state import has_checkpoint
+
+    check_output(out, overwrite=overwrite)
+    partial = out.absolute().with_name(f"{out.absolute().name}.partial")
+    started = partial.exists() and has_checkpoint(partial / "training")
+    if started and not (resume or overwrite):
+        raise InputError(
+            "an interrupted run is here already",
+            where=str(partial),
+            fix="add --resume to continue it, or --overwrite to start again",
+        )
+    if resume and not started and out.exists():
+        raise InputError("there is nothing to resume", where=str(partial), fix="start without --resume")
+    if partial.exists() and not (started and resume):
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+    except BaseException:
+        if not has_checkpoint(partial / "training"):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    (partial / RUN_FILE).unlink(missing_ok=True)
+    put_in_place(partial, out.absolute())
+
+
+def check_same_run(folder: Path, settings: Settings, corpus: Corpus) -> None:
+    """Record what this run is made from, or, on resume, refuse settings or data that differ."""
+    facts = {"settings": settings.to_dict(), "data_sha256": corpus.sha256}
+    path = folder / RUN_FILE
+    if not path.exists():
+        write_json(path, facts)
+        return
+    before = read_json(path)
+    if before.get("data_sha256") != corpus.sha256:
+        raise InputError("the text has changed since this run began", where=str(folder), fix="start with --overwrite")
+    changed = [name for name, value in facts["settings"].items() if before["settings"].get(name) != value]
+    if changed:
+        raise InputError(
+            "a resumed run must keep its settings",
+            found=", ".join(f"{name}={facts['settings'][name]}" for name in changed),
+            expected=", ".join(f"{name}={before['settings'].get(name)}" for name in changed),
+            fix="repeat the first command with --resume, or start again with --overwrite",
+        )
+
+
+def make_config(settings: Settings, tokenizer: Tokenizer) -> Config:
+    """Return the network's shape for these settings and this vocabulary."""
+    from lmworks.models.families import gpt2, llama
+
+    family = {"gpt2": gpt2, "llama": llama}[settings.family]
+    return family.new(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=settings.hidden_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        max_position_embeddings=settings.context,
+        dropout=settings.dropout or 0.0,
+        bos_token_id=tokenizer.eos_id,
+        eos_token_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.pad_id,
+    )
+
+
+def make_tokenizer(folder: Path, settings: Settings, corpus: Corpus) -> Tokenizer:
+    """Train the tokenizer on the training part, or read the one that an interrupted run has saved."""
+    from lmworks.tokens.tokenizer import Tokenizer
+    from lmworks.tokens.train import train_tokenizer
+
+    if (folder / "tokenizer.json").exists() and (folder / "tokenizer_config.json").exists():
+        return Tokenizer.from_pretrained(folder)
+    texts = [document.text for document in corpus.train]
+    tokenizer = train_tokenizer(texts, kind=settings.tokenizer, vocab_size=settings.vocab_size or 0)
+    tokenizer.save(folder, max_length=settings.context)
+    return tokenizer
+
+
+def train_in(folder: Path, settings: Settings, corpus: Corpus) -> Trained:
+    """Train (or resume) in the run folder and leave there a complete model folder; score it on the held-out text."""
+    import torch
+
+    from lmworks.models.checkpoint import save_model
+    from lmworks.models.heads import CausalLM
+    from lmworks.runtime.torch_runtime import TorchRuntime
+    from lmworks.tokens.batch import make_stream
+    from lmworks.training.trainer import Trainer
+
+    torch.set_num_threads(cpu_count())
+    tokenizer = make_tokenizer(folder, settings, corpus)
+    train = make_stream(tokenizer, [document.text for document in corpus.train])
+    held_out = make_stream(tokenizer, [document.text for document in corpus.validation])
+    model = CausalLM(make_config(settings, tokenizer), seed=settings.seed)
+    trainer = Trainer(model, train, held_out, config=train_config(settings), folder=folder / "training")
+    result = trainer.fit()
+    model.eval()
+    save_model(model, folder)
+    runtime = TorchRuntime(model)
+    known = tokenizer.is_lossless or all(tokenizer.knows(document.text) for document in corpus.validation)
+    scores = score(runtime, train, held_out, tokenizer, settings, corpus.validation_bytes if known else None)
+    return Trained(settings, corpus, tokenizer, model, result, scores, sample(runtime, tokenizer, corpus, settings))
+
+
+def score(
+    runtime: Runtime, train: Ints, held_out: Ints, tokenizer: Tokenizer, settings: Settings, n_bytes: int | None
+) -> Scores:
+    """Score the network, a modified Kneser-Ney model of order 5 and their mixture on the same held-out tokens.
+
+    `n_bytes` is None when the tokenizer loses something on this text: then bits per byte would flatter it.
+    """
+    from lmworks.models.ngram import KneserNey
+
+    network = token_logprobs(runtime, held_out, context=settings.context or runtime.max_length)
+    referee = KneserNey.train(train, order=5, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
+    ngram = referee.logprobs(held_out)
+    mixed = mixture(network.logprobs, ngram)
+    return Scores(
+        loss=-float(network.logprobs.mean()),
+        bits_per_byte=bits_per_byte(network.logprobs, n_bytes),
+        next_token_accuracy=network.accuracy,
+        ngram_loss=-float(ngram.mean()),
+        ngram_bits_per_byte=bits_per_byte(ngram, n_bytes),
+        mixture_loss=-float(mixed.logprobs.mean()),
+        mixture_bits_per_byte=bits_per_byte(mixed.logprobs, n_bytes),
+        mixture_weight=mixed.weight,
+        validation_tokens=len(held_out) - 1,
+    )
+
+
+def sample(runtime: Runtime, tokenizer: Tokenizer, corpus: Corpus, settings: Settings) -> tuple[tuple[str, str], ...]:
+    """Continue the first words of three held-out documents."""
+    from lmworks.runtime.decoding import generate
+    from lmworks.runtime.sampling import Sampling
+
+    samples = []
+    for i, prompt in enumerate(make_prompts(corpus, tokenizer, settings.context or 64, count=3)):
+        sampling = Sampling(temperature=0.8, top_k=40, seed=settings.seed + i)
+        stream = generate(runtime, tokenizer, prompt, sampling=sampling, max_tokens=100)
+        samples.append((prompt, "".join(stream)))
+    return tuple(samples)
+
+
+def make_prompts(corpus: Corpus, tokenizer: Tokenizer, context: int, *, count: int) -> list[str]:
+    """Return `count` different beginnings of held-out lines, short enough to leave room for 32 tokens."""
+    lines = [line.strip() for document in corpus.validation for line in document.text.splitlines()]
+    lines = [line for line in dict.fromkeys(lines) if len(line) >= 12]
+    lines = lines or [corpus.validation[0].text.strip() or corpus.train[0].text.strip()]
+    step = max(1, len(lines) // count)
+    prompts = []
+    for i in range(count):
+        line = lines[i * step % len(lines)]
+        ids = tokenizer.encode(line)[: max(1, min(12 + i % 5, context - 40))]
+        prompts.append(tokenizer.decode(ids).rstrip("\ufffd") or line[:8])
+    return prompts
+
+
+def train_config(settings: Settings) -> TrainConfig:
+    """Translate the settings for the training loop."""
+    from lmworks.training.trainer import TrainConfig
+
+    s = settings
+    assert s.context and s.batch_size and s.steps and s.lr and s.eval_every  # resolve() filled them
+    return TrainConfig(
+        context=s.context,
+        batch_size=s.batch_size,
+        accumulation=s.accumulation,
+        steps=s.steps,
+        lr=s.lr,
+        min_lr=s.min_lr or 0.0,
+        warmup=s.warmup or 0,
+        weight_decay=s.weight_decay,
+        beta2=s.beta2,
+        max_grad_norm=s.max_grad_norm,
+        eval_every=s.eval_every,
+        patience=s.patience,
+        dtype=s.dtype,
+        seed=s.seed,
+    )
+
+
+def disk_needed(settings: Settings) -> int:
+    """Return the bytes that a run of these settings may need at most, checkpoints and graphs included."""
+    return DISK_FACTOR * count_parameters(settings) + FIXED_BYTES
+
+
+def count_parameters(settings: Settings) -> int:
+    """Return the parameters of the network for these settings, before a tokenizer exists."""
+    d, v = settings.hidden_size or 0, settings.vocab_size or 0
+    return v * d + (settings.layers or 0) * 13 * d * d

@@ -1,0 +1,185 @@
+"""Run an exported graph with ONNX Runtime: no torch.
+
+Shapes: B batch, T tokens, S keys (past and new), K key/value heads, E head size, C capacity of a cache, V vocabulary.
+
+The graph is the one that the web page runs (transformers.js's names, growing past and present). Two facts, both of
+them tested, make it a server's graph as well:
+
+* A cache bound as past *and* present is written in place: nothing is copied, and C may exceed the length.
+* The graph takes a row's length from its attention mask (the last 1), so rows of different lengths share a step.
+
+So each layer has one buffer for the keys and one for the values of all slots, (slots, K, C, E), and a call binds the
+rows that it needs by address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lmworks.base.errors import FormatError, InputError
+from lmworks.base.files import read_json
+from lmworks.base.optional import require
+from lmworks.base.threads import cpu_count
+from lmworks.base.types import Batch
+from lmworks.runtime.base import Logits, check_ids, check_length, check_slots
+
+FILES = {"fp32": "model.onnx", "int8": "model_quantized.onnx"}
+CHUNK = 512  # tokens of a prompt in one call: bounds the (T, S) mask
+FIRST_CAPACITY = 256  # positions; doubled when a slot needs more
+
+Floats = NDArray[np.float32]
+
+
+class OnnxRuntime:
+    """The Runtime over `folder/onnx/model*.onnx` on the CPU."""
+
+    name = "onnx"
+
+    def __init__(self, folder: str | Path, *, dtype: str = "fp32", slots: int = 1, threads: int | None = None) -> None:
+        self.dtype = dtype
+        self.session = open_session(find_graph(Path(folder), dtype), threads or cpu_count())
+        self.max_length = read_max_length(Path(folder))
+        shapes = {item.name: item.shape for item in (*self.session.get_inputs(), *self.session.get_outputs())}
+        self.vocab_size = int(shapes["logits"][-1])
+        self.takes_positions = "position_ids" in shapes
+        self.cache_names = [name.removeprefix("past_key_values.") for name in shapes if name.startswith("past_")]
+        self.row_shape = [shapes[f"past_key_values.{name}"] for name in self.cache_names]  # (B, K, S, E) each
+        self.lengths = np.zeros(slots, np.int64)
+        self.caches: list[Floats] = []
+        self.capacity = 0
+        self._reserve(min(FIRST_CAPACITY, self.max_length))
+
+    def run(self, batch: Batch) -> dict[str, NDArray[Any]]:
+        """Run whole sequences, padded on either side: input_ids (B, T) -> logits (B, T, V)."""
+        input_ids = np.ascontiguousarray(batch["input_ids"], dtype=np.int64)  # (B, T)
+        mask = batch.get("attention_mask")
+        mask = np.ones_like(input_ids) if mask is None else np.ascontiguousarray(mask, dtype=np.int64)
+        check_ids(input_ids, self.vocab_size)
+        check_length(input_ids.shape[1], self.max_length)
+        feed = {"input_ids": input_ids, "attention_mask": mask, "num_logits_to_keep": np.array(0, np.int64)}
+        if self.takes_positions:
+            feed["position_ids"] = batch.get("position_ids", np.maximum(mask.cumsum(1) - 1, 0))
+        for name, (_, heads, _, size) in zip(self.cache_names, self.row_shape, strict=True):
+            feed[f"past_key_values.{name}"] = np.empty((len(input_ids), heads, 0, size), np.float32)
+        return {"logits": self.session.run(["logits"], feed)[0]}
+
+    def prefill(self, slots: Sequence[int], input_ids: Sequence[Sequence[int]]) -> Logits:
+        """Start these slots over with a prompt each, of any length; return the last token's logits (n, V)."""
+        check_slots(slots, len(input_ids), len(self.lengths))
+        rows = [np.asarray(row, dtype=np.int64)[None] for row in input_ids]  # n of (1, T)
+        for row in rows:
+            check_ids(row, self.vocab_size)
+            check_length(row.shape[1], self.max_length)
+        logits = np.empty((len(rows), self.vocab_size), np.float32)
+        for i, (slot, row) in enumerate(zip(slots, rows, strict=True)):  # the kernel takes a past for one row only
+            self.lengths[slot] = 0
+            for start in range(0, row.shape[1], CHUNK):
+                self._forward(slice(slot, slot + 1), row[:, start : start + CHUNK], logits[i : i + 1])
+        return logits
+
+    def step(self, slots: Sequence[int], input_ids: Sequence[int]) -> Logits:
+        """Add one token to each of these slots, whatever their lengths; return its logits (n, V)."""
+        check_slots(slots, len(input_ids), len(self.lengths))
+        tokens = np.asarray(input_ids, dtype=np.int64)[:, None]  # (n, 1)
+        check_ids(tokens, self.vocab_size)
+        check_length(int(self.lengths[list(slots)].max(initial=0)) + 1, self.max_length)
+        logits = np.empty((len(slots), self.vocab_size), np.float32)
+        for rows, order in neighbours(slots):
+            out = np.empty((len(order), self.vocab_size), np.float32)
+            self._forward(rows, tokens[order], out)
+            logits[order] = out
+        return logits
+
+    def _forward(self, rows: slice, input_ids: NDArray[np.int64], logits: Floats) -> None:
+        """Feed (B, T) new tokens to the slots `rows`, in place; write the last token's logits into (B, V)."""
+        input_ids = np.ascontiguousarray(input_ids)
+        past = self.lengths[rows]  # (B,)
+        lengths = past + input_ids.shape[1]
+        total = int(lengths.max())
+        self._reserve(total)
+        mask = (np.arange(total) < lengths[:, None]).astype(np.int64)  # (B, S)
+        binding = self.session.io_binding()
+        binding.bind_cpu_input("input_ids", input_ids)
+        binding.bind_cpu_input("attention_mask", mask)
+        binding.bind_cpu_input("num_logits_to_keep", np.array(1, np.int64))
+        if self.takes_positions:
+            binding.bind_cpu_input("position_ids", past[:, None] + np.arange(input_ids.shape[1]))  # (B, T)
+        for name, cache in zip(self.cache_names, self.caches, strict=True):
+            held = cache[rows]  # (B, K, C, E), a view
+            place = ("cpu", 0, np.float32, held.shape, held.ctypes.data)
+            binding.bind_input(f"past_key_values.{name}", *place)
+            binding.bind_output(f"present.{name}", *place)
+        binding.bind_output("logits", "cpu", 0, np.float32, (len(logits), 1, self.vocab_size), logits.ctypes.data)
+        self.session.run_with_iobinding(binding)
+        self.lengths[rows] = lengths
+
+    def _reserve(self, length: int) -> None:
+        """Make room for `length` positions in every slot; double, so that copying stays rare."""
+        if length <= self.capacity:
+            return
+        capacity = max(length, min(2 * self.capacity, self.max_length))
+        grown = []
+        for i, (_, heads, _, size) in enumerate(self.row_shape):
+            cache = np.empty((len(self.lengths), heads, capacity, size), np.float32)
+            if self.caches:
+                cache[:, :, : self.capacity] = self.caches[i]
+            grown.append(cache)
+        self.caches, self.capacity = grown, capacity
+
+
+def neighbours(slots: Sequence[int]) -> Iterator[tuple[slice, list[int]]]:
+    """Split slots into runs of neighbours, each with its places in `slots`: [4, 1, 0] -> (0:2, [2, 1]), (4:5, [0])."""
+    order = sorted(range(len(slots)), key=lambda i: slots[i])
+    start = 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or slots[order[end]] != slots[order[end - 1]] + 1:
+            yield slice(slots[order[start]], slots[order[end - 1]] + 1), order[start:end]
+            start = end
+
+
+def find_graph(folder: Path, dtype: str) -> Path:
+    """Return the path of the graph of this dtype; raise an error that names the path and the fix."""
+    if dtype not in FILES:
+        raise InputError("this dtype is not known to the onnx runtime", found=dtype, expected=", ".join(FILES))
+    path = folder / "onnx" / FILES[dtype]
+    if not path.is_file():
+        raise InputError(
+            f"the {dtype} graph is missing",
+            where=str(path),
+            expected="a folder with onnx files" if folder.is_dir() else "a folder that exists",
+            fix=f"lmworks export {folder} --to onnx -o {folder}",
+        )
+    return path
+
+
+def open_session(path: Path, threads: int) -> Any:
+    """Open an ONNX Runtime session on the CPU; an unreadable graph is a FormatError that names it."""
+    onnxruntime = require("onnxruntime", extra="onnx")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise FormatError(
+            f"{path.name} cannot be loaded", where=str(path), found=str(error).strip(), fix="export the model again"
+        ) from None
+
+
+def read_max_length(folder: Path) -> int:
+    """Return the number of positions that config.json states."""
+    config = read_json(folder / "config.json")
+    value = config.get("max_position_embeddings", config.get("n_positions"))
+    if not isinstance(value, int) or value < 1:
+        raise FormatError(
+            "config.json does not state the number of positions",
+            where=str(folder / "config.json"),
+            found=f"max_position_embeddings: {value}",
+            expected="a whole number above 0",
+        )
+    return value

@@ -1,0 +1,200 @@
+"""Every knob of a training run, in one place: the command line's flags, the run's `config.yaml`, the size dial.
+
+A knob left at None takes the value of its `--size`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from lmworks.base.errors import InputError, did_you_mean
+
+Size = Literal["tiny", "small", "base"]
+Family = Literal["llama", "gpt2"]
+TokenizerKind = Literal["bpe", "char"]
+Dtype = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to train a language model on texts.
+
+    Parameters
+    ----------
+    size
+        The dial: tiny trains in minutes on two cores, small in about half an hour, base in hours.
+    family
+        The architecture: llama (rotary positions, gated MLP) or gpt2 (learned positions).
+    tokenizer
+        bpe (byte-level, loses nothing) or char (one token a character).
+    vocab_size
+        Tokens in the vocabulary; by default it follows the size of the corpus.
+    hidden_size
+        Width of the network.
+    layers
+        Transformer blocks.
+    heads
+        Attention heads.
+    context
+        Tokens the model sees at once.
+    batch_size
+        Windows of `context` tokens in one optimizer step.
+    accumulation
+        Parts into which each batch is split to save memory; the result is the same.
+    steps
+        Optimizer steps.
+    lr
+        Highest learning rate.
+    min_lr
+        Learning rate at the end of the cosine.
+    warmup
+        Steps of linear warm-up.
+    weight_decay
+        AdamW's decay of the matrices; vectors are not decayed.
+    beta2
+        AdamW's second moment.
+    dropout
+        Probability of dropping an activation while training.
+    max_grad_norm
+        Clip the global norm of the gradient at this.
+    eval_every
+        Steps between validations.
+    patience
+        Stop after this many validations without improvement; 0 never stops early.
+    validation
+        Share of the text kept for validation.
+    dtype
+        auto measures bf16 against fp32 on this processor and takes the faster.
+    seed
+        Decides the split, the initial weights, the batches and dropout.
+    """
+
+    size: Size = "tiny"
+    family: Family = "llama"
+    tokenizer: TokenizerKind = "bpe"
+    vocab_size: int | None = None
+    hidden_size: int | None = None
+    layers: int | None = None
+    heads: int | None = None
+    context: int | None = None
+    batch_size: int | None = None
+    accumulation: int = 1
+    steps: int | None = None
+    lr: float | None = None
+    min_lr: float | None = None
+    warmup: int | None = None
+    weight_decay: float = 0.1
+    beta2: float = 0.99
+    dropout: float | None = None
+    max_grad_norm: float = 1.0
+    eval_every: int | None = None
+    patience: int = 0
+    validation: float = 0.1
+    dtype: Dtype = "auto"
+    seed: int = 0
+
+    def resolve(self, corpus_bytes: int) -> Settings:
+        """Fill every knob that is None from the size dial and the corpus; check the ranges."""
+        chosen: dict[str, Any] = dict(SIZES[self.size])
+        cap = chosen.pop("largest_vocab")
+        chosen["vocab_size"] = max(512, min(cap, corpus_bytes // 500 // 64 * 64))
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        full = {**chosen, **given}
+        full.setdefault("min_lr", full["lr"] / 10)
+        full.setdefault("warmup", min(100, max(1, full["steps"] // 10)))
+        full.setdefault("eval_every", max(1, full["steps"] // 10))
+        settings = Settings(**full)
+        settings.check()
+        return settings
+
+    def check(self) -> None:
+        """Raise InputError for the first knob outside its range."""
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise InputError(
+                    f"--{name.replace('_', '-')} is out of range", found=f"{value}", expected=f"{low} to {high}"
+                )
+        if self.hidden_size and self.heads and (self.hidden_size % self.heads or self.hidden_size // self.heads % 2):
+            raise InputError(
+                "--hidden-size must be an even multiple of --heads",
+                found=f"{self.hidden_size} and {self.heads} heads",
+                fix=f"--hidden-size {max(1, round(self.hidden_size / self.heads / 2)) * 2 * self.heads}",
+            )
+        if self.batch_size and self.batch_size % self.accumulation:
+            raise InputError(
+                "--accumulation must divide --batch-size", found=f"{self.accumulation} and {self.batch_size}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every knob by name."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Settings:
+        """Read what `to_dict` gave; an unknown name is an error with a suggestion."""
+        names = {f.name for f in fields(Settings)}
+        for name in values:
+            if name not in names:
+                raise InputError(f"unknown setting {name}", fix=did_you_mean(name, names).strip() or "remove it")
+        return replace(Settings(), **values)
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": dict(  # noqa: C408 (a table reads better without quotes)
+        hidden_size=256,
+        layers=4,
+        heads=4,
+        context=128,
+        batch_size=32,
+        steps=900,
+        lr=3e-3,
+        dropout=0.0,
+        largest_vocab=2048,
+    ),
+    "small": dict(  # noqa: C408
+        hidden_size=384,
+        layers=6,
+        heads=6,
+        context=256,
+        batch_size=32,
+        steps=3000,
+        lr=1.5e-3,
+        dropout=0.1,
+        largest_vocab=4096,
+    ),
+    "base": dict(  # noqa: C408
+        hidden_size=512,
+        layers=8,
+        heads=8,
+        context=512,
+        batch_size=32,
+        steps=12000,
+        lr=1e-3,
+        dropout=0.1,
+        largest_vocab=8192,
+    ),
+}
+
+RANGES: dict[str, tuple[float, float]] = {
+    "vocab_size": (260, 200_000),
+    "hidden_size": (8, 16_384),
+    "layers": (1, 200),
+    "heads": (1, 256),
+    "context": (8, 131_072),
+    "batch_size": (1, 65_536),
+    "accumulation": (1, 65_536),
+    "steps": (1, 10**9),
+    "lr": (1e-8, 10.0),
+    "min_lr": (0.0, 10.0),
+    "warmup": (0, 10**9),
+    "weight_decay": (0.0, 10.0),
+    "beta2": (0.0, 1.0),
+    "dropout": (0.0, 0.95),
+    "max_grad_norm": (1e-6, 1e9),
+    "eval_every": (1, 10**9),
+    "patience": (0, 10**6),
+    "validation": (0.001, 0.5),
+    "seed": (0, 2**32 - 1),
+}
