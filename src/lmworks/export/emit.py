@@ -94,7 +94,7 @@ class Walk:
         return self.graph.to_bytes()
 
 
-def emit_causal_lm(walk: Walk, model: CausalLM, path: str) -> None:
+def emit_causal_lm(walk: Walk, model: CausalLM) -> None:
     """Declare the inputs and outputs that transformers.js reads, then emit the network and its head."""
     config, graph = model.config, walk.graph
     logits = graph.output("logits", np.float32, ["batch_size", "num_logits", config.vocab_size])
@@ -299,7 +299,6 @@ NODES: dict[Callable[..., Any], tuple[str, dict[str, Any], bool]] = {
 }
 
 EMITTERS: dict[type[nn.Module], Callable[..., Any]] = {
-    CausalLM: emit_causal_lm,
     Transformer: emit_transformer,
     TokenEmbeddings: emit_token_embeddings,
     PreNormBlock: emit_pre_norm_block,

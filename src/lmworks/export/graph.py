@@ -93,17 +93,18 @@ class Graph:
         return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), list(shape))
 
     def _drop_unread(self) -> None:
-        """Remove nodes, node outputs and weights that nothing reads."""
+        """Remove nodes, outputs of fused nodes and weights that nothing reads."""
         read = {item.name for item in self.outputs}
         kept = []
         for node in reversed(self.nodes):
             if not read.intersection(node.output):
                 continue
-            names = [name if name in read else "" for name in node.output]
-            while not names[-1]:
-                names.pop()
-            del node.output[:]
-            node.output.extend(names)
+            if node.domain:  # fused operators have outputs that may be left out
+                names = [name if name in read else "" for name in node.output]
+                while not names[-1]:
+                    names.pop()
+                del node.output[:]
+                node.output.extend(names)
             read.update(node.input)
             kept.append(node)
         self.nodes = kept[::-1]

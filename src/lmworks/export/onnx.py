@@ -8,7 +8,7 @@ from pathlib import Path
 from lmworks.base.errors import InputError
 from lmworks.base.files import write_bytes
 from lmworks.export.arithmetic import ARITHMETIC
-from lmworks.export.emit import Walk
+from lmworks.export.emit import Walk, emit_causal_lm
 from lmworks.models.checkpoint import load_model
 from lmworks.models.heads import CausalLM
 
@@ -42,5 +42,5 @@ def export_onnx(
 def make_onnx(model: CausalLM, *, dtype: str = "fp32") -> bytes:
     """Return the serialized ONNX graph of a model."""
     walk = Walk(model, ARITHMETIC[dtype]())
-    walk.emit(model, "model")
+    emit_causal_lm(walk, model)
     return walk.done()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 from lmworks.base.errors import FormatError, InputError
 from lmworks.base.files import read_json
+from lmworks.base.optional import require
 from lmworks.base.types import Generation
 from lmworks.runtime.base import Runtime
 from lmworks.runtime.decoding import TextStream, generate
@@ -17,9 +18,22 @@ from lmworks.runtime.sampling import Sampling
 from lmworks.tokens.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from lmworks.models.heads import CausalLM
+    from lmworks.runtime.pretrained import PretrainedCausalLM
 
 RUNTIMES = ("auto", "torch", "onnx")
+
+
+class Settings(TypedDict, total=False):
+    """What `generate` may be told; the defaults are greedy."""
+
+    max_tokens: int  # 128
+    stop: str | Sequence[str]  # texts to end before
+    temperature: float  # 0: greedy
+    top_k: int  # 0: off
+    top_p: float  # 1: off
+    repeat_penalty: float  # 1: off
+    repeat_last_n: int  # 64 positions
+    seed: int | None  # None: different each time
 
 
 class Predictor:
@@ -29,41 +43,14 @@ class Predictor:
         self.runtime, self.tokenizer, self.eos_ids = runtime, tokenizer, list(eos_ids)
 
     @overload
-    def generate(self, prompt: str, *, stream: Literal[False] = False, **settings: object) -> Generation: ...
+    def generate(self, prompt: str, *, stream: Literal[False] = False, **settings: Unpack[Settings]) -> Generation: ...
     @overload
-    def generate(self, prompt: str, *, stream: Literal[True], **settings: object) -> TextStream: ...
-    def generate(
-        self,
-        prompt: str,
-        *,
-        stream: bool = False,
-        max_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        repeat_penalty: float = 1.0,
-        repeat_last_n: int = 64,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-    ) -> Generation | TextStream:
-        """Continue a text: a Generation, or with `stream` the pieces as they come (then `.result`). Greedy by default."""
-        sampling = Sampling(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repeat_penalty=repeat_penalty,
-            repeat_last_n=repeat_last_n,
-            seed=seed,
-        )
-        text = generate(
-            self.runtime,
-            self.tokenizer,
-            prompt,
-            sampling=sampling,
-            max_tokens=max_tokens,
-            eos_ids=self.eos_ids,
-            stop=stop,
-        )
+    def generate(self, prompt: str, *, stream: Literal[True], **settings: Unpack[Settings]) -> TextStream: ...
+    def generate(self, prompt: str, *, stream: bool = False, **settings: Unpack[Settings]) -> Generation | TextStream:
+        """Continue a text: a Generation, or with `stream` the pieces as they come, and then `.result`."""
+        limits: dict[str, Any] = dict(settings)
+        own = {name: limits.pop(name) for name in ("max_tokens", "stop") if name in limits}
+        text = generate(self.runtime, self.tokenizer, prompt, sampling=Sampling(**limits), eos_ids=self.eos_ids, **own)
         if stream:
             return text
         for _ in text:
@@ -76,8 +63,8 @@ def load(
 ) -> Predictor:
     """Open a model folder.
 
-    runtime "auto" takes the ONNX graph where there is one and onnxruntime is installed, else torch. dtype "auto" is fp32,
-    or int8 where that is the only graph. Raises InputError or FormatError that names the path.
+    runtime "auto" takes the ONNX graph where there is one and onnxruntime is installed, else torch. dtype "auto" is
+    fp32, or int8 where that is the only graph. Raises InputError or FormatError that names the path.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -103,6 +90,7 @@ def open_runtime(folder: Path, runtime: str, dtype: str, slots: int, threads: in
         if dtype == "auto":
             dtype = graphs[0] if graphs else "fp32"
         return OnnxRuntime(folder, dtype=dtype, slots=slots, threads=threads)
+    require("torch", extra="torch")
     from lmworks.runtime.torch_runtime import TorchRuntime
 
     return TorchRuntime(folder, dtype="fp32" if dtype == "auto" else dtype, slots=slots)
@@ -118,3 +106,15 @@ def read_eos_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:
             if isinstance(value, list) and value:
                 return [int(item) for item in value]
     return [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+
+
+class AutoModelForCausalLM:
+    """The name people know: `AutoModelForCausalLM.from_pretrained(folder)(input_ids)` gives logits. Needs torch."""
+
+    @staticmethod
+    def from_pretrained(folder: str | Path) -> PretrainedCausalLM:
+        """Return our torch module, with `.generate` and `.save_pretrained`, in evaluation mode."""
+        require("torch", extra="torch")
+        from lmworks.runtime.pretrained import PretrainedCausalLM
+
+        return PretrainedCausalLM.from_pretrained(folder)

@@ -1,0 +1,183 @@
+// One loaded language model: its tokenizer, its network, its way of writing.
+//
+// The same file runs in the page's worker (transformers.js on WASM or WebGPU) and in Node (transformers.js on the
+// native ONNX Runtime); the library comes in as an argument. Ids are plain arrays of numbers, logits Float32Arrays.
+
+export const DTYPES = { fp32: "fp32", int8: "q8" }; // our name -> transformers.js's, which finds the file by it
+
+const INCOMPLETE = "\ufffd"; // what decoding shows for bytes that do not (yet) make a character
+
+export class Engine {
+  constructor(library, tokenizer, model) {
+    this.library = library;
+    this.tokenizer = tokenizer;
+    this.model = model;
+    this.context = model.config.max_position_embeddings;
+    const ends = model.generation_config?.eos_token_id ?? model.config.eos_token_id ?? [];
+    this.ends = [ends].flat();
+  }
+
+  // Load a model folder. `pause`, when given, is awaited before each token: it lets messages through.
+  static async open(library, folder, { dtype, device, session = {}, pause = null }) {
+    const tokenizer = await library.AutoTokenizer.from_pretrained(folder);
+    const options = { dtype: DTYPES[dtype], device, session_options: session };
+    const model = await library.AutoModelForCausalLM.from_pretrained(folder, options);
+    if (pause) {
+      const forward = model.forward.bind(model);
+      model.forward = async (inputs) => {
+        await pause();
+        return forward(inputs);
+      };
+    }
+    return new Engine(library, tokenizer, model);
+  }
+
+  encode(text) {
+    return this.tokenizer.encode(text, { add_special_tokens: false }).map(Number);
+  }
+
+  decode(ids) {
+    return this.tokenizer.decode(ids, { skip_special_tokens: true, clean_up_tokenization_spaces: false });
+  }
+
+  // The ids to start from: an empty text begins a new document, and a long one keeps its last part.
+  prompt(text, { room = 1 } = {}) {
+    let ids = this.encode(text);
+    if (ids.length === 0) ids = this.ends.slice(0, 1);
+    const most = Math.max(1, this.context - room + 1);
+    return { ids: ids.slice(-most), cut: Math.max(0, ids.length - most) };
+  }
+
+  // Continue `ids`. Returns { tokens, reason: "stop" | "length" | "interrupted", tokensPerSecond (without the first) }.
+  // onText(piece, count) gets whole characters only. `ends: []` writes on past the end of a document.
+  async generate(ids, options = {}) {
+    const { tokens: wanted = 128, temperature = 0, topK = 0, repetitionPenalty = 1, seed = null } = options;
+    const { ends = this.ends, onText = null, stopping = null } = options;
+    const most = Math.min(wanted, this.context - ids.length + 1); // the last token is written, never read
+    if (ids.length < 1 || most < 1) {
+      throw new Error(`The text has ${ids.length} tokens; the model reads 1 to ${this.context}.`);
+    }
+    if (seed !== null) this.library.random.seed(seed);
+    const written = new Written(this, onText);
+    await this.model.generate({
+      ...this.inputs(ids),
+      max_new_tokens: most,
+      min_new_tokens: null,
+      do_sample: temperature > 0,
+      temperature: temperature > 0 ? temperature : 1,
+      top_k: topK,
+      repetition_penalty: repetitionPenalty,
+      num_beams: 1,
+      eos_token_id: ends.length ? ends : null,
+      streamer: written,
+      stopping_criteria: stopping,
+    });
+    const last = written.tokens.at(-1);
+    const reason = ends.includes(last) ? "stop" : written.tokens.length < most ? "interrupted" : "length";
+    return { tokens: written.tokens, reason, full: most < wanted, tokensPerSecond: written.tokensPerSecond };
+  }
+
+  // The logits (V,) that follow the last of `ids`.
+  async logits(ids) {
+    const { logits } = await this.model(this.inputs(ids)); // (1, T, V)
+    const size = logits.dims.at(-1);
+    return Float32Array.from(logits.data.subarray(logits.data.length - size));
+  }
+
+  inputs(ids) {
+    const tensor = (values) => new this.library.Tensor("int64", BigInt64Array.from(values, BigInt), [1, ids.length]);
+    return { input_ids: tensor(ids), attention_mask: tensor(ids.map(() => 1)) };
+  }
+}
+
+// What generate() calls for the prompt and for each token: collects tokens, gives out text, keeps the time.
+class Written {
+  constructor(engine, onText) {
+    this.engine = engine;
+    this.onText = onText;
+    this.tokens = [];
+    this.waiting = []; // tokens since the text was last whole, after one more for context
+    this.shown = 0; // characters of their text that were given out
+    this.seenPrompt = false;
+    this.first = this.latest = 0;
+  }
+
+  put([ids]) {
+    if (!this.seenPrompt) {
+      this.seenPrompt = true;
+      return;
+    }
+    const token = Number(ids[0]);
+    this.latest = performance.now();
+    if (this.tokens.length === 0) this.first = this.latest;
+    this.tokens.push(token);
+    if (!this.onText) return;
+    this.waiting.push(token);
+    const text = this.engine.decode(this.waiting).slice(this.shown);
+    const whole = text.endsWith(INCOMPLETE) ? text.slice(0, -1) : text;
+    this.shown += whole.length;
+    if (whole === text) {
+      this.waiting = [token];
+      this.shown = this.engine.decode(this.waiting).length;
+    }
+    this.onText(whole, this.tokens.length);
+  }
+
+  end() {
+    if (!this.onText) return;
+    const rest = this.engine.decode(this.waiting).slice(this.shown);
+    if (rest) this.onText(rest, this.tokens.length);
+  }
+
+  get tokensPerSecond() {
+    const seconds = (this.latest - this.first) / 1000;
+    return seconds > 0 ? (this.tokens.length - 1) / seconds : null;
+  }
+}
+
+// Run recorded prompts as the reference did: greedy, past the end of a document. Each answer is { ids, tokens, text, logits }.
+// `enough()` true stops between prompts; `limit` bounds the tokens of each.
+export async function answer(engine, prompts, { limit = Infinity, enough = () => false, stopping = null } = {}) {
+  const answers = [];
+  for (const prompt of prompts) {
+    if (answers.length && enough()) break;
+    const ids = engine.encode(prompt.text);
+    const logits = await engine.logits(ids);
+    const tokens = Math.min(limit, prompt.tokens.length);
+    const done = await engine.generate(ids, { tokens, ends: [], stopping });
+    answers.push({ ids, tokens: done.tokens, text: engine.decode(done.tokens), logits: toBase64(logits) });
+  }
+  return answers;
+}
+
+// How answers differ from the record: equal and checked tokens, the largest difference of a logit, the first prompt whose ids differ.
+export function compare(answers, prompts) {
+  let equal = 0, checked = 0, difference = 0, ids = null;
+  answers.forEach((given, i) => {
+    const recorded = prompts[i];
+    if (ids === null && given.ids.join() !== recorded.ids.join()) ids = i;
+    given.tokens.forEach((token, t) => {
+      checked += 1;
+      equal += token === recorded.tokens[t] ? 1 : 0;
+    });
+    const a = fromBase64(given.logits);
+    const b = fromBase64(recorded.logits);
+    if (a.length !== b.length) difference = Infinity;
+    for (let v = 0; v < a.length; v += 1) {
+      const gap = Math.abs(a[v] - b[v]);
+      if (!(gap <= difference)) difference = gap;
+    }
+  });
+  return { equal, checked, difference, ids };
+}
+
+export function toBase64(floats) {
+  const bytes = new Uint8Array(floats.buffer, floats.byteOffset, floats.byteLength);
+  let text = "";
+  for (let i = 0; i < bytes.length; i += 8192) text += String.fromCharCode(...bytes.subarray(i, i + 8192));
+  return btoa(text);
+}
+
+export function fromBase64(text) {
+  return new Float32Array(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
+}

@@ -1,0 +1,163 @@
+// A module Worker that holds one loaded model. The page ends the Worker on a switch, an error and when it is left:
+// that is the only way to give WebAssembly memory back, and after a failed load or run nothing else recovers.
+//
+//   { id, type: "load", dtype, device, files }        -> { variant, threads, context, seconds }, notes { loaded, total }
+//   { id, type: "generate", text, options }           -> what Engine.generate returns and { cut, prompt }, notes { piece, count }
+//   { id, type: "check", prompts, limit, budget }     -> { answers }
+//   { type: "stop" }                                  ends the writing after the current token
+//
+// Every answer is { id, result } or { id, error }; notes in between are { id, note }.
+
+const version = self.location.search; // "?v=…", so that a new page never meets an old file in a cache
+const root = new URL("..", self.location.href);
+const { Engine, answer } = await import(`./engine.js${version}`);
+const library = await import(`./vendor/transformers.min.js${version}`);
+
+const PREFIX = "/lmworks/model/"; // transformers.js asks for PREFIX + file; nothing is ever fetched from there
+let engine = null;
+let stopping = null;
+
+const VERBS = {
+  async load({ dtype, device, files }, note) {
+    const started = performance.now();
+    const variant = chooseVariant(device, files);
+    const pair = `web/vendor/ort-wasm-simd-threaded${variant}`;
+    const wanted = [`${pair}.wasm`, ...modelFiles(files, dtype)];
+    const progress = new Progress(wanted.map((name) => files[name].bytes), note);
+    const { env } = library;
+    Object.assign(env, {
+      allowRemoteModels: false,
+      allowLocalModels: true,
+      localModelPath: PREFIX.split("model/")[0],
+      useBrowserCache: false,
+      useWasmCache: false,
+      fetch: async (url) => {
+        const name = String(url).split(PREFIX)[1];
+        return files[name] ? new Response(await download(name, files[name], progress)) : new Response(null, { status: 404 });
+      },
+    });
+    const threads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
+    const [mjs, wasm] = ["mjs", "wasm"].map((suffix) => address(`${pair}.${suffix}`, files[`${pair}.${suffix}`]));
+    Object.assign(env.backends.onnx.wasm, {
+      numThreads: threads,
+      wasmPaths: { mjs, wasm },
+      wasmBinary: await download(`${pair}.wasm`, files[`${pair}.wasm`], progress),
+    });
+    engine = await Engine.open(library, "model", { dtype, device, pause: nextMessage });
+    const seconds = (performance.now() - started) / 1000;
+    return { variant, threads, context: engine.context, seconds };
+  },
+
+  async generate({ text, options }, note) {
+    const room = Math.min(options.tokens, Math.ceil(engine.context / 2));
+    const { ids, cut } = engine.prompt(text, { room });
+    stopping = new library.InterruptableStoppingCriteria();
+    const onText = (piece, count) => note({ piece, count });
+    return { ...(await engine.generate(ids, { ...options, onText, stopping })), cut, prompt: ids.length };
+  },
+
+  async check({ prompts, limit = Infinity, budget = Infinity }) {
+    stopping = new library.InterruptableStoppingCriteria();
+    const until = performance.now() + budget;
+    const enough = () => performance.now() > until || stopping.interrupted;
+    return { answers: await answer(engine, prompts, { limit, enough, stopping }) };
+  },
+};
+
+self.onmessage = async ({ data: { id, type, ...rest } }) => {
+  if (type === "stop") {
+    stopping?.interrupt();
+    return;
+  }
+  try {
+    self.postMessage({ id, result: await VERBS[type](rest, (note) => self.postMessage({ id, note })) });
+  } catch (error) {
+    self.postMessage({ id, error: explain(error) });
+  }
+};
+self.postMessage({ ready: true });
+
+// JSPI is the fastest build and the smaller one with WebGPU; the plain build runs everywhere, without WebGPU.
+function chooseVariant(device, files) {
+  const has = (variant) => `web/vendor/ort-wasm-simd-threaded${variant}.wasm` in files;
+  if ("Suspending" in WebAssembly && has(".jspi")) return ".jspi";
+  if (device !== "webgpu") return "";
+  if (has(".asyncify")) return ".asyncify";
+  throw new Error("This browser cannot run the WebGPU build that came with this page; choose WebAssembly.");
+}
+
+function modelFiles(files, dtype) {
+  const graph = { fp32: "onnx/model.onnx", int8: "onnx/model_quantized.onnx" }[dtype];
+  const settings = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"];
+  return [graph, ...settings].filter((name) => name in files);
+}
+
+function address(name, file) {
+  const url = new URL(name, root);
+  url.searchParams.set("v", file.sha256.slice(0, 16));
+  return url.href;
+}
+
+// Fetch a file of the page, count its bytes, and refuse it unless it is the very file that the page was made with.
+async function download(name, file, progress) {
+  let response;
+  try {
+    response = await fetch(address(name, file));
+  } catch (error) {
+    throw new Error(`${name} could not be fetched (${error.message}).`);
+  }
+  if (!response.ok) throw new Error(`${name} could not be fetched: the server answered ${response.status}.`);
+  const bytes = new Uint8Array(file.bytes);
+  let at = 0;
+  const reader = response.body.getReader();
+  for (let part = await reader.read(); !part.done; part = await reader.read()) {
+    if (at + part.value.length > bytes.length) throw new Error(damaged(name));
+    bytes.set(part.value, at);
+    at += part.value.length;
+    progress.add(part.value.length);
+  }
+  if (at !== bytes.length) throw new Error(damaged(name));
+  if (self.crypto?.subtle) {
+    const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+    const found = Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
+    if (found !== file.sha256) throw new Error(damaged(name));
+  }
+  return bytes.buffer;
+}
+
+function damaged(name) {
+  return `${name} is damaged: it is not the file that this page was made with.`;
+}
+
+class Progress {
+  constructor(sizes, note) {
+    this.total = sizes.reduce((sum, size) => sum + size, 0);
+    this.loaded = 0;
+    this.told = -1;
+    this.note = note;
+  }
+
+  add(count) {
+    this.loaded += count;
+    const percent = Math.floor((100 * this.loaded) / this.total);
+    if (percent === this.told) return;
+    this.told = percent;
+    this.note({ loaded: this.loaded, total: this.total });
+  }
+}
+
+// Give waiting messages (a "stop") their turn: computing alone never returns to the event loop.
+const channel = new MessageChannel();
+let resume = null;
+channel.port1.onmessage = () => resume();
+function nextMessage() {
+  return new Promise((resolve) => {
+    resume = resolve;
+    channel.port2.postMessage(null);
+  });
+}
+
+function explain(error) {
+  const text = typeof error === "number" ? `the WebAssembly runtime stopped with code ${error}` : (error?.message ?? String(error));
+  return /memory|allocat|RangeError|bad_alloc/i.test(text) ? `${text} (most likely out of memory: try int8)` : text;
+}

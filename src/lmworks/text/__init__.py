@@ -1,0 +1,1 @@
+"""Text: reading it from files, light cleaning, the split, and a language of our own to try everything on."""

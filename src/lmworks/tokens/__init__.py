@@ -1,0 +1,1 @@
+"""Tokenizers: one wrapper over `tokenizer.json`, their training, and batches of ids."""

@@ -1,0 +1,132 @@
+"""One tokenizer for every model: a wrapper over a `tokenizer.json`.
+
+`encode` adds no special tokens (GPT-2's convention): what a model sees is what was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lmworks.base.errors import FormatError, InputError
+from lmworks.base.files import read_json, write_json, write_text
+from lmworks.base.optional import require
+
+EOS, PAD, UNK = "<|endoftext|>", "<|pad|>", "<|unk|>"
+T = TypeVar("T")
+
+
+class Tokenizer:
+    """Text to token ids and back."""
+
+    def __init__(self, backend: Any, *, config: dict[str, Any] | None = None) -> None:
+        """Wrap a `tokenizers.Tokenizer`; `config` is its tokenizer_config.json."""
+        self.backend, self.config = backend, dict(config or {})
+
+    @classmethod
+    def from_file(cls, path: str | Path, *, config: dict[str, Any] | None = None) -> Tokenizer:
+        """Read a `tokenizer.json`."""
+        library = require("tokenizers", extra="text")
+        path = Path(path)
+        if not path.is_file():
+            raise FormatError(
+                "tokenizer.json is missing", where=str(path.parent), fix="check that the folder is complete"
+            )
+        backend = guard(lambda: library.Tokenizer.from_file(str(path)), f"{path.name} cannot be read", str(path))
+        return cls(backend, config=config)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Tokenizer:
+        """Read `tokenizer.json` and, where there is one, `tokenizer_config.json` from a model folder."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise InputError(f"there is no model folder {folder}", fix="check the path")
+        path = folder / "tokenizer_config.json"
+        return cls.from_file(folder / "tokenizer.json", config=read_json(path) if path.exists() else None)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text: "a b" -> [64, 275]. A lone surrogate becomes U+FFFD."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, on all processors."""
+        whole = [text.encode("utf-8", "replace").decode("utf-8") if has_surrogate(text) else text for text in texts]
+        run = self.backend.encode_batch_fast
+        encodings = guard(lambda: run(whole, add_special_tokens=False), "the tokenizer failed on this text")
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of some ids; bytes that make no character show as U+FFFD."""
+        run = self.backend.decode
+        return str(
+            guard(lambda: run(list(ids), skip_special_tokens=skip_special_tokens), "these ids cannot be decoded")
+        )
+
+    def save(self, folder: str | Path, *, max_length: int | None = None) -> None:
+        """Write tokenizer.json and tokenizer_config.json as transformers 4 and 5 and transformers.js read them."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if max_length is not None:
+            self.config["model_max_length"] = max_length
+        write_json(folder / "tokenizer_config.json", self.config)
+        write_text(
+            folder / "tokenizer.json", json.dumps(json.loads(self.backend.to_str()), ensure_ascii=False, indent=1)
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens in the vocabulary, special ones included."""
+        return int(self.backend.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def eos_id(self) -> int | None:
+        """The token that ends a document, or None."""
+        return self.find("eos_token", EOS)
+
+    @property
+    def pad_id(self) -> int | None:
+        """The token that fills a batch; never the one that ends a document."""
+        return self.find("pad_token", PAD)
+
+    @property
+    def unk_id(self) -> int | None:
+        """The token for what the vocabulary lacks, or None when nothing can be lacking."""
+        return self.find("unk_token", UNK)
+
+    @property
+    def is_lossless(self) -> bool:
+        """True when every text survives encoding and decoding: a byte-level vocabulary without an unknown token."""
+        return self.unk_id is None
+
+    def knows(self, text: str) -> bool:
+        """Say whether a text can be encoded without an unknown token."""
+        return self.is_lossless or self.unk_id not in self.encode(text)
+
+    def token(self, id: int) -> str | None:
+        """Return the token of an id as the vocabulary spells it."""
+        found: str | None = self.backend.id_to_token(id)
+        return found
+
+    def find(self, key: str, usual: str) -> int | None:
+        """Return the id of the special token that the config names under `key`, else of the usual one."""
+        named = self.config.get(key, usual)
+        named = named.get("content") if isinstance(named, dict) else named
+        found: int | None = self.backend.token_to_id(named) if isinstance(named, str) else None
+        return found
+
+
+def has_surrogate(text: str) -> bool:
+    """Say whether a text holds half of a surrogate pair, which no UTF-8 can hold."""
+    return any("\ud800" <= character <= "\udfff" for character in text) if not text.isascii() else False
+
+
+def guard(call: Callable[[], T], what: str, where: str = "") -> T:
+    """Run a call into the library; its panics derive from BaseException and would pass every `except Exception`."""
+    try:
+        return call()
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise FormatError(what, where=where, found=str(error)[:300] or type(error).__name__) from None
