@@ -168,7 +168,7 @@ def test_int8_is_close(case):
 
 
 def test_a_changed_weight_is_noticed(gpt2):
-    """Moving one number of one initializer, of any kind, moves the logits well beyond the tolerance of the tests above."""
+    """Moving one number of any initializer moves the logits well beyond the tolerance of the tests above."""
     exact = gpt2.run("fp32", IDS)["logits"]
     model = onnx.load(gpt2.paths["fp32"])
     for i, tensor in enumerate(model.graph.initializer):

@@ -2,30 +2,28 @@
 
     softmax(q k^T / sqrt(E)) v      (Vaswani et al. 2017, section 3.2; grouped heads: Ainslie et al. 2023)
 
-Shapes: B batch, T tokens, S keys, D hidden_size, H heads, K key/value heads, E head_dim.
+Shapes: B batch, T new tokens, S keys (past and new), D hidden_size, H heads, K key/value heads, E head_dim.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmworks.models.cache import CacheStep
+from lmworks.models.cache import KVCache
 from lmworks.models.config import Config
-from lmworks.models.rope import rotate
+from lmworks.models.rope import Rope, rotate
 
 
-class Context:
-    """What every layer of one forward shares: the mask, rotary tables and the cache's step."""
+class Context(NamedTuple):
+    """What every layer of one forward shares."""
 
-    def __init__(
-        self,
-        mask: Tensor | None,
-        causal: bool,
-        rope: tuple[Tensor, Tensor] | None = None,
-        cache: CacheStep | None = None,
-    ) -> None:
-        self.mask, self.causal, self.rope, self.cache = mask, causal, rope, cache
+    mask: Tensor | None = None  # (B or 1, 1, T, S), True where a token may look; None hides nothing
+    causal: bool = False  # the kernel hides the future by itself; then there is no mask, and S = T
+    rope: Rope | None = None
+    cache: KVCache | None = None
 
 
 class Attention(nn.Module):
@@ -46,18 +44,22 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, E)
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, E)
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, E)
+        mixed: Tensor = self.o_proj(self.mix(q, k, v, context))  # (B, T, D)
+        return mixed
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """Rotate, remember, attend: q (B, H, T, E), new k and v (B, K, T, E) -> (B, T, H * E)."""
         if context.rope is not None:
             q, k = rotate(q, *context.rope), rotate(k, *context.rope)
         if context.cache is not None:
-            k, v = context.cache.update(self.layer, k, v)  # (B, K, S, E)
+            k, v = context.cache.append(self.layer, k, v)  # (B, K, S, E)
         y = F.scaled_dot_product_attention(
             q,
             k,
             v,
-            context.mask,
-            self.dropout if self.training else 0.0,
+            attn_mask=context.mask,
+            dropout_p=self.dropout if self.training else 0.0,
             is_causal=context.causal,
             enable_gqa=self.heads != self.kv_heads,
         )  # (B, H, T, E)
-        mixed: Tensor = self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
-        return mixed
+        return y.transpose(1, 2).flatten(2)

@@ -1,4 +1,9 @@
-"""Blocks: attention, then an MLP, each added to what it reads. Kinds of block differ only in where the norms sit."""
+"""Blocks: attention, then an MLP, each added to what it reads. Kinds of block differ only in where the norms sit.
+
+    pre     x + attention(norm(x)), then x + mlp(norm(x))       GPT-2, Llama
+
+Shapes: B batch, T tokens, D hidden_size.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +14,8 @@ from lmworks.models.config import Config
 from lmworks.models.layers import MLP, GatedMLP, make_norm
 
 
-class PreNormBlock(nn.Module):
-    """Norm before each part (Xiong et al. 2020): GPT-2, Llama."""
+class Block(nn.Module):
+    """The parts that every kind of block has."""
 
     def __init__(self, c: Config, layer: int) -> None:
         super().__init__()
@@ -20,8 +25,17 @@ class PreNormBlock(nn.Module):
         self.mlp = GatedMLP(c) if c.gated else MLP(c)
         self.drop = nn.Dropout(c.dropout)
 
+
+class PreNormBlock(Block):
+    """Norm before each part, and none on the stream itself (Xiong et al. 2020)."""
+
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        x = x + self.drop(self.attention(self.attention_norm(x), context))
-        y: Tensor = x + self.drop(self.mlp(self.mlp_norm(x)))
+        """Add to the stream twice: (B, T, D) -> (B, T, D)."""
+        x = x + self.drop(self.attention(self.attention_norm(x), context))  # (B, T, D)
+        y: Tensor = x + self.drop(self.mlp(self.mlp_norm(x)))  # (B, T, D)
         return y
+
+
+BLOCKS: dict[str, type[Block]] = {
+    "pre": PreNormBlock,
+}

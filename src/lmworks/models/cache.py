@@ -1,68 +1,141 @@
-"""Keys and values of past tokens in buffers of fixed size, where every row has a length of its own.
+"""Keys and values of past tokens in buffers that are made once, where every row has a length of its own.
 
-Shapes: R rows of the cache, B rows of one call, K key/value heads, T new tokens, S keys seen, E head_dim.
+Shapes: R rows of the buffers, B rows of one call, K key/value heads, T new tokens, S keys (past and new), E head_dim,
+C capacity.
+
+New keys are written at [row, :, length : length + T]. So rows of different lengths share a step, and some rows can read
+a prompt while the others wait. What lies beyond a row's length is never looked at.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from lmworks.base.errors import InputError
 from lmworks.models.config import Config
 
 
 class KVCache:
-    """Buffers (R, K, length, E) for every layer; `lengths[r]` tokens of row r are filled."""
+    """Buffers (R, K, C, E) for the keys and the values of every layer, and how many tokens each row holds.
+
+    `model(input_ids, cache=cache)` continues all rows; `cache.select([2, 0])` is the same cache for a call that
+    continues only rows 2 and 0, in this order.
+    """
 
     def __init__(
-        self, c: Config, rows: int, length: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+        self,
+        c: Config,
+        rows: int = 1,
+        *,
+        capacity: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ) -> None:
-        shape = (rows, c.num_key_value_heads, length, c.head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(c.num_hidden_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(c.num_hidden_layers)]
+        shape = (rows, c.num_key_value_heads, capacity or c.max_position_embeddings, c.head_dim)
+        layers = range(c.num_hidden_layers)
+        # zeros, not empty: a hidden key has weight 0, and 0 * NaN is NaN
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]  # (R, K, C, E) each
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]  # (R, K, C, E) each
         self.lengths = [0] * rows
-        self.size = length
+        self.rows = list(range(rows))  # that the next call continues
+        self.call = Call(self.rows, self.lengths, 0)
 
-    def step(self, tokens: int, rows: Sequence[int] | None = None) -> CacheStep:
-        """Prepare to add `tokens` tokens to each of `rows` (all rows when None)."""
-        return CacheStep(self, list(range(len(self.lengths)) if rows is None else rows), tokens)
+    @property
+    def capacity(self) -> int:
+        """How many tokens a row can hold."""
+        return self.keys[0].shape[2]
+
+    @property
+    def longest(self) -> int:
+        """The length of the longest selected row."""
+        return max(self.lengths[row] for row in self.rows)
+
+    def select(self, rows: Sequence[int]) -> KVCache:
+        """Return the same buffers and lengths for calls that continue only these rows."""
+        part = copy.copy(self)
+        part.rows = list(rows)
+        return part
+
+    def reset(self) -> None:
+        """Start the selected rows over."""
+        for row in self.rows:
+            self.lengths[row] = 0
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for `capacity` tokens a row; what is held moves to larger buffers."""
+        if capacity <= self.capacity:
+            return
+        for buffers in (self.keys, self.values):
+            for layer, old in enumerate(buffers):
+                rows, heads, held, size = old.shape
+                buffers[layer] = old.new_zeros(rows, heads, capacity, size)  # (R, K, C, E)
+                buffers[layer][:, :, :held] = old
+
+    def begin(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor | None, bool, Tensor]:
+        """Prepare to add (B, T) tokens: return a mask (B or 1, 1, T, S) or None, is it causal, positions (B or 1, T).
+
+        `attention_mask` (B, T) may end in zeros: padding on the right, which is not counted.
+        """
+        B, T = input_ids.shape
+        past = [self.lengths[row] for row in self.rows]
+        if len(past) != B:
+            raise InputError("the cache and the batch differ", found=f"{B} rows", expected=f"{len(past)} rows")
+        if max(past) + T > self.capacity:
+            raise InputError("the cache is full", found=f"{max(past) + T} tokens", expected=f"at most {self.capacity}")
+        self.call = Call(self.rows, past, T, attention_mask)
+        return self.call.see(input_ids.device)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write a layer's new keys and values (B, K, T, E); return them with the past: (B, K, S, E) each."""
+        return self.call.store(self.keys[layer], k), self.call.store(self.values[layer], v)
+
+    def end(self) -> None:
+        """Count the tokens of the call, now that every layer has written them."""
+        for row, new in zip(self.rows, self.call.new, strict=True):
+            self.lengths[row] += new
 
 
-class CacheStep:
-    """One forward's dealings with the cache: where the new tokens go and which keys each of them may see."""
+class Call:
+    """Where the new tokens of one call go. Neighbouring rows are views of the buffers, scattered ones are copied."""
 
-    def __init__(self, cache: KVCache, rows: list[int], tokens: int) -> None:
-        self.cache, self.rows, self.tokens = cache, rows, tokens
-        self.past = [cache.lengths[row] for row in rows]
-        self.span = max(self.past) + tokens
-        self.uniform = min(self.past) == max(self.past)
-        first, consecutive = rows[0], rows == list(range(rows[0], rows[0] + len(rows)))
-        self.index: slice | Tensor = slice(first, first + len(rows)) if consecutive else torch.tensor(rows)
-        starts = torch.tensor(self.past)
-        self.positions = starts[:, None] + torch.arange(tokens)  # (B, T)
+    def __init__(self, rows: list[int], past: list[int], T: int, attention_mask: Tensor | None = None) -> None:
+        self.past, self.T, self.S = past, T, max(past) + T
+        self.new = [T] * len(rows) if attention_mask is None else count_real(attention_mask)
+        self.same = min(past) == max(past)  # then all rows are one slice
+        together = rows == list(range(rows[0], rows[0] + len(rows)))
+        self.index = slice(rows[0], rows[0] + len(rows)) if together else rows
+        self.scattered = not (self.same and together)
+        if self.scattered:
+            self.at = torch.tensor(rows)[:, None], torch.tensor(past)[:, None] + torch.arange(T)  # (B, 1), (B, T)
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values (B, K, T, E); return all up to the longest row: (B, K, S, E)."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        if self.uniform and isinstance(self.index, slice):
-            keys[self.index, :, self.past[0] : self.span] = k
-            values[self.index, :, self.past[0] : self.span] = v
-        else:
-            rows = torch.tensor(self.rows)[:, None]  # (B, 1)
-            keys[rows, :, self.positions] = k.transpose(1, 2)
-            values[rows, :, self.positions] = v.transpose(1, 2)
-        return keys[self.index, :, : self.span], values[self.index, :, : self.span]
+    def see(self, device: torch.device) -> tuple[Tensor | None, bool, Tensor]:
+        """Return a mask or None, whether the kernel is to hide the future, and the new tokens' positions."""
+        start = torch.tensor(self.past[:1] if self.same else self.past, device=device)[:, None]  # (B or 1, 1)
+        position_ids = start + torch.arange(self.T, device=device) if self.T > 1 else start  # (B or 1, T)
+        if self.same and (self.T == 1 or self.S == self.T):
+            return None, self.T > 1, position_ids  # a single token sees everything; a fresh row is plainly causal
+        mask = torch.arange(self.S, device=device) <= position_ids[:, None, :, None]  # (B or 1, 1, T, S)
+        return mask, False, position_ids
 
-    def mask(self) -> Tensor | None:
-        """Return (B|1, 1, T, S), True where a token may look; None when nothing is hidden or plain causality does."""
-        if self.uniform and (self.tokens == 1 or self.past[0] == 0):
-            return None
-        visible = torch.arange(self.span) <= self.positions[:, :, None]  # (B, T, S)
-        return visible[:, None]
+    def store(self, buffer: Tensor, new: Tensor) -> Tensor:
+        """Write (B, K, T, E) into a buffer (R, K, C, E); return the rows up to the longest: (B, K, S, E)."""
+        if self.scattered:
+            rows, positions = self.at
+            buffer[rows, :, positions] = new.transpose(1, 2)  # (B, T, K, E)
+            return buffer[self.index, :, : self.S]
+        held = buffer[self.index, :, : self.S]
+        held[:, :, self.S - self.T :] = new
+        return held
 
-    def commit(self, added: Sequence[int] | None = None) -> None:
-        """Count the new tokens: all of them, or `added[b]` for row b where the rest was padding on the right."""
-        for i, row in enumerate(self.rows):
-            self.cache.lengths[row] += self.tokens if added is None else added[i]
+
+def count_real(attention_mask: Tensor) -> list[int]:
+    """Return the number of real tokens in each row (B, T); padding before a real token is an InputError."""
+    real = attention_mask.bool()
+    if (real[:, 1:] & ~real[:, :-1]).any():
+        raise InputError("padding comes before a token", expected="padding on the right of rows that continue a cache")
+    counts: list[int] = real.sum(1).tolist()
+    return counts

@@ -6,12 +6,11 @@ Shapes: B batch, T tokens, D hidden_size, V vocab_size.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lmworks.models.cache import CacheStep
+from lmworks.models.cache import KVCache
 from lmworks.models.config import Config
 from lmworks.models.transformer import Transformer
 
@@ -24,7 +23,7 @@ class Head(nn.Module):
         self.project = nn.Linear(size, outputs, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, D) -> (…, outputs)."""
+        """Score: (…, D) -> (…, outputs)."""
         y: Tensor = self.project(x)
         return y
 
@@ -32,23 +31,26 @@ class Head(nn.Module):
 class CausalLM(nn.Module):
     """Predict the next token: input ids (B, T) -> logits (B, T, V).
 
-    `seed` makes fresh weights from a generator of its own (None leaves them as torch makes them).
+    Fresh weights come from a generator of their own: the same seed gives the same weights, and torch's random state is
+    left alone. `seed=None` leaves them on the meta device, without memory, for a loader to fill in.
     """
 
-    def __init__(self, config: Config, *, seed: int | None = None) -> None:
+    def __init__(self, config: Config, *, seed: int | None = 0) -> None:
         super().__init__()
         self.config = config
-        self.hf_config: dict[str, Any] = {}  # the published config that this was read from; unknown keys survive in it
-        self.transformer = Transformer(config)
-        self.head = Head(config.hidden_size, config.vocab_size)
-        if config.tie_word_embeddings:
-            self.tie()
+        with torch.device("meta"):  # nothing is drawn that would be thrown away
+            self.transformer = Transformer(config)
+            self.head = Head(config.hidden_size, config.vocab_size)
+        if seed is not None:
+            self.to_empty(device=torch.get_default_device())
+        self.tie()
         if seed is not None:
             initialise(self, config, seed)
 
     def tie(self) -> None:
-        """Let the projection share the embedding's matrix (Press and Wolf 2017)."""
-        self.head.project.weight = self.transformer.embeddings.tokens.weight
+        """Let the projection share the embedding's matrix (Press and Wolf 2017), where the config says so."""
+        if self.config.tie_word_embeddings:
+            self.head.project.weight = self.transformer.embeddings.tokens.weight
 
     def forward(
         self,
@@ -56,7 +58,7 @@ class CausalLM(nn.Module):
         attention_mask: Tensor | None = None,
         *,
         position_ids: Tensor | None = None,
-        cache: CacheStep | None = None,
+        cache: KVCache | None = None,
         last: Tensor | int | None = None,
     ) -> Tensor:
         """Return logits (B, T, V), or only those (B, V) of token `last[b]` of each row (-1: the last one)."""
@@ -65,8 +67,8 @@ class CausalLM(nn.Module):
             x = x[:, last]  # (B, D)
         elif last is not None:
             x = x[torch.arange(len(x), device=x.device), last]  # (B, D)
-        y: Tensor = self.head(x)
-        return y
+        logits: Tensor = self.head(x)
+        return logits
 
     def hidden_states(
         self,
@@ -74,21 +76,22 @@ class CausalLM(nn.Module):
         attention_mask: Tensor | None = None,
         *,
         position_ids: Tensor | None = None,
-        cache: CacheStep | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Return the states (B, T, D) that the head reads: a loss may project them piece by piece."""
-        y: Tensor = self.transformer(input_ids, attention_mask, position_ids, cache)
-        return y
+        states: Tensor = self.transformer(input_ids, attention_mask, position_ids, cache)
+        return states
 
 
 def initialise(model: nn.Module, c: Config, seed: int) -> None:
     """Draw fresh weights as GPT-2 does: normal, and smaller where a residual branch ends (Radford et al. 2019)."""
     generator = torch.Generator().manual_seed(seed)
-    ends = ("o_proj.weight", "down_proj.weight")
+    shrink = math.sqrt(2 * c.num_hidden_layers)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim < 2:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
-            shrink = math.sqrt(2 * c.num_hidden_layers) if name.endswith(ends) else 1.0
-            parameter.normal_(0.0, c.initializer_range / shrink, generator=generator)
+            std = c.initializer_range / (shrink if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0)
+            drawn = torch.empty(parameter.shape, device="cpu").normal_(0.0, std, generator=generator)
+            parameter.copy_(drawn)  # drawn on the CPU, so that every device gets the same

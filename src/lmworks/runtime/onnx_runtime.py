@@ -51,6 +51,7 @@ class OnnxRuntime:
         self.row_shape = [shapes[f"past_key_values.{name}"] for name in self.cache_names]  # (B, K, S, E) each
         self.lengths = np.zeros(slots, np.int64)
         self.caches: list[Floats] = []
+        self.bindings: dict[tuple[int, int], Any] = {}  # rows -> their caches, bound
         self.capacity = 0
         self._reserve(min(FIRST_CAPACITY, self.max_length))
 
@@ -103,20 +104,27 @@ class OnnxRuntime:
         total = int(lengths.max())
         self._reserve(total)
         mask = (np.arange(total) < lengths[:, None]).astype(np.int64)  # (B, S)
-        binding = self.session.io_binding()
+        binding = self._bind(rows)
         binding.bind_cpu_input("input_ids", input_ids)
         binding.bind_cpu_input("attention_mask", mask)
-        binding.bind_cpu_input("num_logits_to_keep", np.array(1, np.int64))
         if self.takes_positions:
             binding.bind_cpu_input("position_ids", past[:, None] + np.arange(input_ids.shape[1]))  # (B, T)
-        for name, cache in zip(self.cache_names, self.caches, strict=True):
-            held = cache[rows]  # (B, K, C, E), a view
-            place = ("cpu", 0, np.float32, held.shape, held.ctypes.data)
-            binding.bind_input(f"past_key_values.{name}", *place)
-            binding.bind_output(f"present.{name}", *place)
         binding.bind_output("logits", "cpu", 0, np.float32, (len(logits), 1, self.vocab_size), logits.ctypes.data)
         self.session.run_with_iobinding(binding)
         self.lengths[rows] = lengths
+
+    def _bind(self, rows: slice) -> Any:
+        """Return the binding of these rows' caches, past and present in one place; made once, as it takes 0.2 ms."""
+        key = (rows.start, rows.stop)
+        if key not in self.bindings:
+            binding = self.bindings[key] = self.session.io_binding()
+            binding.bind_cpu_input("num_logits_to_keep", np.array(1, np.int64))
+            for name, cache in zip(self.cache_names, self.caches, strict=True):
+                held = cache[rows]  # (B, K, C, E), a view
+                place = ("cpu", 0, np.float32, held.shape, held.ctypes.data)
+                binding.bind_input(f"past_key_values.{name}", *place)
+                binding.bind_output(f"present.{name}", *place)
+        return self.bindings[key]
 
     def _reserve(self, length: int) -> None:
         """Make room for `length` positions in every slot; double, so that copying stays rare."""
@@ -129,7 +137,7 @@ class OnnxRuntime:
             if self.caches:
                 cache[:, :, : self.capacity] = self.caches[i]
             grown.append(cache)
-        self.caches, self.capacity = grown, capacity
+        self.caches, self.capacity, self.bindings = grown, capacity, {}
 
 
 def neighbours(slots: Sequence[int]) -> Iterator[tuple[slice, list[int]]]:

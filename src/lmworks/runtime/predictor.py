@@ -97,13 +97,13 @@ def open_runtime(folder: Path, runtime: str, dtype: str, slots: int, threads: in
 
 
 def read_eos_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:
-    """Return the tokens that end a text: those of generation_config.json, of config.json, or the tokenizer's."""
+    """Return the tokens that end a text: those of generation_config.json, else config.json, else the tokenizer's."""
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
             value = read_json(folder / name).get("eos_token_id")
             if isinstance(value, int):
                 return [value]
-            if isinstance(value, list) and value:
+            if isinstance(value, list):
                 return [int(item) for item in value]
     return [] if tokenizer.eos_id is None else [tokenizer.eos_id]
 

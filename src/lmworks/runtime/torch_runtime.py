@@ -5,7 +5,9 @@ Shapes: B batch, T tokens, n rows of a call, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -21,77 +23,111 @@ from lmworks.models.heads import CausalLM
 from lmworks.runtime.base import Logits, check_ids, check_length, check_slots
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FIRST_CAPACITY = 256  # tokens a slot; doubled when a slot needs more
 
 
 class TorchRuntime:
-    """Our modules in inference mode, with a static cache of `slots` rows made at first use."""
+    """Our modules in inference mode, with `slots` rows of a static cache. A model that is given stays as it is."""
 
     name = "torch"
 
     def __init__(self, model: CausalLM | str | Path, *, dtype: str = "fp32", slots: int = 1) -> None:
         if dtype not in DTYPES:
-            raise InputError(f"torch cannot run dtype {dtype!r}", expected=", ".join(DTYPES))
-        self.model = (model if isinstance(model, CausalLM) else load_model(model)).eval()
-        if dtype != "fp32":
-            self.model = self.model.to(DTYPES[dtype])
-        self.dtype, self.slots = dtype, slots
-        self.vocab_size = self.model.config.vocab_size
-        self.max_length = self.model.config.max_position_embeddings
-        self.cache: KVCache | None = None
+            raise InputError(f"torch cannot run the dtype {dtype!r}", expected=" or ".join(DTYPES))
+        if not isinstance(model, CausalLM):
+            model = load_model(model)
+        wanted = DTYPES[dtype]
+        if any(parameter.dtype != wanted for parameter in model.parameters()):
+            model = deepcopy(model).to(wanted)
+        self.model, self.dtype = model, dtype
+        self.vocab_size, self.max_length = model.config.vocab_size, model.config.max_position_embeddings
+        self.device = next(model.parameters()).device
+        capacity = min(FIRST_CAPACITY, self.max_length)
+        self.cache = KVCache(model.config, slots, capacity=capacity, dtype=wanted, device=self.device)
 
     def run(self, batch: Batch) -> dict[str, NDArray[Any]]:
-        """Run whole sequences without a cache: logits (B, T, V)."""
-        ids = np.asarray(batch["input_ids"])
-        check_ids(ids, self.vocab_size)
-        check_length(ids.shape[1], self.max_length)
-        mask = batch.get("attention_mask")
-        hidden = mask is not None and not np.all(mask)
-        with torch.inference_mode():
-            logits = self.model(torch.from_numpy(ids), torch.from_numpy(np.asarray(mask)) if hidden else None)
-            return {"logits": logits.float().numpy()}
+        """Run whole sequences, padded on either side, without a cache: input_ids (B, T) -> logits (B, T, V)."""
+        input_ids, mask = np.asarray(batch["input_ids"], np.int64), batch.get("attention_mask")
+        check_ids(input_ids, self.vocab_size)
+        check_length(input_ids.shape[1], self.max_length)
+        with inference(self.model):
+            real = torch.from_numpy(mask).to(self.device) if mask is not None and is_padded_left(mask) else None
+            logits = self.model(torch.from_numpy(input_ids).to(self.device), real)  # (B, T, V)
+        return {"logits": to_numpy(logits)}
 
     def prefill(self, slots: Sequence[int], input_ids: Sequence[Sequence[int]]) -> Logits:
         """Start these slots over, one prompt each of any length; return the last token's logits (n, V)."""
-        check_slots(slots, len(input_ids), self.slots)
-        lengths = [len(ids) for ids in input_ids]
-        for length in lengths:
-            check_length(length, self.max_length)
-        padded = np.zeros((len(lengths), max(lengths)), np.int64)
-        for row, ids in zip(padded, input_ids, strict=True):
-            row[: len(ids)] = ids
-        check_ids(padded, self.vocab_size)
-        cache = self.make_cache()
-        for slot in slots:
-            cache.lengths[slot] = 0
-        step = cache.step(padded.shape[1], slots)
-        last = torch.tensor(lengths) - 1
-        with torch.inference_mode():
-            logits = self.model(torch.from_numpy(padded), cache=step, last=last)  # (n, V)
-        step.commit(lengths)
-        return as_float32(logits)
+        check_slots(slots, len(input_ids), len(self.cache.lengths))
+        lengths = [len(row) for row in input_ids]
+        for prompt in input_ids:
+            check_length(len(prompt), self.max_length)
+            check_ids(np.asarray(prompt), self.vocab_size)
+        self._reserve(max(lengths, default=0))
+        logits = np.empty((len(slots), self.vocab_size), np.float32)
+        for rows in alike(lengths):
+            padded = np.zeros((len(rows), lengths[rows[0]]), np.int64)  # on the right
+            for i, row in enumerate(rows):
+                padded[i, : lengths[row]] = input_ids[row]
+            counts = torch.tensor([lengths[row] for row in rows])
+            mask = (torch.arange(padded.shape[1]) < counts[:, None]) if len(rows) > 1 else None
+            cache = self.cache.select([slots[row] for row in rows])
+            cache.reset()
+            with inference(self.model):
+                last = (counts - 1).to(self.device)
+                out = self.model(torch.from_numpy(padded).to(self.device), mask, cache=cache, last=last)
+            logits[rows] = to_numpy(out)
+        return logits
 
     def step(self, slots: Sequence[int], input_ids: Sequence[int]) -> Logits:
-        """Add one token to each of these slots; return its logits (n, V)."""
-        check_slots(slots, len(input_ids), self.slots)
-        cache = self.make_cache()
-        for slot in slots:
-            check_length(cache.lengths[slot] + 1, self.max_length)
-        ids = np.asarray(input_ids, np.int64)[:, None]
-        check_ids(ids, self.vocab_size)
-        step = cache.step(1, slots)
+        """Add one token to each of these slots, whatever their lengths; return its logits (n, V)."""
+        check_slots(slots, len(input_ids), len(self.cache.lengths))
+        tokens = np.asarray(input_ids, np.int64)[:, None]  # (n, 1)
+        check_ids(tokens, self.vocab_size)
+        if not slots:
+            return np.empty((0, self.vocab_size), np.float32)
+        cache = self.cache.select(slots)
+        check_length(cache.longest + 1, self.max_length)
+        self._reserve(cache.longest + 1)
+        with inference(self.model):
+            return to_numpy(self.model(torch.from_numpy(tokens).to(self.device), cache=cache, last=-1))
+
+    def _reserve(self, length: int) -> None:
+        """Make room in the cache; double, so that copying stays rare."""
+        if length > self.cache.capacity:
+            self.cache.reserve(max(length, min(2 * self.cache.capacity, self.max_length)))
+
+
+@contextmanager
+def inference(model: CausalLM) -> Iterator[None]:
+    """Switch dropout and gradients off, and leave a model that is being trained as it was."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
         with torch.inference_mode():
-            logits = self.model(torch.from_numpy(ids), cache=step, last=-1)  # (n, V)
-        step.commit()
-        return as_float32(logits)
-
-    def make_cache(self) -> KVCache:
-        """Return the cache, made at first use."""
-        if self.cache is None:
-            self.cache = KVCache(self.model.config, self.slots, self.max_length, dtype=DTYPES[self.dtype])
-        return self.cache
+            yield
+    finally:
+        if training:
+            model.train()
 
 
-def as_float32(logits: torch.Tensor) -> Logits:
-    """Return the logits as a numpy array of float32."""
-    array: Logits = logits.float().numpy()
+def is_padded_left(mask: NDArray[Any]) -> bool:
+    """Return whether a mask (B, T) hides a token that another one could see; padding on the right is never seen."""
+    return bool((mask[:, 1:] > mask[:, :-1]).any() or not mask[:, 0].all())
+
+
+def alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Group rows so that the longest of a group is at most twice as long as any other: [8, 1, 5] -> [[0, 2], [1]]."""
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if groups and 2 * lengths[row] >= lengths[groups[-1][0]]:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def to_numpy(logits: torch.Tensor) -> Logits:
+    """Return logits as a numpy array of float32."""
+    array: Logits = logits.float().cpu().numpy()
     return array

@@ -1,1 +1,1 @@
-"""Text: reading it from files, light cleaning, the split, and a language of our own to try everything on."""
+"""Texts: reading, cleaning, splitting, and the built-in constructed language."""

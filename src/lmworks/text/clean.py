@@ -5,18 +5,23 @@ from __future__ import annotations
 import re
 import unicodedata
 
-# control characters but tab and newline; the byte order mark; zero-width space; soft hyphen
-INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\u200b\u00ad]")
-TRAILING = re.compile(r"[ \t]+$", re.MULTILINE)
-BLANK_LINES = re.compile(r"\n{4,}")
+from lmworks.base.optional import require
+
+LINE_ENDS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
+INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\xad\ufeff]")  # control characters, soft hyphen, byte order mark
+SURROGATES = re.compile("[\ud800-\udfff]")
+TOO_BLANK = re.compile(r"\n{4,}")
 
 
-def clean(text: str) -> str:
-    """Return the text in Unicode's composed form, with \\n line ends, without invisible characters and trailing blanks.
+def clean(text: str, *, mojibake: bool = False) -> str:
+    r"""Return the text in Unicode's composed form (NFC) with \n line ends: " e\u0301 \r\n" -> " é\n".
 
-    Lone surrogates become U+FFFD; more than two blank lines become two.
+    Control characters but tab and newline, soft hyphens and byte order marks go, as do blanks at the end of a line
+    and blank lines after the second. A lone surrogate becomes U+FFFD. Joiners and other marks that a script needs
+    stay. `mojibake` also mends text that was decoded wrongly, "caf\u00c3\u00a9" -> "café" (needs the [data] extra).
     """
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
-    text = INVISIBLE.sub("", text)
-    return BLANK_LINES.sub("\n\n\n", TRAILING.sub("", text))
+    if mojibake:
+        text = require("ftfy", extra="data").fix_encoding(text)
+    text = INVISIBLE.sub("", LINE_ENDS.sub("\n", SURROGATES.sub("\ufffd", text)))
+    lines = "\n".join(line.rstrip(" \t") for line in unicodedata.normalize("NFC", text).split("\n"))
+    return TOO_BLANK.sub("\n\n\n", lines)

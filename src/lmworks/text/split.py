@@ -1,10 +1,10 @@
-"""Keep a part of the documents for validation: the same part for the same seed, and no document on both sides."""
+"""Keep a part of the documents for validation: the same part for the same seed, and no text on both sides."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import numpy as np
+from dataclasses import replace
+from hashlib import blake2b
 
 from lmworks.base.errors import InputError
 from lmworks.text.read import Document
@@ -15,35 +15,46 @@ FEW = 20  # with fewer documents than this, each gives its own last part
 def split_documents(
     documents: Sequence[Document], *, validation: float = 0.1, seed: int = 0
 ) -> tuple[list[Document], list[Document]]:
-    """Return (training, validation); exact duplicates stay on one side.
+    """Return (training, validation), each in the order of `documents`.
 
-    Many documents are shuffled by the seed and taken whole until `validation` of all characters is reached. Of few
-    documents, the last `validation` of each is kept, so a single file is cut once, as is usual for books.
+    Of many documents, whole ones are drawn by a hash of seed and text until they hold `validation` of all characters,
+    so that exact duplicates stay together and the order of the files does not matter. Of few documents, or where one
+    outweighs the validation part, the last `validation` of each is kept: a single text is cut at exactly that
+    character, several at the line end or blank before it. Raises InputError where a side would be empty.
     """
     if not 0 < validation < 1:
         raise InputError("the validation share is out of range", found=str(validation), expected="between 0 and 1")
-    groups: dict[str, list[Document]] = {}
+    sizes: dict[str, int] = {}
     for document in documents:
-        groups.setdefault(document.text, []).append(document)
-    if len(groups) < FEW:
-        pairs = [cut(documents_of[0], 1 - validation) for documents_of in groups.values()]
-        return [a for a, _ in pairs if a.text], [b for _, b in pairs if b.text]
-    order = np.random.Generator(np.random.Philox(seed)).permutation(len(groups))
-    members = list(groups.values())
-    wanted = validation * sum(len(document.text) for document in documents)
-    kept: list[Document] = []
-    rest: list[Document] = []
-    size = 0
-    for i in order:
-        if size < wanted:
-            kept += members[i]
-            size += sum(len(document.text) for document in members[i])
-        else:
-            rest += members[i]
-    return rest, kept
+        sizes[document.text] = sizes.get(document.text, 0) + len(document.text)
+    wanted = validation * sum(sizes.values())
+    if len(sizes) < FEW or max(sizes.values()) > wanted:
+        sides = [cut(document, validation, exactly=len(documents) == 1) for document in documents]
+        train, held_out = [a for a, _ in sides if a.text], [b for _, b in sides if b.text]
+    else:
+        drawn = draw(sizes, wanted, seed)
+        train = [document for document in documents if document.text not in drawn]
+        held_out = [document for document in documents if document.text in drawn]
+    if not train or not held_out:
+        raise InputError("too little text to keep some for validation", found=f"{sum(sizes.values())} characters")
+    return train, held_out
 
 
-def cut(document: Document, share: float) -> tuple[Document, Document]:
-    """Cut a document after `share` of its characters."""
-    at = int(share * len(document.text))
-    return Document(document.name, document.text[:at]), Document(document.name, document.text[at:])
+def draw(sizes: dict[str, int], wanted: float, seed: int) -> set[str]:
+    """Return the texts that come first by hash and together hold about `wanted` characters."""
+    salt = seed.to_bytes(16, "little", signed=True)
+    drawn: set[str] = set()
+    for text in sorted(sizes, key=lambda text: blake2b(text.encode("utf-8", "surrogatepass"), salt=salt).digest()):
+        if wanted > 0 and sizes[text] < 2 * wanted:  # not if that ends farther from the goal than stopping here
+            drawn.add(text)
+            wanted -= sizes[text]
+    return drawn
+
+
+def cut(document: Document, validation: float, *, exactly: bool) -> tuple[Document, Document]:
+    """Cut a document before its last `validation` characters, or after the line end or blank before that place."""
+    text = document.text
+    at = int(len(text) * (1 - validation))
+    if not exactly:
+        at = 1 + text.rfind("\n", at // 2, at) or 1 + text.rfind(" ", at // 2, at) or at
+    return replace(document, text=text[:at]), replace(document, text=text[at:])

@@ -6,15 +6,12 @@ export class Client {
     this.count = 0;
     this.ended = false;
     this.worker = new Worker(new URL(`worker.js${version}`, import.meta.url), { type: "module" });
-    this.ready = new Promise((resolve, reject) => Object.assign(this, { onReady: resolve, onFail: reject }));
-    this.ready.catch(() => {});
     this.worker.onmessage = ({ data }) => this.receive(data);
     this.worker.onerror = (event) => this.end(event.message || "The page's worker could not be started.");
   }
 
   // Ask the worker; `onNote` hears what it says before it is done.
   async call(type, values = {}, onNote = null) {
-    await this.ready;
     if (this.ended) throw new Error("The model was unloaded.");
     const id = (this.count += 1);
     return new Promise((resolve, reject) => {
@@ -32,16 +29,11 @@ export class Client {
     this.ended = true;
     this.worker.terminate();
     const error = new Error(reason);
-    this.onFail(error);
     for (const { reject } of this.calls.values()) reject(error);
     this.calls.clear();
   }
 
-  receive({ ready, id, note, result, error }) {
-    if (ready) {
-      this.onReady();
-      return;
-    }
+  receive({ id, note, result, error }) {
     const call = this.calls.get(id);
     if (!call) return;
     if (note) {

@@ -10,16 +10,19 @@
 
 const version = self.location.search; // "?v=…", so that a new page never meets an old file in a cache
 const root = new URL("..", self.location.href);
-const { Engine, answer } = await import(`./engine.js${version}`);
-const library = await import(`./vendor/transformers.min.js${version}`);
 
 const PREFIX = "/lmworks/model/"; // transformers.js asks for PREFIX + file; nothing is ever fetched from there
+let library = null;
+let answer = null;
 let engine = null;
 let stopping = null;
 
 const VERBS = {
   async load({ dtype, device, files }, note) {
     const started = performance.now();
+    const [parts, found] = await Promise.all([import(`./engine.js${version}`), import(`./vendor/transformers.min.js${version}`)]);
+    library = found;
+    answer = parts.answer;
     const variant = chooseVariant(device, files);
     const pair = `web/vendor/ort-wasm-simd-threaded${variant}`;
     const wanted = [`${pair}.wasm`, ...modelFiles(files, dtype)];
@@ -43,7 +46,7 @@ const VERBS = {
       wasmPaths: { mjs, wasm },
       wasmBinary: await download(`${pair}.wasm`, files[`${pair}.wasm`], progress),
     });
-    engine = await Engine.open(library, "model", { dtype, device, pause: nextMessage });
+    engine = await parts.Engine.open(library, "model", { dtype, device, pause: nextMessage });
     const seconds = (performance.now() - started) / 1000;
     return { variant, threads, context: engine.context, seconds };
   },
@@ -75,7 +78,6 @@ self.onmessage = async ({ data: { id, type, ...rest } }) => {
     self.postMessage({ id, error: explain(error) });
   }
 };
-self.postMessage({ ready: true });
 
 // JSPI is the fastest build and the smaller one with WebGPU; the plain build runs everywhere, without WebGPU.
 function chooseVariant(device, files) {
@@ -138,7 +140,7 @@ class Progress {
   }
 
   add(count) {
-    this.loaded += count;
+    this.loaded = Math.min(this.loaded + count, this.total);
     const percent = Math.floor((100 * this.loaded) / this.total);
     if (percent === this.told) return;
     this.told = percent;

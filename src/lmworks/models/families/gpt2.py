@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from lmworks.models.config import Config
+from lmworks.models.config import Config, require
+from lmworks.models.hf_config import Fields
 
+ARCHITECTURE, PREFIX = "GPT2LMHeadModel", "transformer."
 KEYS: dict[str, str | tuple[str, ...]] = {
     "wte": "embeddings.tokens",
     "wpe": "embeddings.positions",
@@ -18,34 +21,38 @@ KEYS: dict[str, str | tuple[str, ...]] = {
     "ln_f": "final_norm",
 }
 TRANSPOSED = frozenset({"h.{}.attn.c_attn", "h.{}.attn.c_proj", "h.{}.mlp.c_fc", "h.{}.mlp.c_proj"})
+IGNORED = frozenset({"h.{}.attn.bias", "h.{}.attn.masked_bias"})  # old files hold the causal mask as well
 
 
-def config(hf: dict[str, Any]) -> Config:
+def config(hf: Mapping[str, Any]) -> Config:
     """Read a published config."""
+    f = Fields(hf)
+    f.must_be("scale_attn_weights", True)
+    f.must_be("scale_attn_by_inverse_layer_idx", False)
+    f.must_be("add_cross_attention", False)
     return new(
-        vocab_size=hf.get("vocab_size", 50257), hidden_size=hf.get("n_embd", 768),
-        num_hidden_layers=hf.get("n_layer", 12), num_attention_heads=hf.get("n_head", 12),
-        intermediate_size=hf.get("n_inner"), max_position_embeddings=hf.get("n_positions", 1024),
-        hidden_act=hf.get("activation_function", "gelu_new"), norm_eps=hf.get("layer_norm_epsilon", 1e-5),
-        initializer_range=hf.get("initializer_range", 0.02), tie_word_embeddings=hf.get("tie_word_embeddings", True),
-        dropout=hf.get("resid_pdrop", 0.1),
-    )  # fmt: skip
+        vocab_size=f.integer("vocab_size"), hidden_size=f.integer("n_embd"), num_hidden_layers=f.integer("n_layer"),
+        num_attention_heads=f.integer("n_head"), max_position_embeddings=f.integer("n_positions"),
+        intermediate_size=f.integer("n_inner", 4 * f.integer("n_embd")), dropout=f.number("resid_pdrop", 0.1),
+        hidden_act=f.text("activation_function", "gelu_new"), norm_eps=f.number("layer_norm_epsilon", 1e-5),
+        initializer_range=f.number("initializer_range", 0.02), tie_word_embeddings=f.flag("tie_word_embeddings", True),
+        bos_token_id=f.token("bos_token_id", 50256), eos_token_id=f.tokens("eos_token_id", 50256),
+        pad_token_id=f.token("pad_token_id"), source=hf)  # fmt: skip
 
 
 def to_hf(c: Config) -> dict[str, Any]:
-    """Write a config that transformers and transformers.js read; the latter wants max_position_embeddings too."""
+    """Write what `config` reads; transformers.js wants max_position_embeddings too."""
     return {
-        "vocab_size": c.vocab_size, "n_embd": c.hidden_size, "n_layer": c.num_hidden_layers,
-        "n_head": c.num_attention_heads, "n_positions": c.max_position_embeddings, "n_inner": c.intermediate_size,
-        "max_position_embeddings": c.max_position_embeddings, "activation_function": c.hidden_act,
-        "layer_norm_epsilon": c.norm_eps, "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout,
-    }  # fmt: skip
+        "n_embd": c.hidden_size, "n_layer": c.num_hidden_layers, "n_head": c.num_attention_heads,
+        "n_positions": c.max_position_embeddings, "max_position_embeddings": c.max_position_embeddings,
+        "n_inner": c.intermediate_size, "activation_function": c.hidden_act, "layer_norm_epsilon": c.norm_eps,
+        "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout}  # fmt: skip
 
 
-def new(*, hidden_size: int, num_attention_heads: int, intermediate_size: int | None = None, **rest: Any) -> Config:
+def new(*, hidden_size: int, num_attention_heads: int, **rest: Any) -> Config:
     """Return a GPT-2 of this size; the MLP is four times as wide by default."""
-    return Config(
-        model_type="gpt2", hidden_size=hidden_size, num_attention_heads=num_attention_heads,
-        num_key_value_heads=num_attention_heads, head_dim=hidden_size // num_attention_heads,
-        intermediate_size=intermediate_size or 4 * hidden_size, **rest,
-    )  # fmt: skip
+    heads = max(num_attention_heads, 1)
+    require(hidden_size % heads == 0, "hidden_size", hidden_size, f"a multiple of {heads} heads")
+    defaults = {"num_key_value_heads": heads, "head_dim": hidden_size // heads, "intermediate_size": 4 * hidden_size}
+    return Config(model_type="gpt2", hidden_size=hidden_size, num_attention_heads=num_attention_heads,
+                  **{**defaults, **rest})  # fmt: skip

@@ -1,0 +1,101 @@
+"""From bytes to text, whatever the encoding, and never by guessing in silence: the name of the encoding comes along."""
+
+from __future__ import annotations
+
+import codecs
+import re
+
+from lmworks.base.errors import InputError
+from lmworks.base.optional import require
+
+MARKS = (  # byte order marks, the longest first
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+SEVEN_BIT = (  # encodings that look like ASCII: what gives them away
+    (re.compile(rb"\x1b\$[@B(]"), "iso2022_jp_2"),
+    (re.compile(rb"\x1b\$\)C"), "iso2022_kr"),
+    (re.compile(rb"~\{(?:[\x21-\x7e]{2})+~\}"), "hz"),
+)
+DECLARED = re.compile(rb"""<meta[^>]{0,200}charset\s{0,9}=\s{0,9}["']?([\w.:-]{1,40})""", re.IGNORECASE)
+LOOSER = 0.5  # charset-normalizer's tolerance of odd characters, on the second try (its own default is 0.2)
+
+
+def decode(data: bytes, name: str) -> tuple[str, str]:
+    """Return the text and its encoding: byte order mark, UTF-8, what an HTML page declares, else detection.
+
+    A last character that is cut off is left out. Raises InputError for bytes that are no text.
+    """
+    for mark, encoding in MARKS:
+        if data.startswith(mark):
+            text = attempt(data[len(mark) :], encoding)
+            if text is None:
+                raise InputError(f"{name} begins as {encoding} but does not go on as such", fix="save it as UTF-8")
+            return text, encoding
+    if b"\0" in data:
+        return decode_wide(data, name)
+    if data.isascii():
+        for signature, encoding in SEVEN_BIT:
+            text = attempt(data, encoding) if signature.search(data) else None
+            if text is not None:
+                return text, encoding
+        return data.decode("ascii"), "utf-8"
+    text = attempt(data, "utf-8")
+    if text is not None and not text.isascii():  # all ASCII but a torn last character: rather an older encoding
+        return text, "utf-8"
+    declared = DECLARED.search(data[:4096])
+    if declared:
+        encoding = declared[1].decode("ascii").lower()
+        text = attempt(data, encoding)
+        if text is not None:
+            return text, encoding
+    return detect(data, name)
+
+
+def attempt(data: bytes, encoding: str) -> str | None:
+    """Return the text in this encoding, without a torn last character, or None where it does not fit."""
+    try:
+        return codecs.getincrementaldecoder(encoding)("strict").decode(data, final=False)
+    except (UnicodeError, LookupError):
+        return None
+
+
+def decode_wide(data: bytes, name: str) -> tuple[str, str]:
+    """Return bytes with zeros as UTF-16 if the zeros are every second byte; else they are not text."""
+    head = data[:4096]
+    for start, encoding in ((1, "utf-16-le"), (0, "utf-16-be")):
+        if head[start::2].count(0) > 0.4 * len(head[start::2]) and not head[1 - start :: 2].count(0):
+            text = attempt(data, encoding)
+            if text is not None:
+                return text, encoding
+    raise binary(name)
+
+
+def detect(data: bytes, name: str) -> tuple[str, str]:
+    """Ask charset-normalizer, first with its own tolerance of odd characters, then with a larger one."""
+    try:
+        library = require("charset_normalizer", extra="data")
+    except Exception as error:
+        raise InputError(
+            f"{name} is not UTF-8",
+            expected="UTF-8, or the package that detects other encodings",
+            fix=f"{getattr(error, 'fix', '')}, or convert the file: iconv -f OLD -t UTF-8",
+        ) from None
+    for settings in ({}, {"threshold": LOOSER}):
+        best = library.from_bytes(data, **settings).best()
+        if best is not None:
+            return str(best), str(best.encoding)
+    raise binary(name)
+
+
+def binary(name: str) -> InputError:
+    """Return the error for bytes that are no text."""
+    return InputError(
+        f"{name} is not text",
+        found="binary data",
+        expected="text in any encoding",
+        fix="remove the file, or convert it to plain text first",
+    )

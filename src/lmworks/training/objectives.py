@@ -1,0 +1,114 @@
+"""What training minimises. An objective returns the SUM of its terms and says how many there are.
+
+The trainer divides by the count of the whole batch, so that splitting a batch changes nothing.
+
+Chunked cross-entropy never holds the logits of all tokens: for a few rows at a time it computes them, their loss and
+its gradient, and keeps only the gradient:   d loss / d logits = softmax(logits) - one_hot(label).
+
+Shapes: N scored tokens, C rows of a chunk, D hidden_size, V vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lmworks.base.types import Batch
+from lmworks.training.data import IGNORED
+
+CHUNK_ELEMENTS = 2**21  # logits held at once: 8 MB in fp32, measured to be best between 2**20 and 2**22
+
+
+class Objective(Protocol):
+    """A loss that is a sum over a batch."""
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the sum of the loss over the batch, in nats, as a float32 scalar."""
+
+    def count(self, batch: Batch) -> int:
+        """Return how many terms that sum has."""
+
+
+class CausalLoss:
+    """Cross-entropy of the next token, for a model with `hidden_states(input_ids)` and `head.project`."""
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the summed loss over the labels that are not -100."""
+        network: Any = model
+        hidden = network.hidden_states(batch["input_ids"], batch.get("attention_mask")).flatten(0, 1)  # (B·T, D)
+        labels = batch["labels"].flatten()  # (B·T,)
+        scored = labels != IGNORED
+        if not scored.all():
+            hidden, labels = hidden[scored], labels[scored]  # (N, D), (N,)
+        project = network.head.project
+        if type(project) is nn.Linear and project.bias is None:
+            return chunked_cross_entropy(hidden, project.weight, labels)
+        return F.cross_entropy(network.head(hidden).float(), labels, reduction="sum")
+
+    def count(self, batch: Batch) -> int:
+        """Return the number of scored tokens."""
+        return int((batch["labels"] != IGNORED).sum())
+
+
+def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int | None = None) -> Tensor:
+    """Return the summed cross-entropy of softmax(hidden · weightᵀ): hidden (N, D), weight (V, D), labels (N,).
+
+    Products run in autocast's dtype where it is on; the softmax is always float32.
+    """
+    chunk = chunk or max(1, CHUNK_ELEMENTS // len(weight))
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    if torch.is_grad_enabled():
+        loss: Tensor = ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, dtype)
+        return loss
+    total = torch.zeros((), device=hidden.device)
+    weight_t = weight.to(dtype).t()  # (D, V)
+    for rows, targets in zip(hidden.to(dtype).split(chunk), labels.split(chunk), strict=True):
+        total += F.cross_entropy((rows @ weight_t).float(), targets, reduction="sum")
+    return total
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """The loss and, in the same pass, its gradients; the backward pass only scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
+        """Go through the rows chunk by chunk; return the sum of their losses."""
+        x, w = hidden.to(dtype), weight.to(dtype)  # (N, D), (V, D)
+        d_hidden = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        total = torch.zeros((), device=hidden.device)
+        for start in range(0, len(x), chunk):
+            rows, targets = x[start : start + chunk], labels[start : start + chunk, None]  # (C, D), (C, 1)
+            logp = F.log_softmax((rows @ w.t()).float(), dim=-1)  # (C, V)
+            total -= logp.gather(1, targets).sum()
+            slope = logp.exp_().scatter_add_(1, targets, torch.full_like(targets, -1.0, dtype=logp.dtype)).to(dtype)
+            if d_hidden is not None:
+                torch.mm(slope, w, out=d_hidden[start : start + chunk])
+            if d_weight is not None:
+                add_product(d_weight, slope.t(), rows)
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.hidden_dtype = hidden.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the gradients that the forward pass left."""
+        d_hidden, d_weight = ctx.saved_tensors
+        if d_hidden is not None:
+            d_hidden = (d_hidden * scale).to(ctx.hidden_dtype)
+        return d_hidden, None if d_weight is None else d_weight * scale, None, None, None
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a · b to `total`, whose dtype may be wider."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b

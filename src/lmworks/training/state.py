@@ -1,0 +1,280 @@
+"""Exact resume: checkpoints that are whole or absent, in the run folder.
+
+    metrics.jsonl             one line a step; a checkpoint knows how many of its bytes belong to it
+    last.<step>/              model.safetensors · optimizer.safetensors · state.json · manifest.json
+    best.<step>/              model.safetensors · manifest.json: the weights with the lowest validation loss
+
+A checkpoint is written under a hidden name, every file is flushed to the disk, the manifest of SHA-256 sums comes last,
+and one rename makes it visible. Reading verifies every sum and falls back to the checkpoint before. Nothing is a pickle.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lmworks.base.errors import FormatError, InputError
+from lmworks.base.files import STAGED, free_bytes, read_json, sha256, sync_folder
+from lmworks.training.optim import load_optimizer, optimizer_tensors
+
+LAST, BEST = "last", "best"
+MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+DTYPES = {
+    torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+COPIES = 4  # of the weights, and of the gradients' size: two checkpoints with two moments each, two sets of best weights
+SMALL_FILES = 10_000_000  # bytes: the log, the states
+
+
+@dataclass(kw_only=True)
+class State:
+    """Where a run stands, apart from its tensors."""
+
+    step: int = 0  # optimizer steps done; also the data cursor and the seed of dropout
+    tokens: int = 0  # scored tokens so far
+    seconds: float = 0.0
+    best_step: int | None = None
+    best_loss: float | None = None
+    waited: int = 0  # validations since the best one
+    metrics_bytes: int = 0  # how much of metrics.jsonl belongs to this state
+    dtype: str = "fp32"
+    threads: int = 1
+    torch: str = field(default_factory=lambda: str(torch.__version__))
+    data: str = ""  # fingerprint of the data source
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, state: State) -> Path:
+    """Write `last.<step>`; keep the checkpoint before it and the best weights that either of them names."""
+    prune(folder, keep=newest(folder, 1), best={state.best_step})
+    write_folder(
+        folder / f"{LAST}.{state.step}",
+        {
+            MODEL: tensor_bytes(model_tensors(model)),
+            OPTIMIZER: tensor_bytes(optimizer_tensors(model, optimizer)),
+            STATE: [json.dumps(asdict(state), indent=2, allow_nan=False).encode()],
+        },
+    )
+    prune(folder, keep=newest(folder, 2))
+    return folder / f"{LAST}.{state.step}"
+
+
+def save_best(folder: Path, model: nn.Module, *, step: int) -> None:
+    """Write `best.<step>`; the next `save_checkpoint` removes what it replaces."""
+    write_folder(folder / f"{BEST}.{step}", {MODEL: tensor_bytes(model_tensors(model))})
+
+
+def load_checkpoint(folder: Path) -> tuple[Path, State] | None:
+    """Return the newest checkpoint whose every byte is as it was written, or None where there is none at all.
+
+    Raises FormatError, naming what is wrong with each, where there are checkpoints but none is whole.
+    """
+    problems = []
+    for path in newest(folder):
+        try:
+            verify(path, {MODEL, OPTIMIZER, STATE})
+            state = read_state(path)
+            if state.best_step is not None:
+                verify(folder / f"{BEST}.{state.best_step}", {MODEL})
+            return path, state
+        except FormatError as error:
+            problems.append(f"{path.name}: {error.what}")
+    if problems:
+        raise FormatError(
+            "no checkpoint of this run is whole",
+            where=str(folder),
+            found="; ".join(problems),
+            fix="remove the folder and start again",
+        )
+    return None
+
+
+def load_into(path: Path, model: nn.Module, optimizer: torch.optim.AdamW | None = None, *, step: int = 0) -> None:
+    """Put a checkpoint's weights, and the optimizer's moments after `step` updates, into these objects."""
+    saved = load_file(path / MODEL)
+    expected = model_tensors(model)
+    wrong = sorted(
+        {*saved, *expected} - {name for name in saved if name in expected and saved[name].shape == expected[name].shape}
+    )
+    if wrong:
+        raise FormatError(
+            "the checkpoint belongs to another model", where=str(path), found=f"these do not fit: {', '.join(wrong[:8])}"
+        )
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(saved[name])
+    if optimizer is not None:
+        load_optimizer(model, optimizer, load_file(path / OPTIMIZER), step=step)
+
+
+def has_checkpoint(folder: str | Path) -> bool:
+    """Tell whether there is a checkpoint to resume from; whether it is whole is found out when it is read."""
+    return bool(newest(Path(folder)))
+
+
+def newest(folder: Path, count: int | None = None) -> list[Path]:
+    """Return the `last.<step>` checkpoints, the latest step first."""
+    found = {int(match[1]): path for path in list_folder(folder) if (match := re.fullmatch(r"last\.(\d+)", path.name))}
+    return [found[step] for step in sorted(found, reverse=True)][:count]
+
+
+def read_state(path: Path) -> State:
+    """Read a checkpoint's state.json."""
+    values = read_json(path / STATE)
+    names = {f.name for f in fields(State)}
+    if set(values) != names:
+        raise FormatError("state.json has other fields than this version writes", where=str(path))
+    return State(**values)
+
+
+def verify(path: Path, names: set[str]) -> None:
+    """Raise FormatError unless each of these files has the SHA-256 that the manifest says."""
+    sums = read_json(path / MANIFEST)
+    for name in sorted(names):
+        if not (path / name).is_file():
+            raise FormatError(f"{name} is missing", where=str(path))
+        if sha256(path / name) != sums.get(name):
+            raise FormatError(f"{name} is damaged", where=str(path))
+
+
+def prune(folder: Path, *, keep: list[Path], best: Iterable[int | None] = ()) -> None:
+    """Remove every checkpoint but `keep`, and every best one that neither `best` nor a kept checkpoint names."""
+    kept = {path.name for path in keep} | {f"{BEST}.{step}" for step in best}
+    for path in keep:
+        try:
+            kept.add(f"{BEST}.{read_state(path).best_step}")
+        except FormatError:
+            continue  # damaged: the others count
+    for path in list_folder(folder):
+        if re.fullmatch(r"(last|best)\.\d+", path.name) and path.name not in kept:
+            remove(path)
+
+
+def clean(folder: Path) -> None:
+    """Remove what a killed save or a killed removal left."""
+    for path in list_folder(folder):
+        if path.name.endswith(STAGED):
+            shutil.rmtree(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder; a crash on the way leaves a hidden name that `clean` knows, never half a checkpoint."""
+    hidden = path.with_name(f".{path.name}.old{STAGED}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(path, hidden)  # noqa: PTH104 (faults are injected here by name)
+    shutil.rmtree(hidden)
+
+
+def write_folder(path: Path, files: Mapping[str, Iterable[bytes | memoryview]]) -> None:
+    """Write a folder that is whole or absent: files, then their manifest, all flushed, then one rename."""
+    staged = path.with_name(f".{path.name}{STAGED}")
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        os.mkdir(staged)  # noqa: PTH102
+        sums = {name: write_file(staged / name, pieces) for name, pieces in files.items()}
+        write_file(staged / MANIFEST, [json.dumps(sums, indent=2).encode()])
+        sync_folder(staged)
+        if path.exists():  # the same step, saved again
+            remove(path)
+        os.rename(staged, path)  # noqa: PTH104
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
+    """Write and flush a new file; return its SHA-256."""
+    digest = hashlib.sha256()
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        for piece in pieces:
+            digest.update(piece)
+            rest = memoryview(piece)
+            while rest:
+                rest = rest[os.write(handle, rest) :]
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    return digest.hexdigest()
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """Yield a safetensors file piece by piece, so that no second copy of the tensors is made."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        if tensor.nbytes:
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            yield memoryview(flat.view(torch.uint8).numpy())
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's parameters and saved buffers by name; a tied one once, under its first name."""
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach()
+    return tensors
+
+
+def check_space(folder: Path, model: nn.Module) -> None:
+    """Raise InputError where the checkpoints of this model will not fit on the disk."""
+    tensors = model_tensors(model)
+    parameters = {name: p.nbytes for name, p in model.named_parameters() if p.requires_grad}
+    need = COPIES * (sum(t.nbytes for t in tensors.values()) + sum(parameters.values())) + SMALL_FILES
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    free = free_bytes(folder) + held
+    if free < need:
+        raise InputError(
+            "the checkpoints will not fit on the disk",
+            where=str(folder),
+            found=f"{free / 1e6:.0f} MB free",
+            expected=f"{need / 1e6:.0f} MB",
+            fix="free some space, choose a smaller model, or write to another disk with -o",
+        )
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """Return what a folder holds, or nothing where it does not exist."""
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keep every other process out of this run folder until the block ends, however it ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                "another process is training in this folder",
+                where=str(folder),
+                fix="wait for it to end, or write to another folder",
+            ) from None
+        yield
+    finally:
+        os.close(handle)
