@@ -9,17 +9,16 @@ lmworks.verify("my_model")                     the same answers in every runtime
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lmworks.base.errors import InputError, did_you_mean
-from lmworks.base.files import write_json, write_text
 from lmworks.base.report import Report
 from lmworks.settings import Settings
 
 if TYPE_CHECKING:
-    from lmworks.base.types import Generation
+    from lmworks.runtime.decoding import TextStream
 
 RUNTIMES = ("torch", "onnx", "node", "browser")
 PathLike = str | Path
@@ -38,8 +37,8 @@ def build(
 ) -> Report:
     """Make a verified model with a web page out of a file or folder of text (None: the built-in language).
 
-    `out` is complete when this returns and absent when it fails. Raises InputError for anything that cannot be used, and
-    CheckFailed when a runtime gives other answers than torch.
+    `out` is complete when this returns and absent when it fails. `values["verified"]` says whether every runtime that
+    was checked gives torch's answers. Raises InputError for anything that cannot be used.
     """
     check_runtimes(runtimes)
     return run(texts, out, settings, column, resume, overwrite, dry_run, runtimes=runtimes)
@@ -71,41 +70,100 @@ def run(
     runtimes: Sequence[str] | None,
 ) -> Report:
     """Train, and, when `runtimes` are given, export and verify as well."""
-    from lmworks.corpus import read_corpus
-    from lmworks.estimate import estimate
-    from lmworks.publish import publish
-    from lmworks.run import check_same_run, disk_needed, run_folder, train_in
-    from lmworks.summary import build_report, train_report
-
     from lmworks.base.files import check_output
+    from lmworks.corpus import read_corpus
 
-    settings = settings or Settings()
-    out = Path(out)
+    settings, out = settings or Settings(), Path(out)
+    settings.check()
     check_output(out, overwrite=overwrite or resume)
-    corpus = read_corpus(
-        None if texts is None else Path(texts), column=column, validation=settings.validation, seed=settings.seed
-    )
+    path = None if texts is None else Path(texts)
+    corpus = read_corpus(path, column=column, validation=settings.validation, seed=settings.seed)
     settings = settings.resolve(corpus.train_bytes)
     if dry_run:
+        from lmworks.estimate import estimate
+
         return estimate(corpus, settings)
+    from lmworks.publish import finish, publish
+    from lmworks.run import check_same_run, disk_needed, run_folder, train_in
+    from lmworks.summary import make_report
+
     check_output(out, overwrite=overwrite or resume, need_bytes=disk_needed(settings))
     with run_folder(out, resume=resume, overwrite=overwrite) as folder:
         check_same_run(folder, settings, corpus)
         trained = train_in(folder, settings, corpus)
-        if runtimes is None:
-            report = train_report(trained, out)
-        else:
-            certificate = publish(folder, trained, runtimes=runtimes)
-            report = build_report(trained, certificate, out)
+        certificate = None if runtimes is None else publish(folder, trained, runtimes=runtimes)
+        report = make_report(trained, out, certificate)
         finish(folder, trained, report)
     return report
 
 
-def finish(folder: Path, trained: Any, report: Report) -> None:
-    """Write the reports and, last of all, the receipt."""
-    from lmworks.export.receipt import write_receipt
-    from lmworks.summary import facts
+def generate(
+    model: PathLike,
+    prompt: str,
+    *,
+    max_tokens: int = 100,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repeat_penalty: float = 1.0,
+    repeat_last_n: int = 64,
+    seed: int | None = None,
+    runtime: str = "auto",
+    dtype: str = "auto",
+) -> TextStream:
+    """Continue a prompt: an iterator over pieces of text that never end inside a character; then `.result`."""
+    from lmworks.runtime.predictor import load
 
-    write_json(folder / "report.json", report.to_dict())
-    write_text(folder / "report.html", report.to_html())
-    write_receipt(folder, facts(trained))
+    return load(model, runtime=runtime, dtype=dtype).generate(
+        prompt,
+        stream=True,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repeat_penalty=repeat_penalty,
+        repeat_last_n=repeat_last_n,
+        seed=seed,
+    )
+
+
+def evaluate(
+    model: PathLike, texts: PathLike, *, column: str | None = None, runtime: str = "auto", dtype: str = "auto"
+) -> Report:
+    """Score every token of a text once, each with at least half of the model's context before it."""
+    from lmworks.base.report import Table
+    from lmworks.corpus import count_bytes, read_clean
+    from lmworks.evaluation.perplexity import evaluate_stream
+    from lmworks.runtime.predictor import load
+    from lmworks.tokens.batch import make_stream
+
+    predictor = load(model, runtime=runtime, dtype=dtype)
+    documents = read_clean(Path(texts), column=column)
+    tokenizer = predictor.tokenizer
+    stream = make_stream(tokenizer, [document.text for document in documents])
+    known = all(tokenizer.knows(document.text) for document in documents)
+    values = evaluate_stream(predictor.runtime, stream, n_bytes=count_bytes(documents) if known else None)
+    values |= {"runtime": predictor.runtime.name, "dtype": predictor.runtime.dtype}
+    rows = tuple((name.replace("_", " "), value) for name, value in values.items())
+    return Report(f"{model} on {texts}", values, tables=(Table("Scores", ("what", "value"), rows),))
+
+
+def verify(folder: PathLike, *, runtimes: Sequence[str] = RUNTIMES) -> Report:
+    """Prove that every runtime gives torch's tokens and logits and that no file of the folder has changed.
+
+    Writes certificate.json. `values["passed"]` says whether everything held; a runtime that is missing is skipped.
+    """
+    from lmworks.export.verify import verify as check
+    from lmworks.summary import certificate_report
+
+    check_runtimes(runtimes)
+    return certificate_report(check(Path(folder), runtimes=tuple(runtimes)), str(folder))
+
+
+def check_runtimes(runtimes: Sequence[str]) -> None:
+    """Raise InputError for a runtime that does not exist."""
+    for name in runtimes:
+        if name not in RUNTIMES:
+            raise InputError(
+                f"there is no runtime {name!r}", expected=", ".join(RUNTIMES), fix=did_you_mean(name, RUNTIMES).strip()
+            )

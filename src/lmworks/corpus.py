@@ -41,6 +41,12 @@ def count_bytes(documents: list[Document]) -> int:
     return sum(len(document.text.encode("utf-8")) for document in documents)
 
 
+def read_clean(path: Path, *, column: str | None = None) -> list[Document]:
+    """Return the cleaned documents of a file or folder, without empty ones."""
+    documents = [Document(document.name, clean(document.text)) for document in read_documents(path, column=column)]
+    return [document for document in documents if document.text.strip()]
+
+
 def read_corpus(path: Path | None, *, column: str | None = None, validation: float = 0.1, seed: int = 0) -> Corpus:
     """Read and clean a file or folder and split it; None gives the built-in constructed language."""
     if path is None:
@@ -49,8 +55,7 @@ def read_corpus(path: Path | None, *, column: str | None = None, validation: flo
         documents = make_documents(n_bytes=BUILT_IN_BYTES, seed=seed)
         name = Language().name
     else:
-        documents = [Document(d.name, clean(d.text)) for d in read_documents(path, column=column)]
-        documents = [d for d in documents if d.text.strip()]
+        documents = read_clean(path, column=column)
         name = path.stem if path.is_file() else path.resolve().name
     size = count_bytes(documents)
     if size < LEAST_BYTES:

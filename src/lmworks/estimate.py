@@ -1,1 +1,74 @@
-"""What a run will cost, before it starts: parameters, memory, disk by arithmetic; time by measuring a few steps."""
+"""What a run will cost, before it starts: parameters, memory and disk by arithmetic, time by measuring a few steps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from lmworks.base.report import Cell, Report, Table
+from lmworks.base.threads import cpu_count
+from lmworks.corpus import Corpus
+from lmworks.run import count_parameters, disk_needed
+from lmworks.settings import Settings
+
+WARM_UP_STEPS, MEASURED_STEPS = 2, 4
+BYTES_A_PARAMETER = 16  # weight, gradient and two moments of AdamW, float32 each
+BYTES_AN_ACTIVATION = 34 * 4  # kept for the backward pass, for each token, layer and unit of width
+FIXED_MEMORY = 350_000_000  # the interpreter with torch
+
+
+def estimate(corpus: Corpus, settings: Settings) -> Report:
+    """Return parameters, memory, time and disk of a run; nothing is written."""
+    tokens = (settings.batch_size or 0) * (settings.context or 0)
+    activations = tokens // settings.accumulation * (settings.layers or 0) * (settings.hidden_size or 0)
+    parameters = count_parameters(settings)
+    memory = FIXED_MEMORY + parameters * BYTES_A_PARAMETER + activations * BYTES_AN_ACTIVATION
+    seconds = measure_step(settings) * (settings.steps or 0)
+    values = {
+        "parameters": parameters,
+        "train_bytes": corpus.train_bytes,
+        "validation_bytes": corpus.validation_bytes,
+        "memory_bytes": memory,
+        "disk_bytes": disk_needed(settings),
+        "train_seconds": round(seconds),
+        "tokens_per_second": round(tokens * (settings.steps or 0) / seconds),
+        "threads": cpu_count(),
+        "settings": settings.to_dict(),
+    }
+    rows: tuple[tuple[Cell, ...], ...] = (
+        ("text", f"{corpus.train_bytes / 1e6:.2f} MB to train on, {corpus.validation_bytes / 1e6:.2f} MB held out"),
+        ("parameters", f"{parameters:,}"),
+        ("memory", f"about {memory / 1e9:.1f} GB"),
+        ("disk", f"at most {values['disk_bytes'] / 1e6:,.0f} MB"),
+        (
+            "time",
+            f"about {max(1, round(seconds / 60))} min of training: {settings.steps:,} steps on {cpu_count()} threads",
+        ),
+    )
+    return Report("What this run would cost", values, tables=(Table("Estimate", ("what", "value"), rows),))
+
+
+def measure_step(settings: Settings) -> float:
+    """Return the seconds of one optimizer step of such a network on random tokens: the best of a few."""
+    from lmworks.models.heads import CausalLM
+    from lmworks.run import make_network, train_config
+    from lmworks.training.data import TokenWindows
+    from lmworks.training.objectives import CausalLoss
+    from lmworks.training.trainer import Trainer
+
+    steps = WARM_UP_STEPS + MEASURED_STEPS
+    quick = replace(settings, steps=steps, eval_every=steps, warmup=1)
+    stream = np.random.default_rng(0).integers(3, quick.vocab_size or 0, 64 * (quick.context or 0)).astype(np.uint32)
+    data = TokenWindows(stream, context=quick.context or 0, batch_size=quick.batch_size or 0)
+    model = CausalLM(make_network(quick, vocab_size=quick.vocab_size or 0))
+    with TemporaryDirectory() as folder:
+        config = train_config(quick)
+        Trainer(model, objective=CausalLoss(), data=data, config=config, folder=folder, stream=None).fit()
+        rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    times = [row["seconds"] for row in rows if "loss" in row]
+    return min(after - before for before, after in pairwise(times[WARM_UP_STEPS - 1 :]))

@@ -26,9 +26,10 @@ def publish(folder: Path, trained: Trained, *, runtimes: Sequence[str]) -> dict[
     from lmworks.runtime.torch_runtime import TorchRuntime
 
     export_onnx(trained.model, folder)
-    prompts = make_prompts(trained.corpus, trained.tokenizer, trained.settings.context or 64, count=PROMPTS)
-    selftest = record_selftest(TorchRuntime(trained.model), trained.tokenizer, prompts, tokens=TOKENS)
-    write_json(folder / "selftest.json", selftest)
+    context = trained.settings.context or 0
+    tokens = min(TOKENS, context // 2)
+    prompts = make_prompts(trained.corpus, trained.tokenizer, context - tokens, count=PROMPTS)
+    selftest = record_selftest(TorchRuntime(trained.model), trained.tokenizer, prompts, tokens=tokens)
     write_page(folder, title=trained.corpus.name, facts=make_values(trained, folder), selftest=selftest)
     write_receipt(folder, facts(trained))
     return verify(folder, runtimes=runtimes)

@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING
 
 from lmworks.base.errors import InputError
 from lmworks.base.files import check_output, put_in_place, read_json, write_json
-from lmworks.base.threads import cpu_count
 from lmworks.base.types import Ints
 from lmworks.corpus import Corpus
 from lmworks.evaluation.perplexity import bits_per_byte, mixture, token_logprobs
 from lmworks.models.config import Config
-from lmworks.settings import Settings
-
 from lmworks.runtime.base import Runtime
+from lmworks.settings import Settings
 
 if TYPE_CHECKING:
     from lmworks.models.heads import CausalLM
@@ -136,21 +134,20 @@ def check_same_run(folder: Path, settings: Settings, corpus: Corpus) -> None:
         )
 
 
-def make_config(settings: Settings, tokenizer: Tokenizer) -> Config:
-    """Return the network's shape for these settings and this vocabulary."""
+def make_network(settings: Settings, *, vocab_size: int, **tokens: int | None) -> Config:
+    """Return the network's shape for these settings; `tokens` are the ids of its special tokens."""
     from lmworks.models.families import gpt2, llama
 
     family = {"gpt2": gpt2, "llama": llama}[settings.family]
+    assert settings.hidden_size and settings.heads  # resolve() filled them
     return family.new(
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=vocab_size,
         hidden_size=settings.hidden_size,
         num_hidden_layers=settings.layers,
         num_attention_heads=settings.heads,
         max_position_embeddings=settings.context,
         dropout=settings.dropout or 0.0,
-        bos_token_id=tokenizer.eos_id,
-        eos_token_id=tokenizer.eos_id,
-        pad_token_id=tokenizer.pad_id,
+        **tokens,
     )
 
 
@@ -169,22 +166,27 @@ def make_tokenizer(folder: Path, settings: Settings, corpus: Corpus) -> Tokenize
 
 def train_in(folder: Path, settings: Settings, corpus: Corpus) -> Trained:
     """Train (or resume) in the run folder and leave there a complete model folder; score it on the held-out text."""
-    import torch
-
     from lmworks.models.checkpoint import save_model
     from lmworks.models.heads import CausalLM
     from lmworks.runtime.torch_runtime import TorchRuntime
     from lmworks.tokens.batch import make_stream
+    from lmworks.training.data import TokenWindows
+    from lmworks.training.objectives import CausalLoss
     from lmworks.training.trainer import Trainer
 
-    torch.set_num_threads(cpu_count())
     tokenizer = make_tokenizer(folder, settings, corpus)
     train = make_stream(tokenizer, [document.text for document in corpus.train])
     held_out = make_stream(tokenizer, [document.text for document in corpus.validation])
-    model = CausalLM(make_config(settings, tokenizer), seed=settings.seed)
-    trainer = Trainer(model, train, held_out, config=train_config(settings), folder=folder / "training")
-    result = trainer.fit()
-    model.eval()
+    eos, pad = tokenizer.eos_id, tokenizer.pad_id
+    shape = make_network(
+        settings, vocab_size=tokenizer.vocab_size, bos_token_id=eos, eos_token_id=eos, pad_token_id=pad
+    )
+    model = CausalLM(shape, seed=settings.seed)
+    data = TokenWindows(
+        train, held_out, context=settings.context or 0, batch_size=settings.batch_size or 0, seed=settings.seed
+    )
+    config = train_config(settings)
+    result = Trainer(model, objective=CausalLoss(), data=data, config=config, folder=folder / "training").fit()
     save_model(model, folder)
     runtime = TorchRuntime(model)
     known = tokenizer.is_lossless or all(tokenizer.knows(document.text) for document in corpus.validation)
@@ -224,15 +226,16 @@ def sample(runtime: Runtime, tokenizer: Tokenizer, corpus: Corpus, settings: Set
     from lmworks.runtime.sampling import Sampling
 
     samples = []
-    for i, prompt in enumerate(make_prompts(corpus, tokenizer, settings.context or 64, count=3)):
+    room = max(1, (settings.context or 0) // 2)
+    for i, prompt in enumerate(make_prompts(corpus, tokenizer, room, count=3)):
         sampling = Sampling(temperature=0.8, top_k=40, seed=settings.seed + i)
         stream = generate(runtime, tokenizer, prompt, sampling=sampling, max_tokens=100)
         samples.append((prompt, "".join(stream)))
     return tuple(samples)
 
 
-def make_prompts(corpus: Corpus, tokenizer: Tokenizer, context: int, *, count: int) -> list[str]:
-    """Return `count` different beginnings of held-out lines, short enough to leave room for 32 tokens."""
+def make_prompts(corpus: Corpus, tokenizer: Tokenizer, longest: int, *, count: int) -> list[str]:
+    """Return `count` beginnings of different held-out lines, of at most `longest` tokens."""
     lines = [line.strip() for document in corpus.validation for line in document.text.splitlines()]
     lines = [line for line in dict.fromkeys(lines) if len(line) >= 12]
     lines = lines or [corpus.validation[0].text.strip() or corpus.train[0].text.strip()]
@@ -240,7 +243,7 @@ def make_prompts(corpus: Corpus, tokenizer: Tokenizer, context: int, *, count: i
     prompts = []
     for i in range(count):
         line = lines[i * step % len(lines)]
-        ids = tokenizer.encode(line)[: max(1, min(12 + i % 5, context - 40))]
+        ids = tokenizer.encode(line)[: max(1, min(12 + i % 5, longest))]
         prompts.append(tokenizer.decode(ids).rstrip("\ufffd") or line[:8])
     return prompts
 

@@ -26,9 +26,11 @@ def make_report(trained: Trained, out: Path, certificate: dict[str, Any] | None 
         values["verified"] = certificate["passed"]
         values["certificate"] = certificate["runtimes"]
         tables.append(certificate_table(certificate))
+        notes += certificate["problems"]
         notes.append(f"Open the page: lmworks serve {out}")
+    size = trained.corpus.train_bytes / 1e6
     return Report(
-        f"{trained.corpus.name}: {trained.parameters:,} parameters from {trained.corpus.train_bytes / 1e6:.2f} MB of text",
+        f"{trained.corpus.name}: {trained.parameters:,} parameters from {size:.2f} MB of text",
         values,
         tables=tuple(tables),
         charts=(loss_chart(trained),),
@@ -115,10 +117,8 @@ def network_table(trained: Trained) -> Table:
         ("architecture", f"{s.family}, {s.layers} layers, {s.hidden_size} wide, {s.heads} heads, context {s.context}"),
         ("parameters", f"{trained.parameters:,}"),
         ("tokenizer", f"{s.tokenizer}, {trained.tokenizer.vocab_size:,} tokens"),
-        (
-            "training",
-            f"{result.steps:,} steps, {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s in {result.dtype}",
-        ),
+        ("training", f"{result.steps:,} steps in {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s"),
+        ("precision while training", result.dtype),
         ("next-token accuracy", f"{trained.scores.next_token_accuracy:.1%}"),
     ]
     return Table("The network", ("what", "value"), tuple(rows))
@@ -137,6 +137,17 @@ def certificate_table(certificate: dict[str, Any]) -> Table:
             rows.append((runtime, dtype, f"{equal} of {checked}", cell["max_abs_diff"], cell["tolerance"], verdict))
     columns = ("runtime", "dtype", "tokens equal", "largest logit difference", "allowed", "verdict")
     return Table("The same answers as torch fp32", columns, tuple(rows))
+
+
+def certificate_report(certificate: dict[str, Any], folder: str) -> Report:
+    """Return what `verify` found as a report."""
+    notes = list(certificate["problems"])
+    for runtime, dtypes in certificate["runtimes"].items():
+        for dtype, cell in dtypes.items():
+            if "skipped" in cell:
+                notes.append(f"{runtime} {dtype} was not checked: {cell['skipped']}. To check it: {cell['install']}")
+    verdict = "every runtime that was checked gives the same answers" if certificate["passed"] else "FAILED"
+    return Report(f"{folder}: {verdict}", certificate, tables=(certificate_table(certificate),), notes=tuple(notes))
 
 
 def loss_chart(trained: Trained) -> Chart:

@@ -18,6 +18,7 @@ from lmworks.export import graph as graph_module
 from lmworks.export.arithmetic import quantize
 from lmworks.export.onnx import export_onnx, make_onnx
 from lmworks.models.checkpoint import load_model
+from lmworks.models.config import Config
 from lmworks.models.heads import CausalLM
 
 INT8_TOLERANCE = 0.15  # root mean square error of the logits, in their standard deviations, for random weights
@@ -84,6 +85,26 @@ def test_logits_equal_torch_and_transformers(case):
     assert theirs.std() > 0.3, "the comparison would mean little"
     np.testing.assert_allclose(logits, ours, atol=1e-4)
     np.testing.assert_allclose(logits, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_every_combination_of_parts_equals_torch(norm, positions, gated):
+    """Networks that no published family has yet: the emitters must not know families."""
+    config = Config(
+        model_type="any", vocab_size=VOCAB, hidden_size=48, num_hidden_layers=2, num_attention_heads=3,
+        num_key_value_heads=1, head_dim=16, intermediate_size=40, max_position_embeddings=64, norm=norm,
+        gated=gated, positions=positions, hidden_act="gelu" if gated else "silu", tie_word_embeddings=False,
+    )  # fmt: skip
+    model = CausalLM(config, seed=0).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+        expected = model(torch.from_numpy(IDS)).numpy()
+    case = Case.__new__(Case)
+    case.sessions = {"fp32": open_strictly(make_onnx(model))}
+    np.testing.assert_allclose(case.run("fp32", IDS)["logits"], expected, atol=1e-4)
 
 
 def test_greedy_tokens_equal_transformers(case):

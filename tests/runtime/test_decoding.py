@@ -110,6 +110,15 @@ def test_tokens_that_cut_anywhere_still_give_whole_characters(words, data):
     assert shown + characters.flush() == whole.decode()
 
 
+def test_a_decoder_that_looks_at_the_token_before_keeps_its_spaces():
+    class Words:
+        def decode(self, ids: Sequence[int]) -> str:
+            return " ".join(f"w{i}" for i in ids)
+
+    characters = Characters(Words())
+    assert [characters.push(i) for i in (5, 6, 7)] == ["w5", " w6", " w7"]
+
+
 def test_an_unfinished_character_is_flushed_at_the_end():
     stream = generate(script("🙂".encode()[:3], end=False), Bytes(), "x", max_tokens=3)
     assert list(stream) == ["\ufffd"]
@@ -186,6 +195,8 @@ def test_a_possible_stop_string_waits_and_the_rest_flows():
     stops = StopStrings(["END"])
     assert [stops.push(c) for c in "aENbEN"] == ["a", "", "", "ENb", "", ""]
     assert stops.flush() == "EN"
+    several = StopStrings(["b", "cab"])
+    assert (several.push("xcabb"), several.found) == ("x", True)
     assert (overlap("abc", "bcd"), overlap("abc", "abc"), overlap("", "a")) == (2, 0, 0)
 
 

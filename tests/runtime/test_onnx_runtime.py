@@ -169,7 +169,7 @@ def test_a_missing_graph_names_its_path_and_the_fix(folder, tmp_path):
     with pytest.raises(InputError) as caught:
         OnnxRuntime(tmp_path)
     assert caught.value.where == str(tmp_path / "onnx" / "model.onnx")
-    assert "lmworks export" in caught.value.fix
+    assert "export_onnx" in caught.value.fix
     with pytest.raises(InputError, match="dtype"):
         OnnxRuntime(folder, dtype="fp64")
 

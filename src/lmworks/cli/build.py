@@ -46,7 +46,8 @@ def build(
         overwrite=overwrite,
         dry_run=dry_run,
     )
-    return show(report, json=json)
+    show(report, json=json)
+    return 0 if report.values.get("verified", True) else 1
 
 
 def train(

@@ -27,7 +27,7 @@ def generate(
     repeat_last_n: Annotated[int, Parameter(help="How many recent tokens the penalty looks at.")] = 64,
     seed: Annotated[int | None, Parameter(help="Makes sampling repeatable.")] = None,
     runtime: Runtime = "auto",
-    dtype: Annotated[str, Parameter(help="fp32 or int8 (onnx), fp32 or bf16 (torch).")] = "fp32",
+    dtype: Annotated[str, Parameter(help="fp32 or int8 (onnx), fp32 or bf16 (torch).")] = "auto",
     json: Json = False,
 ) -> int:
     """Continue a prompt; the text appears as it is made."""
@@ -59,7 +59,7 @@ def generate(
     else:
         for _ in pieces:
             pass
-    done = pieces.generation
+    done = pieces.result
     if json:
         print_json(
             {
@@ -81,7 +81,7 @@ def evaluate(
     *,
     column: Annotated[str | None, Parameter(help="The column of csv, tsv or jsonl that holds the text.")] = None,
     runtime: Runtime = "auto",
-    dtype: Annotated[str, Parameter(help="fp32 or int8 (onnx), fp32 or bf16 (torch).")] = "fp32",
+    dtype: Annotated[str, Parameter(help="fp32 or int8 (onnx), fp32 or bf16 (torch).")] = "auto",
     json: Json = False,
 ) -> int:
     """Perplexity, bits per byte and next-token accuracy of a model on a text."""

@@ -125,9 +125,7 @@ def share_mask(walk: Walk, ids: str, mask: str) -> None:
     total = add("Reshape", [keys, graph.constant([])], name="mask.total")
     index = add("Range", [graph.constant(0), total, graph.constant(1)], name="mask.index")  # (S,)
     last = add("Mul", [mask, index], name="mask.real")  # (B, S)
-    last = add("ReduceMax", [last, graph.constant([1])], name="mask.last", keepdims=0)  # (B,)
-    least = add("Sub", [new, graph.constant([1])], name="mask.least")  # a row holds at least its new tokens
-    last = add("Max", [last, least], name="mask.lengths")
+    last = add("ReduceMax", [last, graph.constant([1])], name="mask.lengths", keepdims=0)  # (B,)
     walk.shared["lengths"] = add("Cast", [last], name="mask.lengths.int32", to=graph.onnx.TensorProto.INT32)
     walk.shared["total"] = add("Cast", [total], name="mask.total.int32", to=graph.onnx.TensorProto.INT32)
     seen = add("Cast", [mask], name="mask.seen", to=graph.onnx.TensorProto.FLOAT)
@@ -280,14 +278,10 @@ def activate(walk: Walk, function: Callable[..., Any], path: str, x: str, bias: 
 
 def emit_head(walk: Walk, head: Head, path: str, x: str, embedding: torch.Tensor, out: str) -> None:
     """Make the logits; a projection tied to the embedding is not stored again."""
-    bias = walk.store(f"{path}.bias", head.project.bias)
-    product = f"{path}.product" if bias else out
     if head.project.weight is embedding:
-        walk.arithmetic.tied(walk.graph, x, name=path, out=product)
+        walk.arithmetic.tied(walk.graph, x, name=path, out=out)
     else:
-        walk.linear(head.project, path, x, out=product)
-    if bias:
-        walk.graph.add("Add", [product, bias], name=f"{path}.add", outputs=[out])
+        walk.linear(head.project, path, x, out=out)
 
 
 # activation -> operator, its attributes, whether it takes a bias

@@ -168,7 +168,8 @@ def generate(
     It ends at a token of `eos_ids` (default: the tokenizer's) or a string of `stop`, which is cut off ("stop"), after
     `max_tokens`, or when the model's positions are used up ("length"). An empty text begins with the end token, as
     every document of the training stream does. `use_cache=False` runs the whole sequence for each token: the same
-    tokens, slower. Raises InputError for a prompt longer than the model, before any piece is asked for.
+    tokens, slower (int8 rounds by call: there nearly the same). Raises InputError for a prompt longer than the model,
+    before any piece is asked for.
     """
     if max_tokens < 1:
         raise InputError("max_tokens is out of range", found=str(max_tokens), expected="1 or more")

@@ -10,6 +10,8 @@ them tested, make it a server's graph as well:
 
 So each layer has one buffer for the keys and one for the values of all slots, (slots, K, C, E), and a call binds the
 rows that it needs by address.
+
+int8 scales each activation over a whole call, so there a row depends slightly on the rows beside it; fp32 does not.
 """
 
 from __future__ import annotations
@@ -160,7 +162,7 @@ def find_graph(folder: Path, dtype: str) -> Path:
             f"the {dtype} graph is missing",
             where=str(path),
             expected="a folder with onnx files" if folder.is_dir() else "a folder that exists",
-            fix=f"lmworks export {folder} --to onnx -o {folder}",
+            fix='use runtime="torch", or write it in Python: lmworks.export.onnx.export_onnx(folder, folder)',
         )
     return path
 

@@ -21,7 +21,7 @@ SEVEN_BIT = (  # encodings that look like ASCII: what gives them away
     (re.compile(rb"~\{(?:[\x21-\x7e]{2})+~\}"), "hz"),
 )
 DECLARED = re.compile(rb"""<meta[^>]{0,200}charset\s{0,9}=\s{0,9}["']?([\w.:-]{1,40})""", re.IGNORECASE)
-LOOSER = 0.5  # charset-normalizer's tolerance of odd characters, on the second try (its own default is 0.2)
+LOOSER = 1.0  # charset-normalizer's tolerance of odd characters, on the second try (its own default is 0.2)
 
 
 def decode(data: bytes, name: str) -> tuple[str, str]:
@@ -95,7 +95,7 @@ def binary(name: str) -> InputError:
     """Return the error for bytes that are no text."""
     return InputError(
         f"{name} is not text",
-        found="binary data",
-        expected="text in any encoding",
-        fix="remove the file, or convert it to plain text first",
+        found="binary data, or an encoding that cannot be told",
+        expected="text in any usual encoding",
+        fix="remove the file, or convert it: iconv -f OLD -t UTF-8",
     )

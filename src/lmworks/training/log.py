@@ -41,7 +41,7 @@ class Log:
         os.truncate(self.handle, self.position)
         self.val_loss: float | None = None
         self.bar: Any = None
-        self.shown = time.monotonic()
+        self.began = self.shown = time.monotonic()
 
     def __enter__(self) -> Log:
         if self.stream is not None and self.stream.isatty():
@@ -58,12 +58,13 @@ class Log:
         os.close(self.handle)
 
     def record(self, row: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
-        line = json.dumps(row, allow_nan=False).encode() + b"\n"
-        written = os.pwrite(self.handle, line, self.position)
-        if written < len(line):
-            os.pwrite(self.handle, line[written:], self.position + written)
-        self.position += len(line)
+        """Append one line to metrics.jsonl and show it."""
+        line = memoryview(json.dumps(row, allow_nan=False).encode() + b"\n")
+        while line:
+            written = os.pwrite(self.handle, line, self.position)
+            line, self.position = line[written:], self.position + written
+        if self.stream is not None:
+            self.show(row)
 
     def flush(self) -> int:
         """Make every line so far survive a power loss; return their bytes."""
@@ -71,27 +72,21 @@ class Log:
         return self.position
 
     def show(self, row: dict[str, Any]) -> None:
-        """Show the step that `row` describes."""
-        self.step = row["step"]
+        """Move the bar, or print a line if the last one is old."""
+        self.val_loss = row.get("val_loss", self.val_loss)
+        if "loss" not in row:
+            return
+        step, now = row["step"], time.monotonic()
         facts = f"loss {row['loss']:.4f}"
         if self.val_loss is not None:
             facts += f" · validation {self.val_loss:.4f}"
         facts += f" · lr {row['lr']:.2g} · {row['tokens_per_second']:,.0f} tokens/s"
         if self.bar is not None:
-            self.bar.update(self.task, completed=self.step, facts=facts)
-        elif self.stream is not None and (
-            time.monotonic() - self.shown >= EVERY_SECONDS or self.step in (1, self.steps)
-        ):
-            self.shown = time.monotonic()
-            left = (self.steps - self.step) * row["tokens_of_step"] / max(row["tokens_per_second"], 1e-9)
-            print(f"step {self.step:,} of {self.steps:,} · {facts} · {clock(left)} left", file=self.stream, flush=True)
-
-    def say(self, text: str) -> None:
-        """Print one sentence, above the bar where there is one."""
-        if self.bar is not None:
-            self.bar.console.print(text, highlight=False, markup=False)
-        elif self.stream is not None:
-            print(text, file=self.stream, flush=True)
+            self.bar.update(self.task, completed=step, facts=facts)
+        elif now - self.shown >= EVERY_SECONDS or step == self.steps:
+            self.shown = now
+            left = (now - self.began) / max(1, step - self.step) * (self.steps - step)
+            print(f"step {step:,} of {self.steps:,} · {facts} · {clock(left)} left", file=self.stream, flush=True)
 
 
 def make_bar(stream: TextIO) -> Any:

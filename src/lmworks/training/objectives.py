@@ -64,12 +64,13 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chu
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     if torch.is_grad_enabled():
-        loss: Tensor = ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, dtype)
+        loss: Tensor = ChunkedCrossEntropy.apply(hidden, weight, labels, chunk, dtype)  # type: ignore[no-untyped-call]
         return loss
     total = torch.zeros((), device=hidden.device)
     weight_t = weight.to(dtype).t()  # (D, V)
-    for rows, targets in zip(hidden.to(dtype).split(chunk), labels.split(chunk), strict=True):
-        total += F.cross_entropy((rows @ weight_t).float(), targets, reduction="sum")
+    for start in range(0, len(hidden), chunk):
+        logits = hidden[start : start + chunk].to(dtype) @ weight_t  # (C, V)
+        total += F.cross_entropy(logits.float(), labels[start : start + chunk], reduction="sum")
     return total
 
 

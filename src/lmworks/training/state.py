@@ -4,8 +4,9 @@
     last.<step>/              model.safetensors · optimizer.safetensors · state.json · manifest.json
     best.<step>/              model.safetensors · manifest.json: the weights with the lowest validation loss
 
-A checkpoint is written under a hidden name, every file is flushed to the disk, the manifest of SHA-256 sums comes last,
-and one rename makes it visible. Reading verifies every sum and falls back to the checkpoint before. Nothing is a pickle.
+A checkpoint is written under a hidden name, every file is flushed to the disk, the manifest of SHA-256 sums comes
+last, and one rename makes it visible. Reading verifies every sum and falls back to the checkpoint before. Nothing is a
+pickle.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lmworks.base.errors import FormatError, InputError
+from lmworks.base.errors import FormatError, InputError, TrainingError
 from lmworks.base.files import STAGED, free_bytes, read_json, sha256, sync_folder
 from lmworks.training.optim import load_optimizer, optimizer_tensors
 
@@ -36,7 +37,9 @@ DTYPES = {
     torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-COPIES = 4  # of the weights, and of the gradients' size: two checkpoints with two moments each, two sets of best weights
+COPIES = (
+    4  # of the weights, and of the gradients' size: two checkpoints with two moments each, two sets of best weights
+)
 SMALL_FILES = 10_000_000  # bytes: the log, the states
 
 
@@ -112,7 +115,9 @@ def load_into(path: Path, model: nn.Module, optimizer: torch.optim.AdamW | None 
     )
     if wrong:
         raise FormatError(
-            "the checkpoint belongs to another model", where=str(path), found=f"these do not fit: {', '.join(wrong[:8])}"
+            "the checkpoint belongs to another model",
+            where=str(path),
+            found=f"these do not fit: {', '.join(wrong[:8])}",
         )
     with torch.no_grad():
         for name, tensor in expected.items():
@@ -226,7 +231,7 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     for tensor in tensors.values():
         if tensor.nbytes:
             flat = tensor.detach().cpu().contiguous().reshape(-1)
-            yield memoryview(flat.view(torch.uint8).numpy())
+            yield flat.view(torch.uint8).numpy().data
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -255,6 +260,15 @@ def check_space(folder: Path, model: nn.Module) -> None:
             expected=f"{need / 1e6:.0f} MB",
             fix="free some space, choose a smaller model, or write to another disk with -o",
         )
+
+
+def check_finite(model: nn.Module, folder: Path) -> None:
+    """Raise TrainingError instead of saving NaN or infinity."""
+    for name, tensor in model_tensors(model).items():
+        if not torch.isfinite(tensor).all():
+            raise TrainingError(
+                f"the weights of {name} hold NaN or infinity; nothing was saved", where=str(folder), fix="lower --lr"
+            )
 
 
 def list_folder(folder: Path) -> list[Path]:

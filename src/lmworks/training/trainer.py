@@ -1,295 +1,344 @@
-"""The only training loop.
+"""The only training loop. It is given a model, an objective and a data source, and leaves a run folder.
 
-Every step is a pure function of the weights, the optimizer's memory and the step number: the batch and the dropout draw
-from generators seeded by (seed, step). So a run that was killed continues to the same bits (on as many threads).
+A step is a pure function of the state before it and its number: batch, learning rate and dropout all follow from
+(seed, step). So a run that is killed at any instant and resumed ends with the same bits as one that was not.
+
+Shapes: B batch, T tokens.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
+import math
+import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TextIO
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lmworks.base.errors import InputError, Interrupted, TrainingError
-from lmworks.base.files import read_json
-from lmworks.base.threads import cpu_count
-from lmworks.models.heads import CausalLM
-from lmworks.training import state as checkpoint
-from lmworks.training.data import Data
-from lmworks.training.interrupt import Interrupt
-from lmworks.training.log import MetricsFile, Progress
-from lmworks.training.objectives import IGNORED, Objective, causal_lm
-from lmworks.training.optim import learning_rate, make_optimizer
+from lmworks.base.errors import InputError, Interrupted, TrainingError, from_os_error
+from lmworks.base.types import Batch
+from lmworks.training.data import DataSource, draw
+from lmworks.training.interrupt import StopRequest
+from lmworks.training.log import History, Log, read_history
+from lmworks.training.machine import autocast, choose_dtype, keep_freed_memory, use_threads
+from lmworks.training.objectives import Objective
+from lmworks.training.optim import make_adamw, set_learning_rate
+from lmworks.training.schedule import Shape, learning_rate
+from lmworks.training.state import (
+    BEST,
+    State,
+    check_finite,
+    check_space,
+    clean,
+    hold,
+    load_checkpoint,
+    load_into,
+    newest,
+    prune,
+    save_best,
+    save_checkpoint,
+)
 
-PAYS = 1.1  # bf16 is chosen when it is at least so much faster
+SAVE_SECONDS = 120.0  # a kill loses at most this much work
+EVAL_SHARE = 0.15  # scored tokens of a validation per trained token: about a tenth of the time
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How to train."""
+    """How to train; together with the model and the data it decides every bit of the result.
+
+    `accumulation` is the number of parts in which a batch is computed. `patience` counts validations without
+    improvement (0: never stop early). `eval_tokens` None scores as many held-out tokens as keep validation cheap.
+    """
 
     steps: int
     lr: float
     min_lr: float = 0.0
     warmup: int = 0
+    schedule: Shape = "cosine"
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.99
     max_grad_norm: float = 1.0
     accumulation: int = 1
     eval_every: int = 100
+    eval_tokens: int | None = None
+    save_every: int | None = None  # steps; None: with every validation, and every two minutes
     patience: int = 0
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0
 
 
-@dataclass
-class History:
-    """The losses of a run: (step, nats per token); training is the mean since the point before."""
-
-    train: list[tuple[int, float]] = field(default_factory=list)
-    validation: list[tuple[int, float]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a finished run has reached; the model holds the weights of `best_step`."""
+    """What came out. Losses are in nats per scored token; `seconds` counts all sittings of a resumed run."""
 
     steps: int
-    best_step: int
-    best_loss: float
+    tokens: int
     seconds: float
-    tokens_per_second: float
     dtype: str
-    history: History
+    best_step: int
+    best_loss: float | None
+    stopped_early: bool
+    history: History = field(repr=False)
 
-
-@dataclass
-class Cursor:
-    """Where a run stands: everything but tensors."""
-
-    step: int = 0
-    best_step: int = 0
-    best_loss: float = float("inf")
-    waited: int = 0  # validations since the best one
-    seconds: float = 0.0
-    dtype: str = ""
-    metrics_size: int = 0
-    loss_sum: float = 0.0  # of the training losses since the last validation
-    loss_count: int = 0
-    history: History = field(default_factory=History)
-    threads: int = 0
+    @property
+    def tokens_per_second(self) -> float:
+        """Scored training tokens per second, validation and saving included."""
+        return self.tokens / max(self.seconds, 1e-9)
 
 
 class Trainer:
-    """Train a model on data in a folder: `Trainer(model, data, config=…, folder=…).fit()`."""
+    """Trains `model` in place. Progress goes to `stream` (None: silent)."""
 
     def __init__(
-        self, model: CausalLM, data: Data, *, config: TrainConfig, folder: Path, objective: Objective = causal_lm
+        self,
+        model: nn.Module,
+        *,
+        objective: Objective,
+        data: DataSource,
+        config: TrainConfig,
+        folder: str | Path,
+        stream: TextIO | None = sys.stderr,
     ) -> None:
-        self.model, self.data, self.config, self.folder, self.objective = model, data, config, folder, objective
-        self.optimizer = make_optimizer(
+        self.model, self.objective, self.data, self.config = model, objective, data, config
+        self.folder, self.stream = Path(folder), stream
+        self.device = next(model.parameters()).device
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = make_adamw(
             model, lr=config.lr, weight_decay=config.weight_decay, beta1=config.beta1, beta2=config.beta2
         )
-        self.at = Cursor(threads=cpu_count())
-        self.kept: dict[str, Path | None] = {"last": None, "best": None}
+        self.state = State()
+        self.saved_step, self.saved_at = -1, time.monotonic()
 
     def fit(self) -> TrainResult:
-        """Train to the end, or from where an earlier run stopped; leave the best weights in the model.
+        """Train to the end, or from the last checkpoint to the end; leave the best weights in the model.
 
-        Raises Interrupted after saving when Ctrl-C or SIGTERM arrives, and TrainingError before an optimizer step that
-        a NaN would spoil.
+        Raises Interrupted after Ctrl-C or SIGTERM (everything is saved), TrainingError where the loss or the gradient
+        is not finite, InputError where the folder is in use, full, or holds a run with other settings.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.folder, os.O_RDONLY)
         try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError("another process trains in this folder", where=str(self.folder)) from None
-            torch.set_num_threads(cpu_count())
-            self.resume()
-            with Interrupt() as interrupt:
-                self.loop(interrupt)
-        finally:
-            os.close(lock)
-        if self.kept["best"] is not None:
-            checkpoint.load_model_tensors(self.model, checkpoint.read_tensors(self.kept["best"], "model"))
-        self.model.eval()
-        return self.result()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with hold(self.folder), StopRequest() as stop:
+                self.start_or_resume()
+                with self.open_log() as self.log:
+                    while not self.finished:
+                        self.train_step()
+                        if self.is_due(self.config.eval_every):
+                            self.validate()
+                        if self.finished or stop or self.save_is_due():
+                            self.save()
+                        if stop and not self.finished:
+                            raise self.interrupted()
+                return self.finish()
+        except OSError as error:
+            raise from_os_error(error, f"training stopped at step {self.state.step}{self.last_good()}") from error
 
-    def loop(self, interrupt: Interrupt) -> None:
-        """Step, log, validate, save."""
-        config, at = self.config, self.at
-        metrics = MetricsFile(self.folder, size=at.metrics_size)
-        progress = Progress(config.steps, at.step)
-        held_out = self.data.held_out()
-        try:
-            while at.step < config.steps and not self.is_stalled():
-                started = time.perf_counter()
-                lr = self.set_learning_rate()
-                inputs, targets = self.data.batch(at.step)
-                loss, norm = self.optimize(inputs, targets)
-                elapsed = time.perf_counter() - started
-                at.step, at.seconds = at.step + 1, at.seconds + elapsed
-                at.loss_sum, at.loss_count = at.loss_sum + loss, at.loss_count + 1
-                speed = inputs.numel() / elapsed
-                values = {"step": at.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_second": round(speed)}
-                due = at.step % config.eval_every == 0 or at.step == config.steps
-                if due:
-                    at.history.train.append((at.step, at.loss_sum / at.loss_count))
-                    at.loss_sum, at.loss_count = 0.0, 0
-                    values["validation_loss"] = self.validate(held_out)
-                metrics.write(values)
-                validation = at.history.validation[-1][1] if at.history.validation else None
-                progress.update(at.step, loss=loss, lr=lr, speed=speed, validation=validation)
-                if due or interrupt.asked:
-                    at.metrics_size = metrics.flush()
-                    self.save()
-                if interrupt.asked and at.step < config.steps:
-                    raise Interrupted(f"stopped after step {at.step:,} of {config.steps:,}; everything is saved")
-        finally:
-            metrics.close()
+    # ---------------------------------------------------------------------------------------------------------- steps
 
-    def optimize(self, inputs: Tensor, targets: Tensor) -> tuple[float, float]:
-        """Take one optimizer step on a batch; return the mean loss and the gradient's norm before clipping.
-
-        The loss of each part is divided by the targets of the whole batch, so accumulation does not change the result.
-        """
-        config, at = self.config, self.at
-        self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.accumulate(inputs, targets)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            last = self.kept["last"]
-            raise TrainingError(
-                f"the loss or its gradient is not finite at step {at.step + 1:,}; no weight was changed by it",
-                found=f"loss {loss.item()}, gradient norm {norm.item()}",
-                where=str(last) if last else "no checkpoint yet",
-                fix=f"start again with a lower learning rate, for example --lr {config.lr / 3:.1e}",
-            )
+    def train_step(self) -> None:
+        """Make one optimizer step on one batch, computed in `accumulation` parts."""
+        c, s, began = self.config, self.state, time.perf_counter()
+        batch = self.data.batch(s.step)
+        count = self.objective.count(batch)
+        loss = sum(self.accumulate(part, i, count) for i, part in enumerate(split(batch, c.accumulation)))
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, c.max_grad_norm))
+        self.check_numbers(loss, norm)
+        lr = learning_rate(s.step, lr=c.lr, min_lr=c.min_lr, warmup=c.warmup, steps=c.steps, shape=c.schedule)
+        set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
-        return loss.item(), norm.item()
+        self.optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - began
+        s.step, s.tokens, s.seconds = s.step + 1, s.tokens + count, s.seconds + seconds
+        row = {"step": s.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": s.tokens}
+        self.log.record({**row, "seconds": round(s.seconds, 3), "tokens_per_second": round(count / seconds, 1)})
 
-    def accumulate(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Add up the gradients of the parts of a batch; return the batch's mean loss."""
-        counted = max(1, int((targets != IGNORED).sum()))
-        total = torch.zeros(())
-        parts = self.config.accumulation
+    def accumulate(self, part: Batch, index: int, count: int) -> float:
+        """Add the gradient of one part of a batch of `count` terms; return its share of the mean loss."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed * 1_000_003 + self.at.step)
-            for x, y in zip(inputs.chunk(parts), targets.chunk(parts), strict=True):
-                with self.autocast():
-                    loss, _ = self.objective(self.model, x, y)
-                (loss / counted).backward()  # type: ignore[no-untyped-call]
-                total += loss.detach() / counted
-        return total
+            torch.manual_seed(
+                int(draw(self.config.seed, self.state.step, 1, stream=1 + index)[0])
+            )  # dropout's only source
+            with autocast(self.device.type, self.state.dtype):
+                loss = self.objective(self.model, self.to_device(part)) / count
+            loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
 
-    def validate(self, held_out: list[tuple[Tensor, Tensor]]) -> float:
-        """Return the mean loss on the held-out batches, in nats; note whether it is the best so far."""
+    def check_numbers(self, loss: float, norm: float) -> None:
+        """Stop before the update if the loss or the gradient is NaN or infinite."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+        self.log.record({"step": self.state.step + 1, "error": what})
+        raise TrainingError(
+            f"training diverged at step {self.state.step + 1}: {what}{self.last_good()}",
+            where=str(self.folder),
+            fix="start again with a lower --lr, a longer --warmup or --dtype fp32",
+        )
+
+    def validate(self) -> None:
+        """Score the held-out text; keep the weights if they are the best so far."""
+        s, began = self.state, time.perf_counter()
+        total, count = 0.0, 0
         self.model.eval()
-        total, counted = 0.0, 0
-        with torch.inference_mode():
-            for inputs, targets in held_out:
-                with self.autocast():
-                    part, n = self.objective(self.model, inputs, targets)
-                total, counted = total + part.item(), counted + n
-        loss, at = total / counted, self.at
-        at.history.validation.append((at.step, loss))
-        if loss < at.best_loss:
-            at.best_loss, at.best_step, at.waited = loss, at.step, 0
+        with torch.no_grad(), autocast(self.device.type, s.dtype):
+            for batch in self.data.validation(self.eval_tokens):
+                total += float(self.objective(self.model, self.to_device(batch)))
+                count += self.objective.count(batch)
+        self.model.train()
+        if count == 0:
+            return
+        loss = total / count
+        self.check_numbers(loss, 0.0)
+        improved = s.best_loss is None or loss < s.best_loss
+        if improved:
+            s.best_step, s.best_loss, s.waited = s.step, loss, 0
+            check_finite(self.model, self.folder)
+            save_best(self.folder, self.model, step=s.step)
         else:
-            at.waited += 1
-        return loss
+            s.waited += 1
+        s.seconds += time.perf_counter() - began
+        self.log.record({"step": s.step, "val_loss": loss, "best": improved, "seconds": round(s.seconds, 3)})
 
-    def is_stalled(self) -> bool:
-        """Say whether the validation loss has not improved for `patience` validations."""
-        return 0 < self.config.patience <= self.at.waited
+    @property
+    def finished(self) -> bool:
+        """All steps are done, or validation has not improved for too long."""
+        return self.state.step >= self.config.steps or self.stopped_early
 
-    def autocast(self) -> Any:
-        """Return the context in which the network runs."""
-        return torch.autocast("cpu", torch.bfloat16) if self.at.dtype == "bf16" else nullcontext()
+    @property
+    def stopped_early(self) -> bool:
+        """Validation has not improved `patience` times in a row."""
+        return 0 < self.config.patience <= self.state.waited
 
-    def set_learning_rate(self) -> float:
-        """Set and return the rate of the coming step."""
+    def is_due(self, every: int) -> bool:
+        """Tell whether something that happens every so many steps, and at the end, happens now."""
+        return self.state.step % every == 0 or self.state.step == self.config.steps
+
+    # ---------------------------------------------------------------------------------------------- start, save, finish
+
+    def start_or_resume(self) -> None:
+        """Read the newest whole checkpoint, or make the first one; settle threads, memory and dtype."""
         c = self.config
-        lr = learning_rate(self.at.step, steps=c.steps, lr=c.lr, min_lr=c.min_lr, warmup=c.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        return lr
+        clean(self.folder)
+        check_space(self.folder, self.model)
+        keep_freed_memory()
+        found = load_checkpoint(self.folder)
+        if found is not None:
+            path, self.state = found
+            self.check_same_run()
+            load_into(path, self.model, self.optimizer, step=self.state.step)
+            prune(self.folder, keep=[path])
+            self.saved_step = self.state.step
+            self.say(f"resumed at step {self.state.step:,} of {c.steps:,}")
+        self.settle_threads(resumed=found is not None)
+        self.model.train()
+        first = self.data.batch(0)
+        self.eval_tokens = c.eval_tokens or max(1, int(EVAL_SHARE * c.eval_every * self.objective.count(first)))
+        if found is None:
+            self.state.config, self.state.data = asdict(c), self.data.fingerprint()
+            self.state.dtype = self.choose_dtype(first) if c.dtype == "auto" else c.dtype
+            save_checkpoint(self.folder, self.model, self.optimizer, self.state)
+            self.saved_step = 0
+        self.saved_at = time.monotonic()
+
+    def check_same_run(self) -> None:
+        """Refuse to resume with other settings or other data: the result would belong to neither run."""
+        before, now = self.state.config, asdict(self.config)
+        changed = [name for name in now if before.get(name) != now[name]]
+        if changed:
+            raise InputError(
+                "a resumed run must keep its settings",
+                where=str(self.folder),
+                found=", ".join(f"{name} = {now[name]}" for name in changed),
+                expected=", ".join(f"{name} = {before.get(name)}" for name in changed),
+                fix="repeat the first settings, or start in another folder",
+            )
+        if self.state.data != self.data.fingerprint():
+            raise InputError("the data have changed since this run began", where=str(self.folder), fix="start again")
+
+    def settle_threads(self, *, resumed: bool) -> None:
+        """Use as many threads as before; say so where the last bits may differ."""
+        before = self.state.threads if resumed else None
+        self.state.threads = use_threads(before)
+        if before and before != self.state.threads:
+            self.say(f"{self.state.threads} threads instead of {before}: the last bits may differ")
+        if self.state.torch != torch.__version__:
+            self.say(f"torch {torch.__version__} instead of {self.state.torch}: the last bits may differ")
+            self.state.torch = str(torch.__version__)
+
+    def choose_dtype(self, batch: Batch) -> str:
+        """Measure fp32 against bf16 on a part of the first batch and say what was chosen."""
+        with torch.random.fork_rng(devices=[]):
+            dtype, why = choose_dtype(
+                self.model, self.objective, self.to_device(next(split(batch, self.config.accumulation)))
+            )
+        self.say(f"training in {why}")
+        return dtype
+
+    def open_log(self) -> Log:
+        """Continue metrics.jsonl where the state says."""
+        s = self.state
+        return Log(self.folder, start=s.metrics_bytes, step=s.step, steps=self.config.steps, stream=self.stream)
+
+    def save_is_due(self) -> bool:
+        """Tell whether this step ends with a checkpoint."""
+        late = time.monotonic() - self.saved_at >= SAVE_SECONDS
+        return late or self.is_due(self.config.save_every or self.config.eval_every)
 
     def save(self) -> None:
-        """Write the best weights if they are new, then the state; only then let older checkpoints go."""
-        at, model = self.at, checkpoint.model_tensors(self.model)
-        best = self.kept["best"]
-        if at.best_step == at.step and at.history.validation and at.history.validation[-1][0] == at.step:
-            facts = {"step": at.step, "validation_loss": at.best_loss}
-            best = checkpoint.write(self.folder, "best", at.step, tensors={"model": model}, state=facts)
-        tensors = {"model": model, "optimizer": checkpoint.optimizer_tensors(self.model, self.optimizer)}
-        last = checkpoint.write(self.folder, "last", at.step, tensors=tensors, state=self.describe())
-        self.kept = {"last": last, "best": best}
-        checkpoint.clean(self.folder, last, best)
+        """Write a checkpoint of this step."""
+        check_finite(self.model, self.folder)
+        self.state.metrics_bytes = self.log.flush()
+        save_checkpoint(self.folder, self.model, self.optimizer, self.state)
+        self.saved_step, self.saved_at = self.state.step, time.monotonic()
 
-    def describe(self) -> dict[str, Any]:
-        """Return the cursor as JSON; an infinite best loss as null."""
-        values = asdict(self.at)
-        values["best_loss"] = self.at.best_loss if self.at.best_step else None
-        return {**values, "config": asdict(self.config), "torch": torch.__version__}
+    def interrupted(self) -> Interrupted:
+        """Return the error that ends an interrupted run: everything is saved."""
+        return Interrupted(
+            f"stopped at step {self.state.step:,} of {self.config.steps:,}; everything is saved",
+            where=str(self.folder),
+            fix="run the same command with --resume to continue exactly here",
+        )
 
-    def resume(self) -> None:
-        """Continue from the newest whole checkpoint, if there is one; else choose the dtype."""
-        last = checkpoint.find(self.folder, "last")
-        if last is None:
-            checkpoint.clean(self.folder)
-            self.at.dtype = self.choose_dtype()
-            return
-        values = read_json(last / "state.json")
-        history = History(*([tuple(p) for p in values["history"][k]] for k in ("train", "validation")))
-        names = ("step", "best_step", "waited", "seconds", "dtype", "metrics_size", "loss_sum", "loss_count", "threads")
-        best_loss = float("inf") if values["best_loss"] is None else values["best_loss"]
-        self.at = Cursor(**{name: values[name] for name in names}, best_loss=best_loss, history=history)
-        if self.at.threads != cpu_count():
-            raise InputError(
-                "a resumed run must use as many threads as before to reach the same bits",
-                found=str(cpu_count()),
-                expected=str(self.at.threads),
-                fix=f"set LMWORKS_THREADS={self.at.threads}",
-            )
-        checkpoint.load_model_tensors(self.model, checkpoint.read_tensors(last, "model"))
-        memory = checkpoint.read_tensors(last, "optimizer")
-        checkpoint.load_optimizer_tensors(self.model, self.optimizer, memory)
-        best = self.folder / f"best-{self.at.best_step:06d}" if self.at.best_step else None
-        self.kept = {"last": last, "best": best}
-        checkpoint.clean(self.folder, last, best)
+    def finish(self) -> TrainResult:
+        """Load the best weights and leave one checkpoint."""
+        s = self.state
+        if s.best_step is not None:
+            load_into(self.folder / f"{BEST}.{s.best_step}", self.model)
+        prune(self.folder, keep=newest(self.folder, 1))
+        self.model.eval()
+        return TrainResult(
+            steps=s.step,
+            tokens=s.tokens,
+            seconds=s.seconds,
+            dtype=s.dtype,
+            best_step=s.best_step or s.step,
+            best_loss=s.best_loss,
+            stopped_early=self.stopped_early,
+            history=read_history(self.folder),
+        )
 
-    def choose_dtype(self) -> str:
-        """Return the configured dtype; for "auto", time two batches in fp32 and in bf16 and take the faster."""
-        if self.config.dtype != "auto":
-            return self.config.dtype
-        seconds = {}
-        inputs, targets = self.data.batch(0)
-        for dtype in ("fp32", "bf16"):
-            self.at.dtype = dtype
-            times = []
-            for _ in range(3):
-                started = time.perf_counter()
-                self.accumulate(inputs, targets)
-                times.append(time.perf_counter() - started)
-            seconds[dtype] = min(times)
-        self.optimizer.zero_grad(set_to_none=True)
-        return "bf16" if seconds["fp32"] >= PAYS * seconds["bf16"] else "fp32"
+    def last_good(self) -> str:
+        """Return '; the checkpoint of step N is intact', or nothing before the first one."""
+        return f"; the checkpoint of step {self.saved_step:,} is intact" if self.saved_step >= 0 else ""
 
-    def result(self) -> TrainResult:
-        """Return what was reached."""
-        at = self.at
-        tokens = at.step * self.data.batch(0)[0].numel()
-        speed = tokens / at.seconds if at.seconds else 0.0
-        return TrainResult(at.step, at.best_step, at.best_loss, at.seconds, speed, at.dtype, at.history)
+    def say(self, text: str) -> None:
+        """Print one sentence before the progress bar begins."""
+        if self.stream is not None:
+            print(text, file=self.stream, flush=True)
+
+    def to_device(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the batch as tensors where the model is."""
+        return {name: torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for name, array in batch.items()}
+
+
+def split(batch: Batch, parts: int) -> Iterator[Batch]:
+    """Yield a batch in up to `parts` parts along its rows, of nearly equal size."""
+    rows = len(next(iter(batch.values())))
+    for index in np.array_split(np.arange(rows), min(parts, rows)):
+        yield {name: array[index] for name, array in batch.items()}

@@ -78,7 +78,7 @@ async function load() {
 async function test(bounds) {
   const { dtype } = chosen();
   const line = $("selftest");
-  line.className = "";
+  delete line.dataset.verdict;
   line.textContent = "Self-test …";
   $("fulltest").hidden = true;
   const { answers } = await client.call("check", { prompts: selftest.prompts, ...bounds });
@@ -86,9 +86,9 @@ async function test(bounds) {
   const near = difference <= selftest.tolerance[dtype];
   const passed = ids === null && near && (dtype !== "fp32" || equal === checked);
   const counted = `${equal} of ${checked} tokens as PyTorch recorded them`;
-  line.className = passed ? "good" : "bad";
+  line.dataset.verdict = passed ? "good" : "bad";
   if (ids !== null) line.textContent = "Self-test failed: the tokenizer gives other tokens than the recorded ones.";
-  else line.textContent = `Self-test ${passed ? "passed" : "failed"}: ${counted}; largest difference of a logit ${difference.toPrecision(2)}.`;
+  else line.textContent = `Self-test ${passed ? "passed" : "failed"}: ${counted}; largest difference of a logit ${difference.toExponential(1)}.`;
   $("fulltest").hidden = !("limit" in bounds);
   document.documentElement.dataset.selftest = passed ? "passed" : "failed";
   return passed;
@@ -234,7 +234,7 @@ async function showCertificate() {
       const cell = cells[dtype];
       const text = !cell ? "–" : cell.skipped ? "not checked" : `${cell.tokens_equal.join(" of ")} ${cell.passed ? "✓" : "✗"}`;
       const box = element("td", text);
-      if (cell && !cell.skipped) box.className = cell.passed ? "good" : "bad";
+      if (cell && !cell.skipped) box.dataset.verdict = cell.passed ? "good" : "bad";
       row.append(box);
     }
     $("certificate").querySelector("tbody").append(row);
@@ -293,9 +293,11 @@ function select(group, value) {
 function update() {
   const loaded = "loaded" in document.documentElement.dataset;
   const writing = $("page").getAttribute("aria-busy") === "true";
-  const size = megabytes(downloadSize());
+  const size = megabytes(sum(download()));
   $("load").hidden = loaded;
   $("load").textContent = `Load ${size}`;
+  $("parts").hidden = client !== null;
+  $("parts").textContent = describeDownload();
   $("unload").hidden = !client;
   $("load").disabled = $("fulltest").disabled = busy;
   $("write").disabled = $("more").disabled = busy;
@@ -304,16 +306,26 @@ function update() {
   $("more").hidden = $("output").textContent === "" || writing;
 }
 
-// What is fetched at most: the graph, the settings beside it, and the WebAssembly build that this browser takes.
-function downloadSize() {
+// What is fetched at most: the model with its tokenizer, and the WebAssembly build that this browser takes.
+function download() {
   const { dtype, device } = chosen();
   const variant = "Suspending" in WebAssembly && hasVariant(".jspi") ? ".jspi" : device === "webgpu" ? ".asyncify" : "";
-  const names = [page.dtypes[dtype].file, "tokenizer.json", `web/vendor/ort-wasm-simd-threaded${variant}.wasm`];
-  return names.reduce((sum, name) => sum + (page.files[name]?.bytes ?? 0), 0);
+  const size = (name) => page.files[name]?.bytes ?? 0;
+  const pair = ["mjs", "wasm"].map((suffix) => size(`web/vendor/ort-wasm-simd-threaded${variant}.${suffix}`));
+  return [size(page.dtypes[dtype].file) + size("tokenizer.json"), sum(pair) + size("web/vendor/transformers.min.js")];
+}
+
+function describeDownload() {
+  const [model, runtime] = download().map(megabytes);
+  return `${model} model and tokenizer, ${runtime} runtime; fetched once, from this page's own address.`;
+}
+
+function sum(numbers) {
+  return numbers.reduce((total, number) => total + number, 0);
 }
 
 function megabytes(bytes) {
-  return `${(bytes / 1e6).toLocaleString("en", { maximumSignificantDigits: 3 })} MB`;
+  return `${(bytes / 1e6).toLocaleString("en", { maximumSignificantDigits: bytes < 1e6 ? 2 : 3 })} MB`;
 }
 
 function element(name, text = "") {

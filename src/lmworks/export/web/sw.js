@@ -29,7 +29,7 @@ self.onfetch = (event) => {
 
 async function serve(request, fixed) {
   const cache = await caches.open(CACHE);
-  const held = fixed ? await cache.match(request) : null;
+  const held = fixed && request.cache !== "reload" ? await cache.match(request) : null;
   if (held) return isolate(held);
   try {
     const response = await fetch(request);

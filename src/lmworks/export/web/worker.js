@@ -3,7 +3,7 @@
 //
 //   { id, type: "load", dtype, device, files }        -> { variant, threads, context, seconds }, notes { loaded, total }
 //   { id, type: "generate", text, options }           -> what Engine.generate returns and { cut, prompt }, notes { piece, count }
-//   { id, type: "check", prompts, limit, budget }     -> { answers }
+//   { id, type: "check", prompts, texts, limit, budget } -> { answers, texts } (ids of each text)
 //   { type: "stop" }                                  ends the writing after the current token
 //
 // Every answer is { id, result } or { id, error }; notes in between are { id, note }.
@@ -59,11 +59,12 @@ const VERBS = {
     return { ...(await engine.generate(ids, { ...options, onText, stopping })), cut, prompt: ids.length };
   },
 
-  async check({ prompts, limit = Infinity, budget = Infinity }) {
+  async check({ prompts, texts = [], limit = Infinity, budget = Infinity }) {
     stopping = new library.InterruptableStoppingCriteria();
     const until = performance.now() + budget;
     const enough = () => performance.now() > until || stopping.interrupted;
-    return { answers: await answer(engine, prompts, { limit, enough, stopping }) };
+    const answers = await answer(engine, prompts, { limit, enough, stopping });
+    return { answers, texts: texts.map((item) => engine.encode(item.text)) };
   },
 };
 
@@ -100,35 +101,40 @@ function address(name, file) {
   return url.href;
 }
 
-// Fetch a file of the page, count its bytes, and refuse it unless it is the very file that the page was made with.
+// Fetch a file of the page and refuse it unless it is the very file that the page was made with. A wrong one may come
+// from a cache, so it is asked for once more, past every cache.
 async function download(name, file, progress) {
+  for (const cache of ["default", "reload"]) {
+    const bytes = await fetchBytes(name, file, progress, cache);
+    if (bytes && (await hasHash(bytes, file.sha256))) return bytes.buffer;
+  }
+  throw new Error(`${name} is damaged: it is not the file that this page was made with.`);
+}
+
+async function fetchBytes(name, file, progress, cache) {
   let response;
   try {
-    response = await fetch(address(name, file));
+    response = await fetch(address(name, file), { cache });
   } catch (error) {
     throw new Error(`${name} could not be fetched (${error.message}).`);
   }
   if (!response.ok) throw new Error(`${name} could not be fetched: the server answered ${response.status}.`);
   const bytes = new Uint8Array(file.bytes);
   let at = 0;
-  const reader = response.body.getReader();
-  for (let part = await reader.read(); !part.done; part = await reader.read()) {
-    if (at + part.value.length > bytes.length) throw new Error(damaged(name));
-    bytes.set(part.value, at);
-    at += part.value.length;
-    progress.add(part.value.length);
+  for (const reader = response.body.getReader(); ; ) {
+    const { done, value } = await reader.read();
+    if (done) return at === bytes.length ? bytes : null;
+    if (at + value.length > bytes.length) return null;
+    bytes.set(value, at);
+    at += value.length;
+    progress.add(value.length);
   }
-  if (at !== bytes.length) throw new Error(damaged(name));
-  if (self.crypto?.subtle) {
-    const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
-    const found = Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
-    if (found !== file.sha256) throw new Error(damaged(name));
-  }
-  return bytes.buffer;
 }
 
-function damaged(name) {
-  return `${name} is damaged: it is not the file that this page was made with.`;
+async function hasHash(bytes, known) {
+  if (!self.crypto?.subtle) return true; // only secure contexts can compute one
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+  return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("") === known;
 }
 
 class Progress {
