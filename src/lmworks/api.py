@@ -133,17 +133,26 @@ def evaluate(
     """Score every token of a text once, each with at least half of the model's context before it."""
     from lmworks.base.report import Table
     from lmworks.corpus import count_bytes, read_clean
-    from lmworks.evaluation.perplexity import evaluate_stream
+    from lmworks.evaluation.perplexity import bits_per_byte, token_logprobs
     from lmworks.runtime.predictor import load
     from lmworks.tokens.batch import make_stream
 
     predictor = load(model, runtime=runtime, dtype=dtype)
+    tokenizer, engine = predictor.tokenizer, predictor.runtime
     documents = read_clean(Path(texts), column=column)
-    tokenizer = predictor.tokenizer
     stream = make_stream(tokenizer, [document.text for document in documents])
+    scores = token_logprobs(engine, stream, context=engine.max_length)
+    size = count_bytes(documents)
     known = all(tokenizer.knows(document.text) for document in documents)
-    values = evaluate_stream(predictor.runtime, stream, n_bytes=count_bytes(documents) if known else None)
-    values |= {"runtime": predictor.runtime.name, "dtype": predictor.runtime.dtype}
+    values: dict[str, str | int | float | None] = {
+        "perplexity": scores.perplexity,
+        "bits_per_byte": bits_per_byte(scores.logprobs, size if known else None),
+        "next_token_accuracy": scores.accuracy,
+        "tokens": len(stream) - 1,
+        "bytes": size,
+        "runtime": engine.name,
+        "dtype": engine.dtype,
+    }
     rows = tuple((name.replace("_", " "), value) for name, value in values.items())
     return Report(f"{model} on {texts}", values, tables=(Table("Scores", ("what", "value"), rows),))
 

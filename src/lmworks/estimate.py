@@ -29,12 +29,13 @@ def estimate(corpus: Corpus, settings: Settings) -> Report:
     parameters = count_parameters(settings)
     memory = FIXED_MEMORY + parameters * BYTES_A_PARAMETER + activations * BYTES_AN_ACTIVATION
     seconds = measure_step(settings) * (settings.steps or 0)
+    disk = disk_needed(settings)
     values = {
         "parameters": parameters,
         "train_bytes": corpus.train_bytes,
         "validation_bytes": corpus.validation_bytes,
         "memory_bytes": memory,
-        "disk_bytes": disk_needed(settings),
+        "disk_bytes": disk,
         "train_seconds": round(seconds),
         "tokens_per_second": round(tokens * (settings.steps or 0) / seconds),
         "threads": cpu_count(),
@@ -44,7 +45,7 @@ def estimate(corpus: Corpus, settings: Settings) -> Report:
         ("text", f"{corpus.train_bytes / 1e6:.2f} MB to train on, {corpus.validation_bytes / 1e6:.2f} MB held out"),
         ("parameters", f"{parameters:,}"),
         ("memory", f"about {memory / 1e9:.1f} GB"),
-        ("disk", f"at most {values['disk_bytes'] / 1e6:,.0f} MB"),
+        ("disk", f"at most {disk / 1e6:,.0f} MB"),
         (
             "time",
             f"about {max(1, round(seconds / 60))} min of training: {settings.steps:,} steps on {cpu_count()} threads",
@@ -71,4 +72,4 @@ def measure_step(settings: Settings) -> float:
         Trainer(model, objective=CausalLoss(), data=data, config=config, folder=folder, stream=None).fit()
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     times = [row["seconds"] for row in rows if "loss" in row]
-    return min(after - before for before, after in pairwise(times[WARM_UP_STEPS - 1 :]))
+    return float(min(after - before for before, after in pairwise(times[WARM_UP_STEPS - 1 :])))

@@ -116,19 +116,18 @@ def run_folder(out: Path, *, resume: bool, overwrite: bool) -> Iterator[Path]:
 
 def check_same_run(folder: Path, settings: Settings, corpus: Corpus) -> None:
     """Record what this run is made from, or, on resume, refuse settings or data that differ."""
-    facts = {"settings": settings.to_dict(), "data_sha256": corpus.sha256}
-    path = folder / RUN_FILE
+    knobs, path = settings.to_dict(), folder / RUN_FILE
     if not path.exists():
-        write_json(path, facts)
+        write_json(path, {"settings": knobs, "data_sha256": corpus.sha256})
         return
     before = read_json(path)
     if before.get("data_sha256") != corpus.sha256:
         raise InputError("the text has changed since this run began", where=str(folder), fix="start with --overwrite")
-    changed = [name for name, value in facts["settings"].items() if before["settings"].get(name) != value]
+    changed = [name for name, value in knobs.items() if before["settings"].get(name) != value]
     if changed:
         raise InputError(
             "a resumed run must keep its settings",
-            found=", ".join(f"{name}={facts['settings'][name]}" for name in changed),
+            found=", ".join(f"{name}={knobs[name]}" for name in changed),
             expected=", ".join(f"{name}={before['settings'].get(name)}" for name in changed),
             fix="repeat the first command with --resume, or start again with --overwrite",
         )
@@ -138,9 +137,9 @@ def make_network(settings: Settings, *, vocab_size: int, **tokens: int | None) -
     """Return the network's shape for these settings; `tokens` are the ids of its special tokens."""
     from lmworks.models.families import gpt2, llama
 
-    family = {"gpt2": gpt2, "llama": llama}[settings.family]
+    make = {"gpt2": gpt2.new, "llama": llama.new}[settings.family]
     assert settings.hidden_size and settings.heads  # resolve() filled them
-    return family.new(
+    return make(
         vocab_size=vocab_size,
         hidden_size=settings.hidden_size,
         num_hidden_layers=settings.layers,
@@ -253,10 +252,8 @@ def train_config(settings: Settings) -> TrainConfig:
     from lmworks.training.trainer import TrainConfig
 
     s = settings
-    assert s.context and s.batch_size and s.steps and s.lr and s.eval_every  # resolve() filled them
+    assert s.steps and s.lr and s.eval_every  # resolve() filled them
     return TrainConfig(
-        context=s.context,
-        batch_size=s.batch_size,
         accumulation=s.accumulation,
         steps=s.steps,
         lr=s.lr,

@@ -129,7 +129,11 @@ def test_transformers_reads_what_we_write(case: Any, tmp_path: Path) -> None:
     added = {"_name_or_path", "transformers_version", "rope_theta", "rope_scaling", "torch_dtype", "architectures"}
     added |= {"max_position_embeddings"} if case.name.startswith("gpt2") else set()
     assert {k: v for k, v in ours.items() if k not in added} == {k: v for k, v in theirs.items() if k not in added}
-    assert not again.generation_config.to_diff_dict().keys() - {"pad_token_id", "transformers_version", "_from_model_config"}
+    assert not again.generation_config.to_diff_dict().keys() - {
+        "pad_token_id",
+        "transformers_version",
+        "_from_model_config",
+    }
 
 
 def test_files_are_the_same(case: Any, tmp_path: Path) -> None:
@@ -182,7 +186,7 @@ def test_a_body_without_its_head(case: Any, tmp_path: Path) -> None:
 
 
 def test_config_of_the_other_generation(case: Any, tmp_path: Path) -> None:
-    """A config.json as transformers 4 wrote it: rope_theta and rope_scaling outside, torch_dtype, no rope_parameters."""
+    """A config.json as transformers 4 wrote it: rope_theta and rope_scaling side by side, torch_dtype."""
     shutil.copytree(case.folder, tmp_path, dirs_exist_ok=True)
     hf = json.loads((tmp_path / "config.json").read_text())
     rope = hf.pop("rope_parameters", None)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from lmworks.base.errors import InputError
 from lmworks.base.types import Batch, Ints
+from lmworks.evaluation.perplexity import windows
 
 IGNORED = -100  # the label of a token that is not scored
 
@@ -67,19 +68,14 @@ class TokenWindows:
         return {"input_ids": windows[:, :-1], "labels": windows[:, 1:]}
 
     def validation(self, tokens: int | None = None) -> Iterator[Batch]:
-        """Yield strided windows of the held-out stream: input_ids and labels (B, T) int64."""
+        """Yield the windows in which perplexity is defined, every half context, so that each token is scored once."""
         if self.held_out is None:
             return
-        windows = strided_windows(len(self.held_out), self.context)
-        if tokens is not None:
-            wanted = max(1, tokens * 2 // self.context)  # a window scores half of its context
-            windows = windows[:: max(1, round(len(windows) / wanted))]
-        length = windows[0][1] - windows[0][0]
-        for i in range(0, len(windows), self.batch_size):
-            group = windows[i : i + self.batch_size]
-            rows = np.stack([self.held_out[start : end + 1] for start, end, _ in group]).astype(np.int64)  # (B, T + 1)
-            fresh = np.array([new for _, _, new in group])[:, None]  # (B, 1)
-            labels = np.where(np.arange(length) >= length - fresh, rows[:, 1:], IGNORED)  # (B, T)
+        count = len(self.held_out) - 1
+        skip = 1 if tokens is None else max(1, count // tokens)
+        for starts, length, scored in windows(count, self.context, max(1, self.context // 2), self.batch_size * skip):
+            rows = self.held_out[starts[::skip, None] + np.arange(length + 1)].astype(np.int64)  # (B, T + 1)
+            labels = np.where(np.arange(length) >= length - scored, rows[:, 1:], IGNORED)  # (B, T)
             yield {"input_ids": rows[:, :-1], "labels": labels}
 
     def fingerprint(self) -> str:
@@ -95,20 +91,3 @@ def draw(seed: int, step: int, count: int, *, stream: int = 0) -> NDArray[np.uin
     """Return `count` random 64-bit numbers that depend on nothing but the arguments (Philox, Salmon et al. 2011)."""
     key = np.array([seed, step], dtype=np.uint64)
     return np.random.Philox(key=key, counter=np.array([0, 0, 0, stream], dtype=np.uint64)).random_raw(count)
-
-
-def strided_windows(tokens: int, context: int) -> list[tuple[int, int, int]]:
-    """Return (start, end, new) for windows that score every token of a stream once, except its first.
-
-    A window reads tokens start … end-1 and predicts start+1 … end; only its last `new` predictions count. Each starts
-    half a context after the one before, so that a scored token sees at least half a context (but for the first window),
-    and the last is moved back so that all have the same length: 9 tokens, context 4 -> (0, 4, 4) (2, 6, 2) (4, 8, 2).
-    """
-    last = tokens - 1
-    length = min(context, last)
-    stride = max(1, context // 2)
-    windows = [(0, length, length)]
-    while windows[-1][1] < last:
-        end = min(windows[-1][1] + stride, last)
-        windows.append((end - length, end, end - windows[-1][1]))
-    return windows
