@@ -13,6 +13,7 @@ import torch
 from lmworks.export.onnx import export_onnx
 from lmworks.export.receipt import write_receipt
 from lmworks.export.selftest import record_selftest
+from lmworks.export.verify import verify
 from lmworks.export.web import write_page
 from lmworks.models.checkpoint import save_model
 from lmworks.models.config import Config
@@ -27,7 +28,7 @@ PROMPTS = (
     "☕ The",
     "  The",
     "The old fox sees",
-    "A bird\n",
+    "Ransoti and Senatorion and",
     "Who",
 )
 CONTEXT = 96
@@ -39,7 +40,9 @@ def sentences(count: int) -> list[str]:
     who = ["The small bird", "The old fox", "A naïve cat", "Every café ☕", "Who", "The 🦊"]
     does = ["sees", "doesn't like", "finds", "sings to", "paints"]
     what = ["the river", "a café", "nobody", "the sea — today", "two hats 🎩"]
-    return [f"{draw.choice(who)} {draw.choice(does)} {draw.choice(what)}." for _ in range(count)]
+    names = ["".join(draw.choice("aeinorst") for _ in range(draw.randint(4, 9))).title() for _ in range(200)]
+    lines = [f"{draw.choice(who)} {draw.choice(does)} {draw.choice(what)}." for _ in range(count)]
+    return lines + [" and ".join(draw.sample(names, 2)) + "." for _ in range(count)]
 
 
 @cache
@@ -47,8 +50,8 @@ def made_folder() -> Path:
     """Train for a moment and write everything; the folder is shared, so tests that change it take a `copy_folder`."""
     folder = Path(tempfile.mkdtemp(prefix="lmworks-tests-")) / "birds & foxes"
     folder.mkdir()
-    text = "\n".join(sentences(600))
-    tokenizer = train_tokenizer([text], kind="bpe", vocab_size=320)
+    text = "\n".join(sentences(400))
+    tokenizer = train_tokenizer([text], kind="bpe", vocab_size=384)
     config = Config(
         model_type="llama",
         vocab_size=tokenizer.vocab_size,
@@ -78,6 +81,7 @@ def made_folder() -> Path:
     (folder / "training").mkdir()
     (folder / "training" / "metrics.jsonl").write_text("{}\n")
     write_receipt(folder, {"seed": 0})
+    assert verify(folder, runtimes=("onnx",))["passed"]
     return folder
 
 

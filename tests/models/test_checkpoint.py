@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lmworks.base.errors import FormatError, InputError
@@ -74,6 +75,12 @@ def test_round_trip(folder: Path) -> None:
     save_model(model, folder / "again")
     for name in ("config.json", "model.safetensors", "generation_config.json"):
         assert (folder / name).read_bytes() == (folder / "again" / name).read_bytes(), name
+
+
+def test_the_header_names_the_framework(folder: Path) -> None:
+    """transformers 4 refuses a file without it."""
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
 
 
 def test_saving_over_the_folder_that_was_loaded(folder: Path) -> None:

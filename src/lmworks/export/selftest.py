@@ -55,11 +55,12 @@ class Answer:
 
 
 def record_selftest(
-    runtime: Runtime, tokenizer: Decodes, prompts: Sequence[str], *, tokens: int = 32
+    runtime: Runtime, tokenizer: Decodes, prompts: Sequence[str], *, tokens: int = 32, texts: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Compute the record with the torch runtime in fp32; the dict is selftest.json.
 
-    Raises InputError when a prompt has no token, or no room for `tokens` more.
+    `texts`, for instance of the corpus, join PROBES: every runtime must give the ids that Python gives for them. Raises
+    InputError when a prompt has no token, or no room for `tokens` more.
     """
     entries, spreads, largest = [], [], 0.0
     for text in prompts:
@@ -91,7 +92,7 @@ def record_selftest(
             "int8": INT8_PART * float(np.mean(spreads)),
         },
         "prompts": entries,
-        "texts": [{"text": text, "ids": tokenizer.encode(text)} for text in PROBES],
+        "texts": [{"text": text, "ids": tokenizer.encode(text)} for text in (*PROBES, *texts)],
     }
 
 

@@ -63,9 +63,9 @@ class TokenWindows:
     def batch(self, step: int) -> Batch:
         """Return `batch_size` windows that begin anywhere: input_ids and labels (B, T) int64."""
         starts = draw(self.seed, step, self.batch_size) % np.uint64(len(self.train) - self.context)  # (B,)
-        windows = self.train[starts[:, None] + np.arange(self.context + 1, dtype=np.uint64)]  # (B, T + 1)
-        windows = windows.astype(np.int64)
-        return {"input_ids": windows[:, :-1], "labels": windows[:, 1:]}
+        rows = self.train[starts[:, None] + np.arange(self.context + 1, dtype=np.uint64)]  # (B, T + 1)
+        rows = rows.astype(np.int64)
+        return {"input_ids": rows[:, :-1], "labels": rows[:, 1:]}
 
     def validation(self, tokens: int | None = None) -> Iterator[Batch]:
         """Yield the windows in which perplexity is defined, every half context, so that each token is scored once."""

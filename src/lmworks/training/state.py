@@ -78,6 +78,7 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW
 
 def save_best(folder: Path, model: nn.Module, *, step: int) -> None:
     """Write `best.<step>`; the next `save_checkpoint` removes what it replaces."""
+    prune(folder, keep=newest(folder, 1))
     write_folder(folder / f"{BEST}.{step}", {MODEL: tensor_bytes(model_tensors(model))})
 
 

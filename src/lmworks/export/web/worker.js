@@ -28,6 +28,7 @@ const VERBS = {
     const wanted = [`${pair}.wasm`, ...modelFiles(files, dtype)];
     const progress = new Progress(wanted.map((name) => files[name].bytes), note);
     const { env } = library;
+    let failure = null; // the library would replace it by "not found"
     Object.assign(env, {
       allowRemoteModels: false,
       allowLocalModels: true,
@@ -36,7 +37,8 @@ const VERBS = {
       useWasmCache: false,
       fetch: async (url) => {
         const name = String(url).split(PREFIX)[1];
-        return files[name] ? new Response(await download(name, files[name], progress)) : new Response(null, { status: 404 });
+        if (!files[name]) return new Response(null, { status: 404 });
+        return new Response(await download(name, files[name], progress).catch((error) => Promise.reject((failure ??= error))));
       },
     });
     const threads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
@@ -46,7 +48,9 @@ const VERBS = {
       wasmPaths: { mjs, wasm },
       wasmBinary: await download(`${pair}.wasm`, files[`${pair}.wasm`], progress),
     });
-    engine = await parts.Engine.open(library, "model", { dtype, device, pause: nextMessage });
+    engine = await parts.Engine.open(library, "model", { dtype, device, pause: nextMessage }).catch((error) => {
+      throw failure ?? error;
+    });
     const seconds = (performance.now() - started) / 1000;
     return { variant, threads, context: engine.context, seconds };
   },
