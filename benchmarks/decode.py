@@ -49,10 +49,10 @@ def main() -> None:
     """Make a Llama of 110 million random weights, alternate all runtimes, print the medians of the paired ratios."""
     import torch
     import transformers
-    from lmworks.export.onnx import export_onnx
-    from lmworks.runtime.torch_runtime import TorchRuntime
 
+    from lmworks.export.onnx import export_onnx
     from lmworks.runtime.onnx_runtime import OnnxRuntime
+    from lmworks.runtime.torch_runtime import TorchRuntime
 
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)

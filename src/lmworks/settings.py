@@ -142,40 +142,19 @@ class Settings:
 
 
 SIZES: dict[str, dict[str, Any]] = {
-    "tiny": dict(  # noqa: C408 (a table reads better without quotes)
-        hidden_size=256,
-        layers=4,
-        heads=4,
-        context=128,
-        batch_size=32,
-        steps=900,
-        lr=3e-3,
-        dropout=0.0,
-        largest_vocab=2048,
-    ),
-    "small": dict(  # noqa: C408
-        hidden_size=384,
-        layers=6,
-        heads=6,
-        context=256,
-        batch_size=32,
-        steps=3000,
-        lr=1.5e-3,
-        dropout=0.1,
-        largest_vocab=4096,
-    ),
-    "base": dict(  # noqa: C408
-        hidden_size=512,
-        layers=8,
-        heads=8,
-        context=512,
-        batch_size=32,
-        steps=12000,
-        lr=1e-3,
-        dropout=0.1,
-        largest_vocab=8192,
-    ),
-}
+    "tiny": {
+        "hidden_size": 192, "layers": 4, "heads": 3, "context": 128, "batch_size": 16, "steps": 600, "lr": 3e-3,
+        "dropout": 0.0, "largest_vocab": 1024,
+    },
+    "small": {
+        "hidden_size": 320, "layers": 6, "heads": 5, "context": 256, "batch_size": 16, "steps": 3000, "lr": 1.5e-3,
+        "dropout": 0.1, "largest_vocab": 4096,
+    },
+    "base": {
+        "hidden_size": 512, "layers": 8, "heads": 8, "context": 512, "batch_size": 16, "steps": 12000, "lr": 1e-3,
+        "dropout": 0.1, "largest_vocab": 8192,
+    },
+}  # fmt: skip
 
 RANGES: dict[str, tuple[float, float]] = {
     "vocab_size": (260, 200_000),

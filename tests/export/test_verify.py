@@ -289,14 +289,22 @@ def test_chromium_refuses_a_damaged_graph_and_still_runs_the_other(folder: Path)
     assert cells["fp32"]["passed"] is False
     assert "onnx/model.onnx is damaged" in cells["fp32"]["problem"]
     assert cells["int8"]["passed"] is True
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_chromium_gives_the_answers_of_the_graph_that_it_was_given(folder: Path) -> None:
+    """The page was made again over a perturbed graph: nothing is damaged, and the answers tell."""
+    perturb_graph(folder)
     selftest = json.loads((folder / "selftest.json").read_text())
-    write_page(folder, title="x", facts=facts(), selftest=selftest)  # now the page takes the graph: the answers tell
+    write_page(folder, title="x", facts=facts(), selftest=selftest)
     write_receipt(folder, {})
     cells = verify(folder, runtimes=("browser",))["runtimes"]["browser"]
     assert cells["fp32"]["passed"] is False
     assert cells["fp32"]["max_abs_diff"] > cells["fp32"]["tolerance"]
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_chromium_runs_the_page_of_the_folder(folder: Path) -> None:
     """A page that samples where it should be greedy, or whose worker is broken, fails although the graph is right."""

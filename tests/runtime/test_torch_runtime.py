@@ -14,7 +14,7 @@ from lmworks.models.checkpoint import save_model
 from lmworks.models.families import gpt2, llama
 from lmworks.models.heads import CausalLM
 from lmworks.runtime.base import Runtime
-from lmworks.runtime.torch_runtime import TorchRuntime, alike, is_padded_left
+from lmworks.runtime.torch_runtime import PackedLinear, TorchRuntime, alike, is_padded_left
 
 SIZES = {"vocab_size": 90, "num_hidden_layers": 2, "max_position_embeddings": 600, "initializer_range": 0.2}
 MODELS = {
@@ -129,6 +129,28 @@ def test_bfloat16(model: CausalLM, tmp_path: Path) -> None:
     assert first.shape == (1, 90)
 
 
+@BOTH
+def test_packing_changes_no_number(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bfloat16 matrix in another order in memory: the same products, but for the last bit; biases included."""
+    model = copy.deepcopy(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.constant_(parameter, 0.3)
+    packed = TorchRuntime(model, dtype="bf16")
+    monkeypatch.setattr("lmworks.runtime.torch_runtime.pack", lambda model: None)
+    plain = TorchRuntime(model, dtype="bf16")
+    linears = [[type(m).__name__ for m in r.model.modules() if "Linear" in type(m).__name__] for r in (packed, plain)]
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        assert set(linears[0]) == {"PackedLinear"} and set(linears[1]) == {"Linear"}
+    assert len(linears[0]) == len(linears[1])
+    a, b = (runtime.run({"input_ids": IDS})["logits"] for runtime in (packed, plain))
+    assert np.abs(a - b).mean() < 0.02 * np.abs(b).mean()
+    given = copy.deepcopy(model).to(torch.bfloat16)
+    monkeypatch.undo()
+    TorchRuntime(given, dtype="bf16")
+    assert not any(isinstance(module, PackedLinear) for m in (model, given) for module in m.modules())
+
+
 def test_a_model_in_training_is_left_in_training() -> None:
     """Evaluation in the middle of training must not drop anything, nor switch dropout off for good."""
     model = CausalLM(gpt2.new(hidden_size=32, num_attention_heads=4, dropout=0.5, **SIZES)).train()
@@ -144,8 +166,9 @@ def test_a_model_in_training_is_left_in_training() -> None:
     loss.backward()
 
 
-def test_what_cannot_be_run_is_refused() -> None:
-    runtime = TorchRuntime(MODELS["gpt2"], slots=2)
+@BOTH
+def test_what_cannot_be_run_is_refused(model: CausalLM) -> None:
+    runtime = TorchRuntime(model, slots=2)
     runtime.prefill([0], [[1, 2, 3]])
     for call, message in (
         (lambda: runtime.run({"input_ids": np.array([[1, 90]])}), "outside the vocabulary"),
@@ -157,12 +180,12 @@ def test_what_cannot_be_run_is_refused() -> None:
         (lambda: runtime.prefill([0, 0], [[1], [1]]), "slots"),
         (lambda: runtime.step([0, 1], [1]), "slots"),
         (lambda: runtime.step([0], [90]), "outside the vocabulary"),
-        (lambda: TorchRuntime(MODELS["gpt2"], dtype="int8"), "fp32 or bf16"),
+        (lambda: TorchRuntime(model, dtype="int8"), "fp32 or bf16"),
     ):
         with pytest.raises(InputError, match=message):
             call()
     assert runtime.cache.lengths == [3, 0]
     runtime.prefill([1], [[5] * 600])
-    with pytest.raises(InputError, match="601 tokens"):
+    with pytest.raises(InputError, match=r"does not fit the model[\s\S]*601 tokens"):
         runtime.step([1], [1])
     assert runtime.step([], []).shape == (0, 90) == runtime.prefill([], []).shape

@@ -74,6 +74,14 @@ def test_few_texts_give_their_last_lines() -> None:
     assert [d.text for d in split_documents(words)[1]] == ["nine ten", "xxx"]
 
 
+def test_large_documents_do_not_spoil_the_share() -> None:
+    sizes = [9_000] * 6 + [50] * 1000
+    documents = [Document(f"{i}", f"{i} ".ljust(size, "x")) for i, size in enumerate(sizes)]
+    for seed in range(8):
+        held_out = split_documents(documents, seed=seed)[1]
+        assert abs(sum(len(d.text) for d in held_out) / sum(sizes) - 0.1) < 0.002
+
+
 def test_one_giant_among_many_is_cut_too() -> None:
     documents = [*make(30), Document("giant", "line of text\n" * 5000)]
     _, held_out = split_documents(documents)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from lmworks import __version__
 from lmworks.base.errors import Interrupted, LmworksError, from_os_error
+from lmworks.base.threads import rest_while_waiting
 
 VERBS = {  # verb -> where it lives, what it does, two examples
     "build": (
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code: 0 done, 1 a check failed, 2 the input cannot be used, 130 interrupted."""
     from cyclopts import App, CycloptsError
 
+    rest_while_waiting()
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]

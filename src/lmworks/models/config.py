@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from lmworks.base.errors import InputError
 
-
 HIDDEN_ACTS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "relu")
 
 

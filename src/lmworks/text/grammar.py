@@ -41,20 +41,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class Tree:
-    """A derivation: a symbol, the rule that rewrote it, and the trees of that rule's symbols in order."""
+    """A derivation: a symbol, the rule that rewrote it, the trees of that rule's symbols in order, and all words."""
 
     symbol: str
     rule: Rule
     children: tuple[Tree, ...]
-
-    @cached_property
-    def words(self) -> tuple[str, ...]:
-        """The words below this node."""
-        below = iter(self.children)
-        found: list[str] = []
-        for part in self.rule.parts:
-            found.extend(next(below).words if is_symbol(part) else (part,))
-        return tuple(found)
+    words: tuple[str, ...]
 
     def english(self, asked: Tree | None = None, word: str = "") -> English:
         """Return the English below this node, in one form or several; `word` stands in for the node `asked`."""
@@ -108,7 +100,15 @@ class Grammar:
         """Draw a derivation."""
         limits = self.limits[symbol]
         rule = self.rules[symbol][min(bisect_right(limits, uniform.draw()), len(limits) - 1)]
-        return Tree(symbol, rule, tuple(self.sample(part, uniform) for part in rule.parts if is_symbol(part)))
+        children: list[Tree] = []
+        words: list[str] = []
+        for part in rule.parts:
+            if part in self.rules:
+                children.append(self.sample(part, uniform))
+                words.extend(children[-1].words)
+            else:
+                words.append(part)
+        return Tree(symbol, rule, tuple(children), tuple(words))
 
     def entropy(self, symbol: str) -> float:
         """Return the entropy of the derivations of a symbol, in bits."""

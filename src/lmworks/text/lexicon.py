@@ -77,7 +77,7 @@ def make_lexicon(seed: int) -> Lexicon:
         options.append(Rule(1 / (len(options) + 4), (word,), english))  # few words are frequent, many are rare
 
     for c in range(CLASSES):
-        add(f"Poss.{c}", particles["his"] + endings[c], ("own",))
+        add(f"Poss.{c}", particles["his"] + endings[c], ("their own",))
         add(f"Mark.{c}", particles["object"] + endings[c], ("",))
     inventor.taken |= {rule.parts[0] for options in rules.values() for rule in options}
     for i in range(NAMES):

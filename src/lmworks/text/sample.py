@@ -13,7 +13,7 @@ A document has two sentences, and one more with each toss of a biased coin; a se
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lmworks.base.errors import InputError
@@ -42,7 +42,8 @@ class Question:
 class Sentence:
     """A sentence, its English, and labels.
 
-    `polarity` is "positive" for a good deed, or a bad one that was not done, else "negative"; `tags` has a BIO tag a word.
+    `polarity` is "positive" for a good deed, or a bad one that was not done, else "negative"; `tags` has
+    one BIO tag a word.
     """
 
     text: str
@@ -97,7 +98,10 @@ class Language:
 
     def sentence(self, uniform: Uniform) -> Sentence:
         """Draw a sentence with its English and its labels."""
-        tree = self.grammar.sample("Sentence", uniform)
+        return self.label(self.grammar.sample("Sentence", uniform))
+
+    def label(self, tree: Tree) -> Sentence:
+        """Return the sentence of a derivation with all that the derivation says about it."""
         *words, stop = tree.words
         tags = ["O"] * len(words)
         for start, node in tree.spans():
@@ -107,7 +111,7 @@ class Language:
         mood = next(node.symbol[-1] for node in tree.children[0].children if node.symbol.startswith(("Deed", "Do")))
         negated = words[-1] == self.lexicon.particles["end"]
         return Sentence(
-            text=join(words) + stop,
+            text=" ".join(words) + stop,
             english=capitalise(str(tree.english())),
             words=tuple(words),
             tags=tuple(tags),
@@ -127,18 +131,18 @@ class Language:
                 continue
             asked.add(node.rule.tag)
             end = start + len(node.words) - (node.rule.tag != "place")  # the case particle is not part of the answer
-            text = join([particles["question"], *words[:start], particles["who"], *words[end:]]) + "?"
+            text = " ".join([particles["question"], *words[:start], particles["who"], *words[end:]]) + "?"
             english = capitalise(str(tree.english(node, word))[:-1] + "?")
-            first = len(join(words[:start])) + (start > 0)
-            answer = join(words[start:end])
+            first = len(" ".join(words[:start])) + (start > 0)
+            answer = " ".join(words[start:end])
             yield Question(text, english, answer, first, first + len(answer))
 
-    def document(self, uniform: Uniform) -> list[Sentence]:
-        """Draw the sentences of a document."""
-        sentences = [self.sentence(uniform) for _ in range(LEAST)]
+    def document(self, uniform: Uniform) -> list[Tree]:
+        """Draw the derivations of a document's sentences; `label` explains each."""
+        trees = [self.grammar.sample("Sentence", uniform) for _ in range(LEAST)]
         while uniform.draw() >= STOP:
-            sentences.append(self.sentence(uniform))
-        return sentences
+            trees.append(self.grammar.sample("Sentence", uniform))
+        return trees
 
 
 def make_documents(
@@ -152,15 +156,11 @@ def make_documents(
     documents: list[Document] = []
     size = 0
     while len(documents) < n_documents if n_documents is not None else size < (n_bytes or 0):
-        text = "\n".join(sentence.text for sentence in language.document(uniform))
+        lines = [tree.words for tree in language.document(uniform)]
+        text = "\n".join(" ".join(words) + stop for *words, stop in lines)
         documents.append(Document(f"{language.name}-{len(documents) + 1}", text))
         size += len(text)
     return documents
-
-
-def join(words: Sequence[str]) -> str:
-    """Return the words with blanks between."""
-    return " ".join(words)
 
 
 def capitalise(text: str) -> str:

@@ -41,11 +41,11 @@ def split_documents(
 
 
 def draw(sizes: dict[str, int], wanted: float, seed: int) -> set[str]:
-    """Return the texts that come first by hash and together hold about `wanted` characters."""
+    """Return the texts that come first by hash and together hold up to `wanted` characters."""
     salt = seed.to_bytes(16, "little", signed=True)
     drawn: set[str] = set()
     for text in sorted(sizes, key=lambda text: blake2b(text.encode("utf-8", "surrogatepass"), salt=salt).digest()):
-        if wanted > 0 and sizes[text] < 2 * wanted:  # not if that ends farther from the goal than stopping here
+        if sizes[text] <= wanted:
             drawn.add(text)
             wanted -= sizes[text]
     return drawn

@@ -1,7 +1,7 @@
 // A module Worker that holds one loaded model. The page ends the Worker on a switch, an error and when it is left:
 // that is the only way to give WebAssembly memory back, and after a failed load or run nothing else recovers.
 //
-//   { id, type: "load", dtype, device, files }        -> { variant, threads, context, seconds }, notes { loaded, total }
+//   { id, type: "load", dtype, device, files, threads } -> { variant, threads, context, seconds }, notes { loaded, total }
 //   { id, type: "generate", text, options }           -> what Engine.generate returns and { cut, prompt }, notes { piece, count }
 //   { id, type: "check", prompts, texts, limit, budget } -> { answers, texts } (ids of each text)
 //   { type: "stop" }                                  ends the writing after the current token
@@ -12,13 +12,14 @@ const version = self.location.search; // "?v=…", so that a new page never meet
 const root = new URL("..", self.location.href);
 
 const PREFIX = "/lmworks/model/"; // transformers.js asks for PREFIX + file; nothing is ever fetched from there
+const MANY_THREADS = 16e6; // bytes of a graph from which threads pay
 let library = null;
 let answer = null;
 let engine = null;
 let stopping = null;
 
 const VERBS = {
-  async load({ dtype, device, files }, note) {
+  async load({ dtype, device, files, threads = null }, note) {
     const started = performance.now();
     const [parts, found] = await Promise.all([import(`./engine.js${version}`), import(`./vendor/transformers.min.js${version}`)]);
     library = found;
@@ -41,7 +42,7 @@ const VERBS = {
         return new Response(await download(name, files[name], progress).catch((error) => Promise.reject((failure ??= error))));
       },
     });
-    const threads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
+    threads = self.crossOriginIsolated ? (threads ?? chooseThreads(files[wanted[1]].bytes)) : 1;
     const [mjs, wasm] = ["mjs", "wasm"].map((suffix) => address(`${pair}.${suffix}`, files[`${pair}.${suffix}`]));
     Object.assign(env.backends.onnx.wasm, {
       numThreads: threads,
@@ -91,6 +92,11 @@ function chooseVariant(device, files) {
   if (device !== "webgpu") return "";
   if (has(".asyncify")) return ".asyncify";
   throw new Error("This browser cannot run the WebGPU build that came with this page; choose WebAssembly.");
+}
+
+// In a small graph threads wait for each other longer than they work, and half of the logical processors do the work.
+function chooseThreads(bytes) {
+  return bytes < MANY_THREADS ? 1 : Math.min(4, Math.ceil((navigator.hardwareConcurrency || 1) / 2));
 }
 
 function modelFiles(files, dtype) {
