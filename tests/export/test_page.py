@@ -17,6 +17,7 @@ from tiny_page import CONTEXT, PROMPTS, copy_folder, made_folder
 
 from lmworks.export.verify_js import CHROMIUM_FLAGS, find_chromium
 from lmworks.export.web import TYPES
+from lmworks.runtime.decoding import generate
 from lmworks.runtime.predictor import load
 
 pytestmark = pytest.mark.browser
@@ -292,9 +293,15 @@ def test_the_same_seed_writes_the_same_text(visit: Visit, address: str) -> None:
 
 def test_a_long_text_is_cut_and_a_full_context_goes_on(visit: Visit, address: str) -> None:
     page = visit.open(address)
-    write(page, "The small bird sees the river. " * 40, tokens=20)
-    assert written(page)["cut"] > 0
-    assert len(written(page)["tokens"]) == 20
+    predictor = load(made_folder(), runtime="onnx")
+    long = "The small bird sees the river. " * 40
+    ids = predictor.tokenizer.encode(long)
+    seen = ids[-(CONTEXT - 20 + 1) :]  # room for 20 tokens, the last of which is never read
+    text = write(page, long, tokens=20)
+    expected = generate(predictor.runtime, predictor.tokenizer, seen, max_tokens=20)
+    assert text == "".join(expected)
+    assert written(page)["cut"] == len(ids) - len(seen)
+    assert written(page)["tokens"] == expected.result.tokens
     expect(page.locator("#ending")).to_contain_text("did not see its first")
     first = write(page, PROMPTS[0], tokens=500)
     expect(page.locator("#ending")).to_contain_text("context is full")

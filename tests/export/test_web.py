@@ -169,6 +169,41 @@ def test_the_files_of_the_page_are_served() -> None:
     assert headers["Cross-Origin-Embedder-Policy"] == "require-corp"
 
 
+STREAM = """
+import { Engine } from %s;
+const text = %s;
+const bytes = new TextEncoder().encode(text);
+const tokenizer = { decode: (ids) => new TextDecoder().decode(Uint8Array.from(ids)) };
+const model = {
+  config: { max_position_embeddings: 1000 },
+  generate: async ({ streamer }) => {
+    streamer.put([[7n]]);
+    for (const byte of bytes) streamer.put([[BigInt(byte)]]);
+    streamer.end();
+  },
+};
+class Tensor {}
+const pieces = [];
+const engine = new Engine({ Tensor }, tokenizer, model);
+const done = await engine.generate([7], { tokens: bytes.length, onText: (piece) => pieces.push(piece) });
+process.stdout.write(JSON.stringify({ pieces, tokens: done.tokens.length, reason: done.reason }));
+"""
+
+
+@pytest.mark.node
+@pytest.mark.parametrize("text", ["plain", "naïve café", "☕ and 🦊🦊, 日本", "é", "🦊"])
+def test_a_stream_of_single_bytes_gives_whole_characters(text: str) -> None:
+    """A byte-level token may hold a part of a character; the page shows it once it is whole."""
+    script = STREAM % (json.dumps((web.ASSETS / "engine.js").as_uri()), json.dumps(text))
+    command = ["node", "--input-type=module", "--eval", script]
+    answer = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert "".join(answer["pieces"]) == text
+    assert not [piece for piece in answer["pieces"] if "\ufffd" in piece]
+    assert [piece for piece in answer["pieces"] if piece] == list(text)
+    assert answer["tokens"] == len(text.encode())
+    assert answer["reason"] == "length"
+
+
 # -- vendoring -------------------------------------------------------------------------------------------------------
 
 
