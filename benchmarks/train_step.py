@@ -130,11 +130,15 @@ def main() -> None:
     """Start a process for each setting, let them step in turn, print the medians of the paired ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", choices=("ours", *PEERS))
-    what = parser.parse_args().work
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--eager", action="store_true", help="leave the compiled peer out: it takes a minute to start")
+    options = parser.parse_args()
+    what = options.work
     if what:
         work(what)
         return
-    settings = ["ours", *(p for p in PEERS if "compiled" not in p or shutil.which("g++") or shutil.which("clang++"))]
+    compiler = not options.eager and (shutil.which("g++") or shutil.which("clang++"))
+    settings = ["ours", *(p for p in PEERS if compiler or "compiled" not in p)]
     workers = {
         name: subprocess.Popen(
             [sys.executable, __file__, "--work", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -146,7 +150,7 @@ def main() -> None:
         assert worker.stdout is not None
         if worker.stdout.readline().strip() != "ready":
             raise SystemExit("a setting could not start; see above")
-    for _ in range(ROUNDS):
+    for _ in range(options.rounds):
         for name, worker in workers.items():
             assert worker.stdin is not None
             assert worker.stdout is not None
