@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 VOCAB, LAYERS, WIDTH, HEADS, CONTEXT, BATCH = 8192, 6, 384, 6, 256, 16
-THREADS, WARM_UP, ROUNDS, STREAM = 2, 3, 15, 500_000
+WARM_UP, ROUNDS, STREAM = 3, 15, 500_000
 PEERS = ("fp32", "bf16", "bf16 compiled")
 
 
@@ -58,6 +58,8 @@ def peer_step(setting: str) -> Callable[[], None]:
     import torch.nn.functional as F
     from torch import Tensor, nn
 
+    from lmworks.base.threads import cpu_count
+
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -89,7 +91,7 @@ def peer_step(setting: str) -> Callable[[], None]:
             logits = self.head(self.norm(self.blocks(x)))
             return F.cross_entropy(logits.view(-1, VOCAB), targets.view(-1))
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(cpu_count())
     torch.manual_seed(0)
     network = GPT()
     matrices = [p for p in network.parameters() if p.ndim >= 2]

@@ -75,7 +75,7 @@ def run(
 
     settings, out = settings or Settings(), Path(out)
     settings.check()
-    check_output(out, overwrite=overwrite or resume)
+    check_output(out, overwrite=overwrite)
     path = None if texts is None else Path(texts)
     corpus = read_corpus(path, column=column, validation=settings.validation, seed=settings.seed)
     settings = settings.resolve(corpus.train_bytes)
@@ -87,7 +87,7 @@ def run(
     from lmworks.run import check_same_run, disk_needed, run_folder, train_in
     from lmworks.summary import make_report
 
-    check_output(out, overwrite=overwrite or resume, need_bytes=disk_needed(settings))
+    check_output(out, overwrite=overwrite, need_bytes=disk_needed(settings))
     with run_folder(out, resume=resume, overwrite=overwrite) as folder:
         check_same_run(folder, settings, corpus)
         trained = train_in(folder, settings, corpus)

@@ -13,7 +13,7 @@ import numpy as np
 from lmworks.base.report import Cell, Report, Table
 from lmworks.base.threads import cpu_count
 from lmworks.corpus import Corpus
-from lmworks.run import count_parameters, disk_needed
+from lmworks.run import disk_needed, make_network, train_config
 from lmworks.settings import Settings
 
 WARM_UP_STEPS, MEASURED_STEPS = 2, 4
@@ -24,9 +24,12 @@ FIXED_MEMORY = 350_000_000  # the interpreter with torch
 
 def estimate(corpus: Corpus, settings: Settings) -> Report:
     """Return parameters, memory, time and disk of a run; nothing is written."""
+    from lmworks.models.heads import CausalLM
+
     tokens = (settings.batch_size or 0) * (settings.context or 0)
     activations = tokens // settings.accumulation * (settings.layers or 0) * (settings.hidden_size or 0)
-    parameters = count_parameters(settings)
+    network = CausalLM(make_network(settings, vocab_size=settings.vocab_size or 0), seed=None)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
     memory = FIXED_MEMORY + parameters * BYTES_A_PARAMETER + activations * BYTES_AN_ACTIVATION
     seconds = measure_step(settings) * (settings.steps or 0)
     disk = disk_needed(settings)
@@ -57,7 +60,6 @@ def estimate(corpus: Corpus, settings: Settings) -> Report:
 def measure_step(settings: Settings) -> float:
     """Return the seconds of one optimizer step of such a network on random tokens: the best of a few."""
     from lmworks.models.heads import CausalLM
-    from lmworks.run import make_network, train_config
     from lmworks.training.data import TokenWindows
     from lmworks.training.objectives import CausalLoss
     from lmworks.training.trainer import Trainer

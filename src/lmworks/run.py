@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lmworks.base.errors import InputError
+from lmworks.base.errors import FormatError, InputError
 from lmworks.base.files import check_output, put_in_place, read_json, write_json
 from lmworks.base.types import Ints
 from lmworks.corpus import Corpus
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 FIXED_BYTES = 60_000_000  # the page's library and WASM, reports
 RUN_FILE = "run.json"  # the settings and the corpus of a run, checked on resume
-DISK_FACTOR = 40  # bytes on disk for one parameter: weights, two checkpoints with optimizer, graphs
+DISK_FACTOR = 44  # bytes on disk for one parameter: weights, two checkpoints with optimizer, graphs
 
 
 @dataclass(frozen=True)
@@ -87,31 +87,39 @@ class Trained:
 
 @contextmanager
 def run_folder(out: Path, *, resume: bool, overwrite: bool) -> Iterator[Path]:
-    """Yield `OUT.partial`; rename it to OUT on success. On failure it stays only if it holds a checkpoint."""
-    from lmworks.training.state import has_checkpoint
-
+    """Yield `OUT.partial`; rename it to OUT on success. On failure it stays only if work in it can be resumed."""
     check_output(out, overwrite=overwrite)
     partial = out.absolute().with_name(f"{out.absolute().name}.partial")
-    started = partial.exists() and has_checkpoint(partial / "training")
+    started = is_started(partial)
     if started and not (resume or overwrite):
         raise InputError(
             "an interrupted run is here already",
             where=str(partial),
             fix="add --resume to continue it, or --overwrite to start again",
         )
-    if resume and not started and out.exists():
-        raise InputError("there is nothing to resume", where=str(partial), fix="start without --resume")
     if partial.exists() and not (started and resume):
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
     except BaseException:
-        if not has_checkpoint(partial / "training"):
+        if not is_started(partial):
             shutil.rmtree(partial, ignore_errors=True)
         raise
     (partial / RUN_FILE).unlink(missing_ok=True)
     put_in_place(partial, out.absolute())
+
+
+def is_started(partial: Path) -> bool:
+    """Say whether a run folder holds a checkpoint of at least one step; a damaged one counts, to be looked at."""
+    from lmworks.training.state import load_checkpoint
+
+    training = partial / "training"
+    try:
+        found = load_checkpoint(training) if training.is_dir() else None
+    except FormatError:
+        return True
+    return found is not None and found[1].step > 0
 
 
 def check_same_run(folder: Path, settings: Settings, corpus: Corpus) -> None:

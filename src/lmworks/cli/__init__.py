@@ -76,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return refuse(error)
     except KeyboardInterrupt:
-        return refuse(Interrupted("interrupted"))
+        resumable = words[:1] in (["build"], ["train"])
+        return refuse(Interrupted("stopped", fix="run the same command with --resume" if resumable else ""))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
