@@ -11,8 +11,8 @@ from lmworks.base.files import confine, read_json, sha256, write_json
 
 RECEIPT = "lmworks.json"
 FORMAT = 1
-# certificate.json is written by every `verify`; training/ is the state of a run, not part of what it made
-EXCLUDED = (RECEIPT, "certificate.json", "training")
+# certificate.json is written by every `verify`; run.json and training/ are the state of a run, not what it made
+EXCLUDED = (RECEIPT, "certificate.json", "run.json", "training")
 
 
 def write_receipt(

@@ -257,7 +257,7 @@ def serve(folder: str | Path, *, host: str = "127.0.0.1", port: int = 8000) -> N
     )
     try:
         uvicorn.Server(config).run(sockets=[listening])
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # some versions of uvicorn raise it again after a clean end
         pass
     finally:
         listening.close()
