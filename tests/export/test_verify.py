@@ -356,6 +356,9 @@ def test_bad_arguments_are_input_errors(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such model folder"):
         verify(tmp_path / "nothing")
     (folder / "selftest.json").write_text('{"prompts": []}')
+    certificate = verify(folder, runtimes=("torch",))  # the receipt says that the file was changed
+    assert not certificate["passed"] and "selftest.json" in certificate["problems"][0]
+    (folder / "lmworks.json").unlink()
     with pytest.raises(FormatError, match="prompts"):
         verify(folder, runtimes=("torch",))
     (folder / "selftest.json").unlink()
