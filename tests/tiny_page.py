@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import random
 import shutil
 import tempfile
@@ -48,7 +49,9 @@ def sentences(count: int) -> list[str]:
 @cache
 def made_folder() -> Path:
     """Train for a moment and write everything; the folder is shared, so tests that change it take a `copy_folder`."""
-    folder = Path(tempfile.mkdtemp(prefix="lmworks-tests-")) / "birds & foxes"
+    place = Path(tempfile.mkdtemp(prefix="lmworks-tests-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    folder = place / "birds & foxes"
     folder.mkdir()
     text = "\n".join(sentences(400))
     tokenizer = train_tokenizer([text], kind="bpe", vocab_size=384)

@@ -16,6 +16,7 @@ from lmworks.training.objectives import CausalLoss
 from lmworks.training.trainer import TrainConfig, Trainer
 
 VOCAB, CONTEXT, BATCH = 23, 12, 8
+FIXED = {"dtype": "fp32", "compile": "never"}  # nothing is measured
 
 
 def make_model(*, seed: int = 1, dropout: float = 0.0) -> CausalLM:
@@ -61,7 +62,7 @@ def make_data(**changes: Any) -> TokenWindows:
 
 def make_trainer(folder: Path, *, dropout: float = 0.0, **changes: Any) -> Trainer:
     """Return a trainer of 12 steps that validates and saves every 3."""
-    settings: dict[str, Any] = {"steps": 12, "lr": 3e-3, "eval_every": 3, "warmup": 2, "dtype": "fp32", **changes}
+    settings: dict[str, Any] = {"steps": 12, "lr": 3e-3, "eval_every": 3, "warmup": 2, **FIXED, **changes}
     parts = {name: settings.pop(name) for name in ("model", "data", "objective", "stream") if name in settings}
     return Trainer(
         parts.get("model") or make_model(dropout=dropout),

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from lmworks.base.errors import InputError, Interrupted, TrainingError
 from lmworks.base.types import Batch
+from lmworks.training import machine
 from lmworks.training import trainer as loop
-from lmworks.training.data import IGNORED, TokenWindows
+from lmworks.training.data import IGNORED, TokenWindows, split
 from lmworks.training.log import TIMES
 from lmworks.training.objectives import CausalLoss
 from lmworks.training.state import load_checkpoint, model_tensors
-from lmworks.training.trainer import split
 
 
 def weights(model: nn.Module) -> dict[str, bytes]:
@@ -304,15 +304,15 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_chosen_dtype_is_said_recorded_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "choose_dtype", lambda *_: ("bf16", "bf16: measured here"))
+    monkeypatch.setattr(loop, "choose_speed", lambda *_, **__: ("bf16", False, "bf16 (measured here)"))
     stream = io.StringIO()
     trainer = make_trainer(tmp_path, dtype="auto", stream=stream, eval_every=2)
     monkeypatch.setattr(trainer, "interrupted", lambda: Interrupted("stop"))
     trainer.objective = StopAt(3)
     with pytest.raises(Interrupted):
         trainer.fit()
-    assert "training in bf16: measured here" in stream.getvalue()
-    monkeypatch.setattr(loop, "choose_dtype", lambda *_: pytest.fail("measured again"))
+    assert "training in bf16 (measured here)" in stream.getvalue()
+    monkeypatch.setattr(loop, "choose_speed", lambda *_, **__: pytest.fail("measured again"))
     assert make_trainer(tmp_path, dtype="auto", eval_every=2).fit().dtype == "bf16"
 
 
@@ -335,3 +335,63 @@ def test_no_validation_text_keeps_the_last_weights(tmp_path: Path) -> None:
     assert result.best_loss is None
     assert result.best_step == 12
     assert names(tmp_path) == {"metrics.jsonl", "last.12"}
+
+
+def test_a_short_run_is_not_compiled_and_a_broken_compiler_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "compile_blocks", lambda _: pytest.fail("compiled"))
+    make_trainer(tmp_path / "short", compile="auto").fit()
+
+    def broken(_: nn.Module) -> None:
+        raise RuntimeError("no such compiler\ndetails")
+
+    monkeypatch.setattr(machine, "compile_blocks", broken)
+    stream = io.StringIO()
+    make_trainer(tmp_path / "broken", compile="always", stream=stream).fit()
+    assert "not compiled: no such compiler\n" in stream.getvalue()
+    found = load_checkpoint(tmp_path / "broken")
+    assert found is not None
+    assert not found[1].compiled
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_compiled_run_resumes_to_the_same_bits_in_another_process(tmp_path: Path) -> None:
+    """Compiled blocks and dropout; each sitting compiles again, the last from an empty cache."""
+    script = (
+        "import sys; from small import *; "
+        "make_trainer(sys.argv[1], dropout=0.1, accumulation=2, compile='always', objective=OBJECTIVE).fit()"
+    )
+    stop = (
+        "import os, signal\nfrom small import CausalLoss\n"
+        "class Stop(CausalLoss):\n"
+        "    left = 11\n"
+        "    def __call__(self, model, batch):\n"
+        "        self.left -= model.training\n"
+        "        if self.left == 0: os.kill(os.getpid(), signal.SIGINT)\n"
+        "        return super().__call__(model, batch)\n"
+    )
+    results = {}
+    for name, sittings in {"whole": ["CausalLoss()"], "parts": ["Stop()", "CausalLoss()"]}.items():
+        for i, objective in enumerate(sittings):
+            environment = {
+                **os.environ, "LMWORKS_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / f"cache-{name}-{i}"),
+                "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+            }  # fmt: skip
+            code = stop + script.replace("OBJECTIVE", objective)
+            done = subprocess.run(
+                [sys.executable, "-c", code, str(tmp_path / name)], env=environment, capture_output=True, text=True
+            )
+            assert (done.returncode == 0) == (objective == "CausalLoss()"), done.stderr
+            assert objective == "CausalLoss()" or "everything is saved" in done.stderr
+        found = load_checkpoint(tmp_path / name)
+        assert found is not None
+        assert found[1].compiled
+        results[name] = {p.name: p.read_bytes() for p in found[0].glob("*.safetensors")}, metrics(tmp_path / name)
+    assert results["whole"] == results["parts"]
+    eager = make_model(dropout=0.0)
+    make_trainer(tmp_path / "eager", model=eager, accumulation=2).fit()
+    curve = [row["val_loss"] for row in metrics(tmp_path / "eager") if "val_loss" in row]
+    compiled = [row["val_loss"] for row in results["whole"][1] if "val_loss" in row]
+    assert compiled == pytest.approx(curve, rel=0.05)  # the same training, but for dropout

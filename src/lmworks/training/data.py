@@ -91,3 +91,10 @@ def draw(seed: int, step: int, count: int, *, stream: int = 0) -> NDArray[np.uin
     """Return `count` random 64-bit numbers that depend on nothing but the arguments (Philox, Salmon et al. 2011)."""
     key = np.array([seed, step], dtype=np.uint64)
     return np.random.Philox(key=key, counter=np.array([0, 0, 0, stream], dtype=np.uint64)).random_raw(count)
+
+
+def split(batch: Batch, parts: int) -> Iterator[Batch]:
+    """Yield a batch in up to `parts` parts along its rows, of nearly equal size."""
+    rows = len(next(iter(batch.values())))
+    for index in np.array_split(np.arange(rows), min(parts, rows)):
+        yield {name: array[index] for name, array in batch.items()}

@@ -1,15 +1,21 @@
-"""What this processor does best: threads, memory that is kept, and the number format of matrix products.
+"""What this processor does best: threads, memory that is kept, the number format of products, compiled blocks.
 
-bf16 halves the traffic and uses the matrix units of recent processors; on others it is emulated and slow. So the choice
-is measured on throwaway copies of the model, and said.
+bf16 halves the traffic and uses the matrix units of recent processors; on others it is emulated and slow. Compiling
+fuses the small operations around the products, but takes a while and a C++ compiler. So both are measured on throwaway
+copies of the model before the first step, and what was chosen is said and recorded.
 """
 
 from __future__ import annotations
 
 import copy
 import ctypes
+import math
+import os
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +24,20 @@ from lmworks.base.threads import cpu_count
 from lmworks.training.objectives import Objective
 
 ROUNDS = 3
-WORTH = 1.1  # bf16 must be this much faster to be chosen: fp32 is exact
+WORTH = 1.1  # bf16, or compiling, must be this much faster to be chosen
+WORTH_COMPILING = 600.0  # seconds of training from which compiling, which takes about 20, is tried
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 KEPT = 2**31 - 1
 
 
-def use_threads(recorded: int | None = None) -> int:
-    """Use every processor this process may have, or as many as a resumed run used before; return the number."""
-    threads = min(recorded or cpu_count(), max(cpu_count(), 1))
+def use_threads(before: int | None, say: Callable[[str], None]) -> int:
+    """Use every processor this process may have, or the number of `before` a resume; return the number.
+
+    Sums are split by threads, so another number gives other last bits: that is said.
+    """
+    threads = min(before or cpu_count(), cpu_count())
+    if before and threads != before:
+        say(f"{threads} threads instead of {before}: the last bits may differ")
     torch.set_num_threads(threads)
     return threads
 
@@ -53,23 +65,78 @@ def autocast(device: str, dtype: str) -> torch.autocast:
     return torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16")
 
 
-def choose_dtype(model: nn.Module, objective: Objective, batch: Mapping[str, Tensor]) -> tuple[str, str]:
-    """Return the faster of "fp32" and "bf16" for this model and batch, and a sentence that says why."""
-    device = next(model.parameters()).device.type
-    if device == "cpu" and not has_bf16():
-        return "fp32", "fp32: this processor has no bf16 units"
+def choose_speed(
+    model: nn.Module, objective: Objective, batch: Mapping[str, Tensor], *, dtype: str, compiling: str, parts: int
+) -> tuple[str, bool, str]:
+    """Return the dtype, whether to compile, and a sentence that says why, for a run of `parts` batches like this one.
+
+    `dtype` "auto" measures fp32 and bf16; `compiling` "auto" tries it where the run is long enough to win it back.
+    """
+    if dtype != "auto" and compiling == "never":
+        return dtype, False, f"{dtype} (as asked)"
     trial = copy.deepcopy(model)
-    best = {"fp32": float("inf"), "bf16": float("inf")}
+    device = next(model.parameters()).device.type
+    why = "as asked"
+    if dtype == "auto" and device == "cpu" and not has_bf16():
+        dtype, why = "fp32", "this processor has no bf16 units"
+    seconds = measure(trial, objective, batch, ("fp32", "bf16") if dtype == "auto" else (dtype,))
+    if dtype == "auto":
+        gain = seconds["fp32"] / seconds["bf16"]
+        dtype = "bf16" if gain >= WORTH else "fp32"
+        why = f"bf16 is {gain:.2g} times as fast here"
+    long_run = seconds[dtype] * parts >= WORTH_COMPILING and can_compile()
+    if compiling == "always" or (compiling == "auto" and long_run):
+        try:
+            compile_blocks(trial)
+            gain = seconds[dtype] / measure(trial, objective, batch, (dtype,))[dtype]
+        except Exception as error:  # the compiler's errors have no common class
+            return dtype, False, f"{dtype} ({why}); not compiled: {str(error).splitlines()[0]}"
+        if compiling == "always" or gain >= WORTH:
+            return dtype, True, f"{dtype} ({why}), compiled blocks: {gain:.2g} times as fast as without"
+        why = f"{why}; compiling would bring {gain:.2g} times the speed"
+    return dtype, False, f"{dtype} ({why})"
+
+
+def measure(
+    model: nn.Module, objective: Objective, batch: Mapping[str, Tensor], dtypes: tuple[str, ...]
+) -> dict[str, float]:
+    """Return the seconds of the fastest forward and backward pass in each dtype; they take turns."""
+    device = next(model.parameters()).device.type
+    best = dict.fromkeys(dtypes, math.inf)
     for i in range(ROUNDS + 1):
-        for dtype in best:
+        for dtype in dtypes:
             start = time.perf_counter()
             with autocast(device, dtype):
-                loss = objective(trial, batch)
+                loss = objective(model, batch)
             loss.backward()  # type: ignore[no-untyped-call]
-            trial.zero_grad()
+            model.zero_grad()
             if i > 0:  # the first round warms up
                 best[dtype] = min(best[dtype], time.perf_counter() - start)
-    gain = best["fp32"] / best["bf16"]
-    if gain >= WORTH:
-        return "bf16", f"bf16: {gain:.1f} times as fast as fp32 here"
-    return "fp32", f"fp32: bf16 would be {gain:.2f} times as fast here"
+    return best
+
+
+def can_compile() -> bool:
+    """Tell whether there is a C++ compiler."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile each block of every stack: equal blocks share one compilation, so that depth costs nothing."""
+    from torch._inductor import config
+
+    config.compile_threads = 1  # no pool of processes that outlives a Ctrl-C
+    for stack in model.modules():
+        if isinstance(stack, nn.ModuleList):
+            for block in stack:
+                block.compile(dynamic=False)  # one kernel a shape: the order of shapes cannot matter on resume
+
+
+def as_written(compiled: bool) -> AbstractContextManager[Any]:
+    """Return the context in which compiled blocks run as they are written: validation has other shapes."""
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+def uncompile_blocks(model: nn.Module) -> None:
+    """Let every module run as it is written again."""
+    for module in model.modules():
+        module._compiled_call_impl = None

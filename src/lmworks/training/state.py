@@ -55,6 +55,7 @@ class State:
     waited: int = 0  # validations since the best one
     metrics_bytes: int = 0  # how much of metrics.jsonl belongs to this state
     dtype: str = "fp32"
+    compiled: bool = False
     threads: int = 1
     torch: str = field(default_factory=lambda: str(torch.__version__))
     data: str = ""  # fingerprint of the data source
@@ -244,6 +245,23 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
             seen.add(id(tensor))
             tensors[name] = tensor.detach()
     return tensors
+
+
+def check_same_run(state: State, config: dict[str, Any], data: str, folder: Path) -> None:
+    """Refuse to resume with other settings or other data: the result would belong to neither run."""
+    changed = [name for name in config if state.config.get(name) != config[name]]
+    if changed:
+        raise InputError(
+            "a resumed run must keep its settings",
+            where=str(folder),
+            found=", ".join(f"{name} = {config[name]}" for name in changed),
+            expected=", ".join(f"{name} = {state.config.get(name)}" for name in changed),
+            fix="repeat the first settings, or start in another folder",
+        )
+    if state.data != data:
+        raise InputError(
+            "the data have changed since this run began", where=str(folder), fix="start again in another folder"
+        )
 
 
 def check_space(folder: Path, model: nn.Module) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, TextIO
@@ -20,12 +19,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lmworks.base.errors import InputError, Interrupted, TrainingError, from_os_error
+from lmworks.base.errors import Interrupted, TrainingError, from_os_error
 from lmworks.base.types import Batch
-from lmworks.training.data import DataSource, draw
+from lmworks.training.data import DataSource, draw, split
 from lmworks.training.interrupt import StopRequest
 from lmworks.training.log import History, Log, read_history
-from lmworks.training.machine import autocast, choose_dtype, keep_freed_memory, use_threads
+from lmworks.training.machine import (
+    as_written,
+    autocast,
+    choose_speed,
+    compile_blocks,
+    keep_freed_memory,
+    uncompile_blocks,
+    use_threads,
+)
 from lmworks.training.objectives import Objective
 from lmworks.training.optim import make_adamw, set_learning_rate
 from lmworks.training.schedule import Shape, learning_rate
@@ -33,6 +40,7 @@ from lmworks.training.state import (
     BEST,
     State,
     check_finite,
+    check_same_run,
     check_space,
     clean,
     hold,
@@ -71,6 +79,7 @@ class TrainConfig:
     save_every: int | None = None  # steps; None: with every validation, and every two minutes
     patience: int = 0
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: Literal["auto", "always", "never"] = "auto"
     seed: int = 0
 
 
@@ -160,10 +169,9 @@ class Trainer:
 
     def accumulate(self, part: Batch, index: int, count: int) -> float:
         """Add the gradient of one part of a batch of `count` terms; return its share of the mean loss."""
+        seed = int(draw(self.config.seed, self.state.step, 1, stream=1 + index)[0])
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(
-                int(draw(self.config.seed, self.state.step, 1, stream=1 + index)[0])
-            )  # dropout's only source
+            torch.manual_seed(seed)  # the only randomness inside a step: dropout
             with autocast(self.device.type, self.state.dtype):
                 loss = self.objective(self.model, self.to_device(part)) / count
             loss.backward()  # type: ignore[no-untyped-call]
@@ -186,7 +194,7 @@ class Trainer:
         s, began = self.state, time.perf_counter()
         total, count = 0.0, 0
         self.model.eval()
-        with torch.no_grad(), autocast(self.device.type, s.dtype):
+        with as_written(s.compiled), torch.no_grad(), autocast(self.device.type, s.dtype):
             for batch in self.data.validation(self.eval_tokens):
                 total += float(self.objective(self.model, self.to_device(batch)))
                 count += self.objective.count(batch)
@@ -219,7 +227,7 @@ class Trainer:
         """Tell whether something that happens every so many steps, and at the end, happens now."""
         return self.state.step % every == 0 or self.state.step == self.config.steps
 
-    # ---------------------------------------------------------------------------------------------- start, save, finish
+    # ------------------------------------------------------------------------------------------- start, save, finish
 
     def start_or_resume(self) -> None:
         """Read the newest whole checkpoint, or make the first one; settle threads, memory and dtype."""
@@ -230,55 +238,39 @@ class Trainer:
         found = load_checkpoint(self.folder)
         if found is not None:
             path, self.state = found
-            self.check_same_run()
+            check_same_run(self.state, asdict(c), self.data.fingerprint(), self.folder)
             load_into(path, self.model, self.optimizer, step=self.state.step)
             prune(self.folder, keep=[path])
             self.saved_step = self.state.step
             self.say(f"resumed at step {self.state.step:,} of {c.steps:,}")
-        self.settle_threads(resumed=found is not None)
+            if self.state.torch != torch.__version__:
+                self.say(f"torch {torch.__version__} instead of {self.state.torch}: the last bits may differ")
+        self.state.threads = use_threads(self.state.threads if found else None, self.say)
         self.model.train()
         first = self.data.batch(0)
         self.eval_tokens = c.eval_tokens or max(1, int(EVAL_SHARE * c.eval_every * self.objective.count(first)))
         if found is None:
             self.state.config, self.state.data = asdict(c), self.data.fingerprint()
-            self.state.dtype = self.choose_dtype(first) if c.dtype == "auto" else c.dtype
+            self.choose_speed(first)
             save_checkpoint(self.folder, self.model, self.optimizer, self.state)
             self.saved_step = 0
+        if self.state.compiled:
+            compile_blocks(self.model)
         self.saved_at = time.monotonic()
 
-    def check_same_run(self) -> None:
-        """Refuse to resume with other settings or other data: the result would belong to neither run."""
-        before, now = self.state.config, asdict(self.config)
-        changed = [name for name in now if before.get(name) != now[name]]
-        if changed:
-            raise InputError(
-                "a resumed run must keep its settings",
-                where=str(self.folder),
-                found=", ".join(f"{name} = {now[name]}" for name in changed),
-                expected=", ".join(f"{name} = {before.get(name)}" for name in changed),
-                fix="repeat the first settings, or start in another folder",
-            )
-        if self.state.data != self.data.fingerprint():
-            raise InputError("the data have changed since this run began", where=str(self.folder), fix="start again")
-
-    def settle_threads(self, *, resumed: bool) -> None:
-        """Use as many threads as before; say so where the last bits may differ."""
-        before = self.state.threads if resumed else None
-        self.state.threads = use_threads(before)
-        if before and before != self.state.threads:
-            self.say(f"{self.state.threads} threads instead of {before}: the last bits may differ")
-        if self.state.torch != torch.__version__:
-            self.say(f"torch {torch.__version__} instead of {self.state.torch}: the last bits may differ")
-            self.state.torch = str(torch.__version__)
-
-    def choose_dtype(self, batch: Batch) -> str:
-        """Measure fp32 against bf16 on a part of the first batch and say what was chosen."""
+    def choose_speed(self, batch: Batch) -> None:
+        """Measure on a part of the first batch which dtype is faster and whether compiling pays; say so."""
+        c, part = self.config, self.to_device(next(split(batch, self.config.accumulation)))
         with torch.random.fork_rng(devices=[]):
-            dtype, why = choose_dtype(
-                self.model, self.objective, self.to_device(next(split(batch, self.config.accumulation)))
+            self.state.dtype, self.state.compiled, why = choose_speed(
+                self.model,
+                self.objective,
+                part,
+                dtype=c.dtype,
+                compiling=c.compile,
+                parts=c.steps * c.accumulation,
             )
         self.say(f"training in {why}")
-        return dtype
 
     def open_log(self) -> Log:
         """Continue metrics.jsonl where the state says."""
@@ -311,6 +303,7 @@ class Trainer:
         if s.best_step is not None:
             load_into(self.folder / f"{BEST}.{s.best_step}", self.model)
         prune(self.folder, keep=newest(self.folder, 1))
+        uncompile_blocks(self.model)
         self.model.eval()
         return TrainResult(
             steps=s.step,
@@ -335,10 +328,3 @@ class Trainer:
     def to_device(self, batch: Batch) -> dict[str, Tensor]:
         """Return the batch as tensors where the model is."""
         return {name: torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for name, array in batch.items()}
-
-
-def split(batch: Batch, parts: int) -> Iterator[Batch]:
-    """Yield a batch in up to `parts` parts along its rows, of nearly equal size."""
-    rows = len(next(iter(batch.values())))
-    for index in np.array_split(np.arange(rows), min(parts, rows)):
-        yield {name: array[index] for name, array in batch.items()}
