@@ -32,7 +32,7 @@ test-long: install
 
 demo: install
 	$(BIN)/lmworks build --out demo --overwrite
-	@echo "Open the page:  $(BIN)/lmworks serve demo"
+	@echo "Open the page: run $(BIN)/lmworks serve demo, then open http://127.0.0.1:8000/"
 
 bench: install
 	$(BIN)/python benchmarks/run.py

@@ -14,6 +14,7 @@ from lmworks.base.report import Cell, Report, Table
 if TYPE_CHECKING:
     from lmworks.run import Trained
 
+ADDRESS = "http://127.0.0.1:8000/"  # where `lmworks serve` listens unless it is told otherwise
 PACKAGES = ("torch", "onnx", "onnxruntime", "tokenizers", "safetensors", "numpy")
 
 
@@ -27,7 +28,7 @@ def make_report(trained: Trained, out: Path, certificate: dict[str, Any] | None 
         values["certificate"] = certificate["runtimes"]
         tables.append(certificate_table(certificate))
         notes += certificate["problems"]
-        notes.append(f"Open the page: lmworks serve {out}")
+        notes.append(f"Open the page: lmworks serve {out}, then {ADDRESS}")
     size = trained.corpus.train_bytes / 1e6
     return Report(
         f"{trained.corpus.name}: {trained.parameters:,} parameters from {size:.2f} MB of text",
