@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # tests run beside servers and browsers
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 

@@ -119,7 +119,7 @@ def test_no_whole_checkpoint_is_an_error_that_lists_them(two_checkpoints: Path, 
 def test_leftovers_of_a_killed_save_are_removed(two_checkpoints: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(two_checkpoints, folder)
-    for name in (".last.6.staged", ".last.2.old.staged", ".best.6.staged"):
+    for name in (".last.5.staged", ".last.1.old.staged", ".best.6.staged"):
         (folder / name).mkdir()
         (folder / name / "model.safetensors").write_bytes(b"half")
     (folder / "best.6").mkdir()  # written, but the checkpoint that would name it was not
