@@ -6,9 +6,11 @@ Shapes: B batch, T tokens, D hidden_size, V vocab_size.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lmworks.models.cache import KVCache
 from lmworks.models.config import Config
@@ -28,6 +30,22 @@ class Head(nn.Module):
         return y
 
 
+class NoDraw(TorchFunctionMode):
+    """Leave parameters as they are where a module would draw its first weights.
+
+    Drawing on the meta device does nothing, but loads torch's compiler first: a second at every start.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Skip the functions of `torch.nn.init`, run everything else."""
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 class CausalLM(nn.Module):
     """Predict the next token: input ids (B, T) -> logits (B, T, V).
 
@@ -38,7 +56,7 @@ class CausalLM(nn.Module):
     def __init__(self, config: Config, *, seed: int | None = 0) -> None:
         super().__init__()
         self.config = config
-        with torch.device("meta"):  # nothing is drawn that would be thrown away
+        with torch.device("meta"), NoDraw():  # nothing is drawn that would be thrown away
             self.transformer = Transformer(config)
             self.head = Head(config.hidden_size, config.vocab_size)
         if seed is not None:
