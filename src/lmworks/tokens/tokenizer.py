@@ -62,6 +62,40 @@ class Tokenizer:
         encodings = guard(lambda: run(whole, add_special_tokens=False), "the tokenizer failed on this text")
         return [encoding.ids for encoding in encodings]
 
+    def encode_inputs(self, texts: Sequence[str | tuple[str, str]]) -> list[Any]:
+        """Encode texts, or pairs of texts, as the model was trained to read them: with its special tokens.
+
+        Each result is a `tokenizers.Encoding`: ids, type_ids, offsets (in characters), word_ids, sequence_ids,
+        special_tokens_mask.
+        """
+        whole = [repair(text) if isinstance(text, str) else (repair(text[0]), repair(text[1])) for text in texts]
+        run = self.backend.encode_batch
+        found: list[Any] = guard(lambda: run(whole, add_special_tokens=True), "the tokenizer failed on this text")
+        return found
+
+    def encode_windows(self, text: str, *, before: str | None = None, length: int, overlap: int) -> list[Any]:
+        """Encode a text in windows of at most `length` tokens, special ones included, as `encode_inputs` does.
+
+        Neighbours share `overlap` tokens. `before` (a question) is repeated at the start of every window. Offsets are
+        those of the whole text. Raises InputError where a window has no room for more than the overlap.
+        """
+        first = None if before is None else self._bare(before)
+        room = length - self.backend.num_special_tokens_to_add(first is not None) - (0 if first is None else len(first))
+        if room <= overlap:
+            raise InputError(
+                "there is no room for the text in a window",
+                found=f"{max(room, 0)} tokens beside the question and the special tokens, {overlap} of them overlap",
+                fix="shorten the question, or choose a smaller overlap",
+            )
+        rest = self._bare(text)
+        rest.truncate(room, stride=overlap)
+        join, parts = self.backend.post_process, [rest, *rest.overflowing]
+        return [join(part) if first is None else join(first, part) for part in parts]
+
+    def _bare(self, text: str) -> Any:
+        run, whole = self.backend.encode, repair(text)
+        return guard(lambda: run(whole, add_special_tokens=False), "the tokenizer failed on this text")
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of some ids; bytes that make no character show as U+FFFD."""
         run, plain = self.backend.decode, [int(id) for id in ids]

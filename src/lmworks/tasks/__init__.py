@@ -1,0 +1,1 @@
+"""Tasks: what goes into a model, and what its numbers mean. Torch-free."""
