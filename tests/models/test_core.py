@@ -23,7 +23,7 @@ from lmworks.models.families import FAMILIES, gpt2, llama
 from lmworks.models.heads import CausalLM
 from lmworks.models.layers import ACTIVATIONS
 from lmworks.models.rope import rope_at, rope_frequencies, rope_table, rotate, stretch
-from lmworks.models.transformer import see
+from lmworks.models.view import Whole
 
 GPT2 = gpt2.new(hidden_size=64, num_attention_heads=4, vocab_size=300, num_hidden_layers=8, max_position_embeddings=64)
 LLAMA = llama.new(
@@ -163,7 +163,7 @@ def test_padding_is_finite_and_gradients_too(config: Config) -> None:
     logits = model(ids(2, 10), mask)
     logits[mask.bool()].sum().backward()
     assert torch.isfinite(logits).all()
-    seen, _, _ = see(ids(2, 10), mask, causal=True)
+    seen, _ = Whole(ids(2, 10), mask, causal=True).look(None)
     assert seen is not None and seen.any(-1).all()  # not every kernel forgives a row without keys
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 

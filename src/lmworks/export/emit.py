@@ -24,7 +24,7 @@ from lmworks.export.graph import Graph, Shape
 from lmworks.models.attention import Attention
 from lmworks.models.blocks import PreNormBlock
 from lmworks.models.config import Config
-from lmworks.models.heads import CausalLM, Head
+from lmworks.models.heads import Head, Model
 from lmworks.models.layers import ACTIVATIONS, MLP, GatedMLP, RMSNorm
 from lmworks.models.rope import rope_table
 from lmworks.models.transformer import TokenEmbeddings, Transformer
@@ -45,7 +45,7 @@ class Stream:
 class Walk:
     """One pass over a model: the graph so far, the arithmetic, and the values that all layers share."""
 
-    def __init__(self, model: CausalLM, arithmetic: Arithmetic) -> None:
+    def __init__(self, model: Model, arithmetic: Arithmetic) -> None:
         self.graph, self.arithmetic = Graph(), arithmetic
         self.parameters = {id(p): name for name, p in model.named_parameters()}
         self.shared: dict[str, str] = {}  # what every attention reads: lengths, total, bias, cos, sin
@@ -94,9 +94,10 @@ class Walk:
         return self.graph.to_bytes()
 
 
-def emit_causal_lm(walk: Walk, model: CausalLM) -> None:
+def emit_causal_lm(walk: Walk, model: Model) -> None:
     """Declare the inputs and outputs that transformers.js reads, then emit the network and its head."""
     config, graph = model.config, walk.graph
+    check_exportable(model)
     logits = graph.output("logits", np.float32, ["batch_size", "num_logits", config.vocab_size])
     ids = graph.input("input_ids", np.int64, ["batch_size", "sequence_length"])
     mask = graph.input("attention_mask", np.int64, ["batch_size", "total_sequence_length"])
@@ -108,7 +109,20 @@ def emit_causal_lm(walk: Walk, model: CausalLM) -> None:
     start = graph.add("Neg", [keep], name="first_logit")
     start = graph.add("Reshape", [start, graph.constant([1])], name="first_logit.list")
     x = graph.add("Slice", [x, start, graph.constant([LAST]), graph.constant([1])], name="last_tokens")
-    walk.emit(model.head, "head", x, model.transformer.embeddings.tokens.weight, logits)
+    walk.emit(model.head, "head", x, model.transformer.embeddings.tokens.weight, logits)  # type: ignore[union-attr]
+
+
+def check_exportable(model: Model) -> None:
+    """Raise InputError for what the graph would leave out in silence: what is not a module or a weight."""
+    c = model.config
+    for what, absent in {
+        "a head other than a language model's": model.kind == "CausalLM" and c.causal,
+        "a sliding window": not c.local_layers,
+        "heads that are rotated in part": c.rotary_dim in (None, c.head_dim),
+        "positions that do not start at 0": not c.position_offset,
+    }.items():
+        if not absent:
+            raise InputError(f"the ONNX exporter does not know {what} yet", found=f"{c.model_type} {model.kind}")
 
 
 def share_mask(walk: Walk, ids: str, mask: str) -> None:
@@ -278,6 +292,7 @@ def activate(walk: Walk, function: Callable[..., Any], path: str, x: str, bias: 
 
 def emit_head(walk: Walk, head: Head, path: str, x: str, embedding: torch.Tensor, out: str) -> None:
     """Make the logits; a projection tied to the embedding is not stored again."""
+    assert head.project is not None
     if head.project.weight is embedding:
         walk.arithmetic.tied(walk.graph, x, name=path, out=out)
     else:

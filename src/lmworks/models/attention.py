@@ -18,7 +18,7 @@ from lmworks.models.rope import Rope, rotate
 
 
 class Context(NamedTuple):
-    """What every layer of one forward shares."""
+    """What the layers of one forward share; local layers and the others have one each."""
 
     mask: Tensor | None = None  # (B or 1, 1, T, S), True where a token may look; None hides nothing
     causal: bool = False  # the kernel hides the future by itself; then there is no mask, and S = T
@@ -33,10 +33,11 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.dropout = layer, c.dropout
         self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        output_bias = c.attention_bias if c.output_bias is None else c.output_bias
         self.q_proj = nn.Linear(c.hidden_size, self.heads * self.head_dim, bias=c.attention_bias)
         self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=c.attention_bias)
         self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=c.attention_bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=c.attention_bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=output_bias)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Mix the tokens: (B, T, D) -> (B, T, D)."""

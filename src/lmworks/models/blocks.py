@@ -1,6 +1,8 @@
-"""Blocks: attention, then an MLP, each added to what it reads. Kinds of block differ only in where the norms sit.
+"""Blocks: attention and an MLP, each added to what it reads. Kinds of block differ only in where the norms sit.
 
-    pre     x + attention(norm(x)), then x + mlp(norm(x))       GPT-2, Llama
+    pre        x + attention(norm(x)), then x + mlp(norm(x))        GPT-2, Llama, ModernBERT, ViT
+    post       norm(x + attention(x)), then norm(x + mlp(x))        BERT, RoBERTa, DistilBERT
+    parallel   x + attention(norm(x)) + mlp(norm(x)), one norm      Phi
 
 Shapes: B batch, T tokens, D hidden_size.
 """
@@ -19,15 +21,19 @@ class Block(nn.Module):
 
     def __init__(self, c: Config, layer: int) -> None:
         super().__init__()
-        self.attention_norm = make_norm(c)
+        self.local = layer in c.local_layers  # sees a window only
+        self.attention_norm = make_norm(c) if c.first_norm or layer else nn.Identity()
         self.attention = Attention(c, layer)
-        self.mlp_norm = make_norm(c)
         self.mlp = GatedMLP(c) if c.gated else MLP(c)
         self.drop = nn.Dropout(c.dropout)
 
 
 class PreNormBlock(Block):
     """Norm before each part, and none on the stream itself (Xiong et al. 2020)."""
+
+    def __init__(self, c: Config, layer: int) -> None:
+        super().__init__(c, layer)
+        self.mlp_norm = make_norm(c)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Add to the stream twice: (B, T, D) -> (B, T, D)."""
@@ -36,6 +42,32 @@ class PreNormBlock(Block):
         return y
 
 
+class PostNormBlock(Block):
+    """Norm after each sum (Vaswani et al. 2017)."""
+
+    def __init__(self, c: Config, layer: int) -> None:
+        super().__init__(c, layer)
+        self.mlp_norm = make_norm(c)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Add and normalise twice: (B, T, D) -> (B, T, D)."""
+        x = self.attention_norm(x + self.drop(self.attention(x, context)))  # (B, T, D)
+        y: Tensor = self.mlp_norm(x + self.drop(self.mlp(x)))  # (B, T, D)
+        return y
+
+
+class ParallelBlock(Block):
+    """Attention and MLP read the same normalised stream (Wang and Komatsuzaki 2021)."""
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Add to the stream once: (B, T, D) -> (B, T, D)."""
+        y = self.attention_norm(x)  # (B, T, D)
+        z: Tensor = x + self.drop(self.attention(y, context)) + self.drop(self.mlp(y))  # (B, T, D)
+        return z
+
+
 BLOCKS: dict[str, type[Block]] = {
     "pre": PreNormBlock,
+    "post": PostNormBlock,
+    "parallel": ParallelBlock,
 }

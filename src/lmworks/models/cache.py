@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lmworks.base.errors import InputError
 from lmworks.models.config import Config
+from lmworks.models.view import Look
 
 
 class KVCache:
@@ -42,7 +43,7 @@ class KVCache:
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]  # (R, K, C, E) each
         self.lengths = [0] * rows
         self.rows = list(range(rows))  # that the next call continues
-        self.call = Call(self.rows, self.lengths, 0)
+        self.call = Call(self.rows, self.lengths, 0)  # replaced when a call begins
 
     @property
     def capacity(self) -> int:
@@ -75,8 +76,8 @@ class KVCache:
                 buffers[layer] = old.new_zeros(rows, heads, capacity, size)  # (R, K, C, E)
                 buffers[layer][:, :, :held] = old
 
-    def begin(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor | None, bool, Tensor]:
-        """Prepare to add (B, T) tokens: return a mask (B or 1, 1, T, S) or None, is it causal, positions (B or 1, T).
+    def begin(self, input_ids: Tensor, attention_mask: Tensor | None) -> Call:
+        """Prepare to add (B, T) tokens; return what they may look at, and their positions.
 
         `attention_mask` (B, T) may end in zeros: padding on the right, which is not counted.
         """
@@ -86,8 +87,8 @@ class KVCache:
             raise InputError("the cache and the batch differ", found=f"{B} rows", expected=f"{len(past)} rows")
         if max(past) + T > self.capacity:
             raise InputError("the cache is full", found=f"{max(past) + T} tokens", expected=f"at most {self.capacity}")
-        self.call = Call(self.rows, past, T, attention_mask)
-        return self.call.see(input_ids.device)
+        self.call = Call(self.rows, past, T, attention_mask, input_ids.device)
+        return self.call
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write a layer's new keys and values (B, K, T, E); return them with the past: (B, K, S, E) each."""
@@ -102,7 +103,14 @@ class KVCache:
 class Call:
     """Where the new tokens of one call go. Neighbouring rows are views of the buffers, scattered ones are copied."""
 
-    def __init__(self, rows: list[int], past: list[int], T: int, attention_mask: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        rows: list[int],
+        past: list[int],
+        T: int,
+        attention_mask: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.past, self.T, self.S = past, T, max(past) + T
         self.new = [T] * len(rows) if attention_mask is None else count_real(attention_mask)
         self.same = min(past) == max(past)  # then all rows are one slice
@@ -111,15 +119,17 @@ class Call:
         self.scattered = not (self.same and together)
         if self.scattered:
             self.at = torch.tensor(rows)[:, None], torch.tensor(past)[:, None] + torch.arange(T)  # (B, 1), (B, T)
+        start = torch.tensor(past[:1] if self.same else past, device=device)[:, None]  # (B or 1, 1)
+        self.position_ids = start + torch.arange(T, device=device) if T > 1 else start  # (B or 1, T)
 
-    def see(self, device: torch.device) -> tuple[Tensor | None, bool, Tensor]:
-        """Return a mask or None, whether the kernel is to hide the future, and the new tokens' positions."""
-        start = torch.tensor(self.past[:1] if self.same else self.past, device=device)[:, None]  # (B or 1, 1)
-        position_ids = start + torch.arange(self.T, device=device) if self.T > 1 else start  # (B or 1, T)
-        if self.same and (self.T == 1 or self.S == self.T):
-            return None, self.T > 1, position_ids  # a single token sees everything; a fresh row is plainly causal
-        mask = torch.arange(self.S, device=device) <= position_ids[:, None, :, None]  # (B or 1, 1, T, S)
-        return mask, False, position_ids
+    def look(self, window: int | None) -> Look:
+        """Return a mask (B or 1, 1, T, S) or None, and whether the kernel is to hide the future."""
+        near = window is None or window >= self.S
+        if near and self.same and (self.T == 1 or self.S == self.T):
+            return None, self.T > 1  # a single token sees everything; a fresh row is plainly causal
+        behind = self.position_ids[:, None, :, None] - torch.arange(self.S, device=self.position_ids.device)
+        mask = behind >= 0  # (B or 1, 1, T, S)
+        return mask if window is None else mask & (behind < window), False
 
     def store(self, buffer: Tensor, new: Tensor) -> Tensor:
         """Write (B, K, T, E) into a buffer (R, K, C, E); return the rows up to the longest: (B, K, S, E)."""

@@ -2,32 +2,39 @@
 
 Published tensor names exist only here and in the families' tables. `make_rows` lays the table of a family over our
 parameters once; `from_hf` and `to_hf` walk the same rows in opposite directions, so they are inverse to the bit.
-Weights are read from safetensors only: a pickle can run code.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
 from lmworks.base.errors import FormatError, InputError
 from lmworks.base.files import read_json, write_bytes, write_json
-from lmworks.models.families import Family, find_family, read_config, token_ids, write_config
-from lmworks.models.heads import CausalLM
+from lmworks.models.config import Config, HeadSpec
+from lmworks.models.families import (
+    LABELLED,
+    architecture,
+    find_family,
+    read_config,
+    read_kind,
+    token_ids,
+    write_config,
+)
+from lmworks.models.heads import CausalLM, Head, Model, initialise
+from lmworks.models.weights import WEIGHTS, State, read_tensors
 
 __all__ = ["load_model", "read_config", "save_model"]
 
-BODY, HEAD, TIED = "transformer.", "head.project", "head.project.weight"
-HEAD_KEY, TIED_KEY = "lm_head", "lm_head.weight"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-State = dict[str, Tensor]
+BODY, HEAD = "transformer.", "head."
+OWN = (*LABELLED, "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")  # heads that share tensor names
+LEGACY = {"gamma": "weight", "beta": "bias"}  # norms in checkpoints that came from TensorFlow
 
 
 @dataclass(frozen=True)
@@ -57,26 +64,77 @@ class Row:
         return (tensor.t() if self.transposed else tensor).contiguous()
 
 
-def load_model(folder: str | Path, *, dtype: torch.dtype | None = torch.float32) -> CausalLM:
-    """Read a causal language model in evaluation mode; every missing, unused or mis-shaped tensor is one FormatError's.
+def load_model(
+    folder: str | Path, head: str | None = None, *, dtype: torch.dtype | None = torch.float32,
+    labels: Sequence[str] | None = None, new_head: bool = False, seed: int = 0,
+) -> Model:  # fmt: skip
+    """Read a model in evaluation mode; every missing, unused or mis-shaped tensor is one FormatError's.
+
+    `head` is the head to read ("Model": none; None: what config.json names). The weights of other heads in the file are
+    left out. With `new_head` a head that the file lacks is drawn from `seed`, for `labels`; otherwise it is an error.
 
     The network is laid out without memory and the mapped tensors are assigned to it: nothing is drawn, nothing copied
     unless the file holds another dtype. `dtype=None` keeps the file's own, whatever it is.
     """
     folder = Path(folder)
     config = read_config(folder)
-    model = CausalLM(config, seed=None)
-    family, rows = find_family(config.model_type), make_rows(model)
-    state = from_hf(read_tensors(folder), rows, family, tied=config.tie_word_embeddings, where=str(folder))
+    if labels is not None:
+        config = replace(config, labels=tuple(labels))
+    kind = head or read_kind(config)
+    model = make_empty(config, kind)
+    if not new_head:
+        check_task(model, folder)
+    file = read_tensors(folder)
+    if model.spec.optional and not any(row.key in file or strip(row.key, model) in file for row in head_rows(model)):
+        model.spec = HeadSpec(outputs="none")
+        model.head = Head(config, model.spec)
+    state = from_hf(file, model, where=str(folder), new_head=new_head)
     for name, tensor in state.items():
         module, _, leaf = name.rpartition(".")
         parameter = torch.nn.Parameter(tensor if dtype is None else tensor.to(dtype))
         setattr(model.get_submodule(module), leaf, parameter)
     model.tie()
+    if new_head:
+        draw_head(model, seed, dtype or torch.float32)
     return model.eval()
 
 
-def save_model(model: CausalLM, folder: str | Path) -> None:
+def make_empty(config: Config, kind: str) -> Model:
+    """Return a model without memory; the causal language model as the class that training and export know."""
+    return CausalLM(config, seed=None) if kind == "CausalLM" else Model(config, kind, seed=None)
+
+
+def draw_head(model: Model, seed: int, dtype: torch.dtype) -> None:
+    """Draw those parameters of the head that the file lacked."""
+    missing = [name for name, parameter in model.head.named_parameters() if parameter.is_meta]
+    for name in missing:
+        module, _, leaf = name.rpartition(".")
+        owner = model.head.get_submodule(module)
+        setattr(owner, leaf, torch.nn.Parameter(torch.empty_like(getattr(owner, leaf), device="cpu", dtype=dtype)))
+    fresh = torch.nn.ParameterDict({name.replace(".", "_"): model.head.get_parameter(name) for name in missing})
+    initialise(fresh, model.config, seed)
+
+
+def check_task(model: Model, folder: Path) -> None:
+    """Raise InputError where config.json names another task's head: some share the names of their tensors."""
+    stated = read_kind(model.config)
+    if stated != model.kind and stated in OWN and model.kind in OWN:
+        raise wrong_head(model, folder, stated)
+
+
+def wrong_head(model: Model, where: str | Path, stated: str) -> InputError:
+    """Return the error for a checkpoint that was made for another task."""
+    c = model.config
+    return InputError(
+        f"this checkpoint has no head for {model.kind}",
+        where=str(where),
+        found=architecture(c.model_type, stated),
+        expected=architecture(c.model_type, model.kind),
+        fix="use it for its own task, or ask for a new head and train it",
+    )
+
+
+def save_model(model: Model, folder: str | Path) -> None:
     """Write config.json, generation_config.json and model.safetensors, each atomically; a tied head is left out.
 
     Raises InputError for weights that are not finite. Settings that are in the folder's generation_config.json stay.
@@ -90,67 +148,105 @@ def save_model(model: CausalLM, folder: str | Path) -> None:
     rows = make_rows(model)
     dtype = str(state[rows[0].names[0]].dtype).removeprefix("torch.")
     write_bytes(folder / WEIGHTS, serialize(to_hf(state, rows), metadata={"format": "pt"}))
-    path = folder / "generation_config.json"
-    ids = {name: value for name, value in token_ids(model.config).items() if value is not None}
-    write_json(path, {"_from_model_config": True, **(read_json(path) if path.exists() else {}), **ids})
-    write_json(folder / "config.json", {**write_config(model.config), "dtype": dtype, "torch_dtype": dtype})
+    if model.config.causal:
+        path = folder / "generation_config.json"
+        ids = {name: value for name, value in token_ids(model.config).items() if value is not None}
+        write_json(path, {"_from_model_config": True, **(read_json(path) if path.exists() else {}), **ids})
+    config = write_config(model.config, model.kind)
+    write_json(folder / "config.json", {**config, "dtype": dtype, "torch_dtype": dtype})
 
 
-def make_rows(model: CausalLM) -> list[Row]:
-    """Lay the family's table over the model: one row a tensor of the file, in the order of our parameters."""
+def make_rows(model: Model) -> list[Row]:
+    """Lay the tables of the family and the head over the model: one row a tensor of the file, in our order."""
     family = find_family(model.config.model_type)
+    prefix = "" if model.kind == "Model" else family.PREFIX if model.spec.prefix is None else model.spec.prefix
     theirs_of: dict[str, tuple[str, tuple[str, ...]]] = {}  # our template -> theirs, and all of ours that it holds
     for theirs, ours in family.KEYS.items():
         targets = (ours,) if isinstance(ours, str) else ours
         theirs_of.update(dict.fromkeys(targets, (theirs, targets)))
-    shapes = {name: parameter.shape for name, parameter in model.state_dict().items()}
+    shapes = {name: parameter.shape for name, parameter in model.state_dict().items() if name.startswith(BODY)}
     rows = []
     for name, shape in shapes.items():
-        module, _, leaf = name.rpartition(".")
-        if module == HEAD:
-            if not (name == TIED and model.config.tie_word_embeddings):
-                rows.append(Row(f"{HEAD_KEY}.{leaf}", (name,), (shape,), False))
+        bare = name.removeprefix(BODY)
+        if bare in theirs_of:  # a parameter of its own rather than a module's
+            rows.append(Row(prefix + theirs_of[bare][0], (name,), (shape,), False))
             continue
-        template, layer = to_template(module.removeprefix(BODY))
+        module, _, leaf = bare.rpartition(".")
+        template, layer = to_template(module)
         theirs, targets = theirs_of[template]
         if template == targets[0]:  # the other parts of a fused tensor are in the row of its first
             names = tuple(f"{BODY}{target.format(layer)}.{leaf}" for target in targets)
-            key = f"{family.PREFIX}{theirs.format(layer)}.{leaf}"
+            key = f"{prefix}{theirs.format(layer)}.{leaf}"
             transposed = theirs in family.TRANSPOSED and len(shape) == 2
             rows.append(Row(key, names, tuple(shapes[name] for name in names), transposed))
+    return rows + head_rows(model)
+
+
+def head_rows(model: Model) -> list[Row]:
+    """Return the rows of the head; a tied projection has none."""
+    rows = []
+    for name, parameter in model.head.state_dict().items():
+        if not (model.is_tied and name == "project.weight"):
+            key = published(model.spec, name)
+            rows.append(
+                Row(strip(key, model) if model.kind == "Model" else key, (HEAD + name,), (parameter.shape,), False)
+            )
     return rows
 
 
-def from_hf(file: State, rows: list[Row], family: Family, *, tied: bool, where: str = "") -> State:
+def published(spec: HeadSpec, name: str) -> str:
+    """Return the published name of a head's parameter: "project.weight" -> "classifier.weight"."""
+    module, _, leaf = name.rpartition(".")
+    named = {ours: theirs for theirs, ours in spec.keys.items()}
+    return named[name] if name in named else f"{named[module]}.{leaf}"
+
+
+def strip(key: str, model: Model) -> str:
+    """Take the body's prefix off a published name."""
+    bare = key.removeprefix(find_family(model.config.model_type).PREFIX)
+    return bare if model.spec.prefix is None else bare.removeprefix(model.spec.prefix)
+
+
+def from_hf(file: State, model: Model, *, where: str = "", new_head: bool = False) -> State:
     """Return our parameters, as views of the file's tensors; with every complaint in one FormatError.
 
-    Keys may come with or without the family's prefix. A tied head may be in the file if it equals the embedding.
+    Keys may come with or without the family's prefix, norms under their old names. What belongs to another head of the
+    family is left out. A tied projection may be in the file if it equals the embedding.
     """
-    given: dict[str, str] = {}  # their key without prefix -> as it stands in the file
+    given: dict[str, str] = {}  # their key without prefix and in today's words -> as it stands in the file
     problems = []
     for key in file:
-        bare = key.removeprefix(family.PREFIX)
-        if to_template(bare)[0] in family.IGNORED:
-            continue
+        bare = modernize(strip(key, model))
         if bare in given:
             problems.append(f"twice: {given[bare]} and {key}")
         given[bare] = key
     state: State = {}
+    rows, of_head = make_rows(model), {row.key for row in head_rows(model)}
+    absent = []
     for row in rows:
-        found = given.pop(row.key.removeprefix(family.PREFIX), None)
+        found = given.pop(strip(row.key, model), None)
         if found is None:
-            problems.append(f"missing: {row.key} {row.shape}")
+            absent.append(row.key)
+            if not (new_head and row.key in of_head):
+                problems.append(f"missing: {row.key} {row.shape}")
         elif tuple(file[found].shape) != row.shape:
             problems.append(f"wrong shape: {found} is {tuple(file[found].shape)}, not {row.shape}")
         elif not file[found].is_floating_point():
             problems.append(f"not a float: {found} is {file[found].dtype}")
         else:
             state.update(row.split(file[found]))
-    if tied and TIED_KEY in given:
-        head, embedding = file[given.pop(TIED_KEY)], state.get(f"{BODY}embeddings.tokens.weight")
-        if embedding is not None and not torch.equal(head, embedding):
-            problems.append(f"{TIED_KEY} differs from the embedding although config.json ties them")
-    problems += [f"unused: {key}" for key in given.values()]
+    for ours, original in (
+        ("project.weight", f"{BODY}embeddings.tokens.weight"),
+        ("project.bias", f"{HEAD}project.bias"),
+    ):
+        twin = alias(model, ours)
+        if twin in given and original in state and not torch.equal(file[given[twin]], state[original]):
+            problems.append(f"{given[twin]} differs from its twin although they are one tensor (tie_word_embeddings)")
+    problems += [f"unused: {key}" for bare, key in given.items() if not is_known(bare, model)]
+    if of_head and of_head <= set(absent) and len(problems) == len(absent):
+        stated = read_kind(model.config)
+        if stated != model.kind:
+            raise wrong_head(model, where, stated)
     if problems:
         raise FormatError(
             "the weights do not fit config.json",
@@ -159,6 +255,29 @@ def from_hf(file: State, rows: list[Row], family: Family, *, tied: bool, where: 
             fix="check that config.json and the weights belong together",
         )
     return state
+
+
+def alias(model: Model, name: str) -> str:
+    """Return the other name under which a file may hold a parameter of the projection once more, or ""."""
+    named = [theirs for theirs, ours in model.spec.keys.items() if ours == "project"]
+    own = name in model.spec.keys.values()  # a name beside the module's
+    shared = (name == "project.weight" and model.is_tied) or (name == "project.bias" and own)
+    return f"{named[0]}.{name.rpartition('.')[2]}" if named and shared else ""
+
+
+def is_known(bare: str, model: Model) -> bool:
+    """Say whether a tensor that no row took may be left out: a constant, or part of another head."""
+    family, module = find_family(model.config.model_type), bare.rpartition(".")[0]
+    if to_template(bare)[0] in family.IGNORED:
+        return True
+    names = {strip(key, model) for spec in family.heads(model.config).values() for key in spec.keys}
+    return module in names or bare in names
+
+
+def modernize(key: str) -> str:
+    """Return a norm's parameter under today's name: "LayerNorm.gamma" -> "LayerNorm.weight"."""
+    module, _, leaf = key.rpartition(".")
+    return f"{module}.{LEGACY[leaf]}" if leaf in LEGACY and "norm" in module.lower() else key
 
 
 def to_hf(state: State, rows: list[Row]) -> State:
@@ -170,48 +289,3 @@ def to_template(key: str) -> tuple[str, str]:
     """Take the layer's number out of a name: "layers.3.mlp.up_proj" -> ("layers.{}.mlp.up_proj", "3")."""
     number = re.search(r"\.(\d+)\.", key)
     return (f"{key[: number.start()]}.{{}}.{key[number.end() :]}", number[1]) if number else (key, "")
-
-
-def read_tensors(folder: Path) -> State:
-    """Return every tensor of `model.safetensors`, or of the shards that its index names, memory-mapped."""
-    tensors: State = {}
-    for name in find_files(folder):
-        path = folder / name
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (not a dict)
-                    if key in tensors:
-                        raise FormatError(f"the tensor {key} is in two files", where=str(path))
-                    tensors[key] = file.get_tensor(key)
-        except FileNotFoundError:
-            raise FormatError(f"{name} is missing", where=str(folder), fix="fetch the whole checkpoint") from None
-        except (SafetensorError, OSError) as error:
-            raise FormatError(
-                f"{name} is not a whole safetensors file", where=str(path), found=str(error), fix="fetch it again"
-            ) from None
-    return tensors
-
-
-def find_files(folder: Path) -> list[str]:
-    """Return the names of the weight files in `folder`; an index may not name any other place."""
-    if (folder / WEIGHTS).exists():
-        return [WEIGHTS]
-    if (folder / INDEX).exists():
-        names = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-            raise FormatError("the index holds no file names", where=str(folder / INDEX), expected="a weight_map")
-        outside = sorted(name for name in set(names.values()) if Path(name).name != name)
-        if outside:  # plain names only; where they are links, as in the Hub's cache, the user's disk decides
-            raise FormatError(
-                "the index points outside its folder", where=str(folder / INDEX), found=", ".join(outside),
-                expected="names of files beside the index",
-            )  # fmt: skip
-        return sorted(set(names.values()))
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
-    raise FormatError(
-        "there are no weights that can be read safely",
-        where=str(folder),
-        found=", ".join(pickled) or "no weights",
-        expected=f"{WEIGHTS} or {INDEX}",
-        fix="convert it to safetensors: a pickle can run code" if pickled else "fetch the whole checkpoint",
-    )

@@ -1,7 +1,8 @@
 """What a network looks like: one frozen record that every family fills in. Torch-free.
 
 Names follow config.json on the Hub where one exists. A knob enters with the first family that needs it; it picks a
-class or a number when the network is made and never branches inside a block.
+class or a number when the network is made and never branches inside a block. At most 32 of them say how the network
+is built.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Literal
 from lmworks.base.errors import InputError
 
 HIDDEN_ACTS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "relu")
+HEAD_ACTS = (*HIDDEN_ACTS, "tanh")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,46 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vision:
+    """How an image becomes a sequence: square patches, each projected to one vector, after a class token."""
+
+    image_size: int
+    patch_size: int
+    num_channels: int = 3
+
+    def __post_init__(self) -> None:
+        """Raise InputError for an image that the patches do not cover."""
+        for name in ("image_size", "patch_size", "num_channels"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        require(self.image_size >= self.patch_size, "patch_size", self.patch_size, f"at most {self.image_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSpec:
+    """A task's head: pool, then dense, act and norm, then project; what is absent is switched off.
+
+    `keys` maps published modules to ours ("dense", "norm", "project"); a published name may also stand for one
+    parameter ("project.bias").
+    """
+
+    outputs: Literal["none", "labels", "vocab", "span", "two", "one"] = "labels"
+    pool: Literal["none", "first", "last", "mean"] = "none"
+    dense: bool = False
+    dense_bias: bool = True
+    act: str = "gelu"
+    norm: Literal["none", "layer", "layer_nobias"] = "none"
+    bias: bool = True
+    keys: Mapping[str, str] = field(default_factory=dict)
+    prefix: str | None = None  # of the body's tensors beside this head, where it is not the family's own
+    optional: bool = False  # a file without it is whole
+
+    def size(self, c: Config) -> int:
+        """How many numbers the head gives for each thing it looks at; 0 without a projection."""
+        sizes = {"none": 0, "labels": len(c.labels), "vocab": c.vocab_size, "span": 2, "two": 2, "one": 1}
+        return sizes[self.outputs]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,20 +83,33 @@ class Config:
     hidden_act: str = "gelu_new"
     norm_eps: float = 1e-5
     dropout: float = 0.0  # while training: on embeddings, attention weights, and what a block adds to its stream
-    block: Literal["pre"] = "pre"
+    block: Literal["pre", "post", "parallel"] = "pre"
     causal: bool = True
-    norm: Literal["layer", "rms"] = "layer"
+    norm: Literal["layer", "layer_nobias", "rms"] = "layer"
     gated: bool = False  # the MLP computes act(gate(x)) * up(x)
     attention_bias: bool = True
+    output_bias: bool | None = None  # of attention's last projection; None: as attention_bias
     mlp_bias: bool = True
-    positions: Literal["learned", "rope"] = "learned"
+    positions: Literal["learned", "rope", "none"] = "learned"
+    position_offset: int = 0  # the first token's position: RoBERTa counts from pad_token_id + 1
     rope_theta: float = 10000.0
+    rope_local_theta: float | None = None  # in local layers; None: as elsewhere
     rope_scaling: RopeScaling | None = None
+    rotary_dim: int | None = None  # how much of a head is rotated; None: all of it
+    window: int | None = None  # local layers see: causal, the last `window` tokens; else `window` on either side
+    local_layers: tuple[int, ...] = ()  # the layers that `window` limits
+    type_vocab_size: int = 0  # segments: which text of a pair a token belongs to
+    embedding_norm: bool = False
+    first_norm: bool = True  # False: no attention norm in layer 0
+    final_norm: bool = True
+    vision: Vision | None = None  # images instead of tokens
     tie_word_embeddings: bool = True
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
+    labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")  # by id, for heads that classify
+    problem_type: str | None = None  # "single_label_classification", "multi_label_classification", "regression"
     source: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # config.json as it was read
 
     def __post_init__(self) -> None:
@@ -64,13 +119,23 @@ class Config:
             "intermediate_size max_position_embeddings"
         )
         for name in sizes.split():
-            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+            if not (self.vision and name == "vocab_size"):
+                require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         grouped = self.num_attention_heads % self.num_key_value_heads == 0
         require(grouped, "num_key_value_heads", self.num_key_value_heads, f"a divisor of {self.num_attention_heads}")
-        require(self.positions != "rope" or self.head_dim % 2 == 0, "head_dim", self.head_dim, "even, to be rotated")
+        rotated = self.rotary_dim or self.head_dim
+        require(self.positions != "rope" or rotated % 2 == 0, "head_dim", rotated, "even, to be rotated")
+        require(0 < rotated <= self.head_dim, "rotary_dim", rotated, f"1 to {self.head_dim}")
+        require(self.window is None or self.window >= 1, "window", self.window, "1 or more")
+        require(len(self.labels) >= 1, "number of labels", len(self.labels), "1 or more")
         require(self.hidden_act in HIDDEN_ACTS, "hidden_act", self.hidden_act, ", ".join(HIDDEN_ACTS))
         require(self.norm_eps > 0, "norm_eps", self.norm_eps, "above 0")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "0 or more, below 1")
+
+    @property
+    def max_tokens(self) -> int:
+        """How many tokens fit: RoBERTa's first positions are never used."""
+        return self.max_position_embeddings - self.position_offset
 
 
 def require(good: bool, name: str, found: object, expected: str) -> None:

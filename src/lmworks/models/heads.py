@@ -1,6 +1,6 @@
-"""Heads: from hidden states to what a task predicts, and the causal language model.
+"""Heads: from hidden states to what a task predicts; and a Transformer together with its head.
 
-Shapes: B batch, T tokens, D hidden_size, V vocab_size.
+Shapes: B batch, T tokens, D hidden_size, O outputs of the head, V vocab_size.
 """
 
 from __future__ import annotations
@@ -13,21 +13,48 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lmworks.models.cache import KVCache
-from lmworks.models.config import Config
+from lmworks.models.config import Config, HeadSpec
+from lmworks.models.families import find_head
+from lmworks.models.layers import ACTIVATIONS
 from lmworks.models.transformer import Transformer
 
 
 class Head(nn.Module):
-    """A linear projection of each hidden state."""
+    """Pool, then dense, act and norm, then project; what the spec switches off is None."""
 
-    def __init__(self, size: int, outputs: int, *, bias: bool = False) -> None:
+    def __init__(self, c: Config, spec: HeadSpec) -> None:
         super().__init__()
-        self.project = nn.Linear(size, outputs, bias=bias)
+        size = c.hidden_size
+        self.pool = spec.pool
+        self.dense = nn.Linear(size, size, bias=spec.dense_bias) if spec.dense else None
+        self.act = ACTIVATIONS[spec.act]
+        self.norm = None if spec.norm == "none" else nn.LayerNorm(size, c.norm_eps, bias=spec.norm == "layer")
+        self.project = nn.Linear(size, spec.size(c), bias=spec.bias) if spec.outputs != "none" else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Score: (…, D) -> (…, outputs)."""
-        y: Tensor = self.project(x)
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Score each token (B, T, D) -> (B, T, O), or each row: (B, O)."""
+        x = pool(x, self.pool, attention_mask)  # (B, T, D) or (B, D)
+        if self.dense is not None:
+            x = self.act(self.dense(x))
+        if self.norm is not None:
+            x = self.norm(x)
+        y: Tensor = x if self.project is None else self.project(x)
         return y
+
+
+def pool(x: Tensor, kind: str, attention_mask: Tensor | None) -> Tensor:
+    """Choose a state of each row (B, T, D), or their mean, padding apart: (B, D); "none" keeps all (B, T, D)."""
+    if kind == "none":
+        return x
+    if attention_mask is None:
+        return {"first": x[:, 0], "last": x[:, -1], "mean": x.mean(1)}[kind]  # (B, D)
+    rows = torch.arange(len(x), device=x.device)
+    if kind == "mean":
+        real = attention_mask[:, :, None].to(x.dtype)  # (B, T, 1)
+        return (x * real).sum(1) / real.sum(1)  # (B, D)
+    place = torch.arange(x.shape[1], device=x.device) * attention_mask  # (B, T)
+    index = attention_mask.int().argmax(1) if kind == "first" else place.argmax(1)  # (B,)
+    return x[rows, index]  # (B, D)
 
 
 class NoDraw(TorchFunctionMode):
@@ -46,19 +73,22 @@ class NoDraw(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class CausalLM(nn.Module):
-    """Predict the next token: input ids (B, T) -> logits (B, T, V).
+class Model(nn.Module):
+    """A Transformer and the head of one task: input ids (B, T) or images -> logits (B, T, O) or (B, O).
+
+    `head` is the published class's name without its family ("SequenceClassification", "MaskedLM" …); "Model" is the
+    bare Transformer, which returns hidden states (B, T, D).
 
     Fresh weights come from a generator of their own: the same seed gives the same weights, and torch's random state is
     left alone. `seed=None` leaves them on the meta device, without memory, for a loader to fill in.
     """
 
-    def __init__(self, config: Config, *, seed: int | None = 0) -> None:
+    def __init__(self, config: Config, head: str = "Model", *, seed: int | None = 0) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.kind, self.spec = config, head, find_head(config, head)
         with torch.device("meta"), NoDraw():  # nothing is drawn that would be thrown away
             self.transformer = Transformer(config)
-            self.head = Head(config.hidden_size, config.vocab_size)
+            self.head = Head(config, self.spec)
         if seed is not None:
             self.to_empty(device=torch.get_default_device())
         self.tie()
@@ -67,38 +97,59 @@ class CausalLM(nn.Module):
 
     def tie(self) -> None:
         """Let the projection share the embedding's matrix (Press and Wolf 2017), where the config says so."""
-        if self.config.tie_word_embeddings:
-            self.head.project.weight = self.transformer.embeddings.tokens.weight
+        if self.is_tied and self.head.project is not None:
+            self.head.project.weight = self.transformer.embeddings.tokens.weight  # type: ignore[union-attr,assignment]
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the projection is the embedding's matrix."""
+        return self.spec.outputs == "vocab" and self.config.tie_word_embeddings
 
     def forward(
         self,
-        input_ids: Tensor,
+        inputs: Tensor,
         attention_mask: Tensor | None = None,
         *,
+        token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
         last: Tensor | int | None = None,
     ) -> Tensor:
-        """Return logits (B, T, V), or only those (B, V) of token `last[b]` of each row (-1: the last one)."""
-        x = self.hidden_states(input_ids, attention_mask, position_ids=position_ids, cache=cache)  # (B, T, D)
+        """Return the head's numbers (B, T, O) or (B, O), for "Model" the states (B, T, D).
+
+        With `last` only those of token `last[b]` of each row (-1: the last one) of a head that scores tokens: (B, O).
+        """
+        x = self.hidden_states(
+            inputs, attention_mask, token_type_ids=token_type_ids, position_ids=position_ids, cache=cache
+        )  # (B, T, D)
+        if self.kind == "Model":
+            return x
         if isinstance(last, int):
             x = x[:, last]  # (B, D)
         elif last is not None:
             x = x[torch.arange(len(x), device=x.device), last]  # (B, D)
-        logits: Tensor = self.head(x)
+        logits: Tensor = self.head(x, attention_mask)
         return logits
 
     def hidden_states(
         self,
-        input_ids: Tensor,
+        inputs: Tensor,
         attention_mask: Tensor | None = None,
         *,
+        token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Return the states (B, T, D) that the head reads: a loss may project them piece by piece."""
-        states: Tensor = self.transformer(input_ids, attention_mask, position_ids, cache)
+        states: Tensor = self.transformer(inputs, attention_mask, position_ids, cache, token_type_ids)
         return states
+
+
+class CausalLM(Model):
+    """Predict the next token: input ids (B, T) -> logits (B, T, V)."""
+
+    def __init__(self, config: Config, *, seed: int | None = 0) -> None:
+        super().__init__(config, "CausalLM", seed=seed)
 
 
 def initialise(model: nn.Module, c: Config, seed: int) -> None:

@@ -6,7 +6,7 @@ transformers 5: rope_parameters {rope_theta, rope_type, factor, …}
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lmworks.base.errors import FormatError, InputError
@@ -70,6 +70,13 @@ class Fields:
             return tuple(value)
         return self.token(key, default)
 
+    def choice(self, key: str, default: str, choices: Sequence[str]) -> str:
+        """Return one of some strings."""
+        value = self.text(key, default)
+        if value not in choices:
+            raise InputError(f"{self.name}: {key} is not supported", found=value, expected=" or ".join(choices))
+        return value
+
     def must_be(self, key: str, value: object) -> None:
         """Raise InputError where a setting that is not implemented here is switched on."""
         found = self.hf.get(key)
@@ -95,7 +102,6 @@ def read_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
     kind = rope.text("rope_type", rope.text("type", "default"))
     if kind not in ROPE_TYPES:
         raise InputError(f"the rope type {kind!r} is not supported", expected=" or ".join(ROPE_TYPES))
-    rope.must_be("partial_rotary_factor", 1.0)
     theta = rope.number("rope_theta", outer.number("rope_theta", 10000.0))
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
@@ -112,16 +118,27 @@ def read_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_rope(c: Config) -> dict[str, Any]:
     """Return the keys of both generations: each reads its own and agrees with the other."""
+    share = {} if c.rotary_dim is None else {"partial_rotary_factor": c.rotary_dim / c.head_dim}
     if c.rope_scaling is None:
-        parameters = {"rope_type": "default", "rope_theta": c.rope_theta}
-        return {"rope_parameters": parameters, "rope_theta": c.rope_theta, "rope_scaling": None}
-    s = c.rope_scaling
-    scaling = {
-        "rope_type": "llama3",
-        "factor": s.factor,
-        "low_freq_factor": s.low_freq_factor,
-        "high_freq_factor": s.high_freq_factor,
-        "original_max_position_embeddings": s.original_max_position_embeddings,
-    }
-    parameters = {**scaling, "rope_theta": c.rope_theta}
-    return {"rope_parameters": parameters, "rope_theta": c.rope_theta, "rope_scaling": scaling}
+        scaling: dict[str, Any] | None = None
+        parameters = {"rope_type": "default", "rope_theta": c.rope_theta, **share}
+    else:
+        s = c.rope_scaling
+        scaling = {
+            "rope_type": "llama3",
+            "factor": s.factor,
+            "low_freq_factor": s.low_freq_factor,
+            "high_freq_factor": s.high_freq_factor,
+            "original_max_position_embeddings": s.original_max_position_embeddings,
+        }
+        parameters = {**scaling, "rope_theta": c.rope_theta, **share}
+    return {"rope_parameters": parameters, "rope_theta": c.rope_theta, "rope_scaling": scaling, **share}
+
+
+def read_rotary_dim(hf: Mapping[str, Any], head_dim: int, default: float) -> int | None:
+    """Return how much of a head is rotated, None for all of it; both generations state a share of it."""
+    outer = Fields(hf)
+    share = Fields(outer.table("rope_parameters")).number(
+        "partial_rotary_factor", outer.number("partial_rotary_factor", default)
+    )
+    return None if share == 1 else int(head_dim * share)

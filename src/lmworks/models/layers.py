@@ -25,6 +25,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": gelu_tanh,
     "silu": F.silu,
     "relu": F.relu,
+    "tanh": torch.tanh,
 }
 
 
@@ -44,7 +45,9 @@ class RMSNorm(nn.Module):
 
 def make_norm(c: Config) -> nn.Module:
     """Return the norm that the config names."""
-    return RMSNorm(c.hidden_size, c.norm_eps) if c.norm == "rms" else nn.LayerNorm(c.hidden_size, c.norm_eps)
+    if c.norm == "rms":
+        return RMSNorm(c.hidden_size, c.norm_eps)
+    return nn.LayerNorm(c.hidden_size, c.norm_eps, bias=c.norm == "layer")
 
 
 class MLP(nn.Module):

@@ -1,6 +1,6 @@
 """The one Transformer: embeddings, a stack of blocks, a final norm.
 
-Shapes: B batch, T new tokens, S keys (past and new), D hidden_size, E head_dim.
+Shapes: B batch, T new tokens (or patches and the class token), S keys (past and new), D hidden_size, E head_dim.
 """
 
 from __future__ import annotations
@@ -10,38 +10,66 @@ from torch import Tensor, nn
 
 from lmworks.base.errors import InputError
 from lmworks.models.attention import Context
-from lmworks.models.blocks import BLOCKS
+from lmworks.models.blocks import BLOCKS, Block
 from lmworks.models.cache import KVCache
-from lmworks.models.config import Config
+from lmworks.models.config import Config, Vision
 from lmworks.models.layers import make_norm
-from lmworks.models.rope import rope_at, rope_frequencies
+from lmworks.models.rope import Rope, rope_at, rope_frequencies
+from lmworks.models.view import View, Whole
 
 
 class TokenEmbeddings(nn.Module):
-    """A vector a token, plus one a position where positions are learned."""
+    """A vector a token, plus one a position where positions are learned, plus one a segment where there are any."""
 
     def __init__(self, c: Config) -> None:
         super().__init__()
+        self.offset = c.position_offset
         self.tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.positions = nn.Embedding(c.max_position_embeddings, c.hidden_size) if c.positions == "learned" else None
+        self.types = nn.Embedding(c.type_vocab_size, c.hidden_size) if c.type_vocab_size else None
+        self.norm = make_norm(c) if c.embedding_norm else None
         self.drop = nn.Dropout(c.dropout)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Look up ids (B, T) and positions (B or 1, T) -> (B, T, D)."""
+    def forward(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """Look up ids (B, T), positions (B or 1, T) and segments (B, T; None: all 0) -> (B, T, D)."""
         x = self.tokens(input_ids)  # (B, T, D)
+        if self.types is not None:
+            x = x + (self.types.weight[0] if token_type_ids is None else self.types(token_type_ids))  # (B, T, D)
         if self.positions is not None:
-            x = x + self.positions(position_ids)  # (B, T, D)
+            x = x + self.positions(position_ids + self.offset)  # (B, T, D)
+        y: Tensor = self.drop(x if self.norm is None else self.norm(x))
+        return y
+
+
+class PatchEmbeddings(nn.Module):
+    """A vector a patch of an image, after a class token, plus one a place (Dosovitskiy et al. 2021)."""
+
+    def __init__(self, c: Config, v: Vision) -> None:
+        super().__init__()
+        self.shape = (v.num_channels, v.image_size, v.image_size)
+        self.patches = nn.Conv2d(v.num_channels, c.hidden_size, v.patch_size, v.patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, c.hidden_size))
+        self.positions = nn.Parameter(torch.zeros(1, c.max_position_embeddings, c.hidden_size))
+        self.drop = nn.Dropout(c.dropout)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Cut images (B, channels, height, width) into patches -> (B, T, D)."""
+        if tuple(pixel_values.shape[1:]) != self.shape:
+            found, expected = tuple(pixel_values.shape[1:]), self.shape
+            raise InputError("the images have the wrong shape", found=f"{found}", expected=f"{expected}")
+        x = self.patches(pixel_values).flatten(2).transpose(1, 2)  # (B, T - 1, D)
+        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), 1) + self.positions  # (B, T, D)
         y: Tensor = self.drop(x)
         return y
 
 
 class Transformer(nn.Module):
-    """Token ids (B, T) -> hidden states (B, T, D).
+    """Token ids (B, T), or images (B, channels, height, width) -> hidden states (B, T, D).
 
     `attention_mask` (B, T) is 1 on tokens and 0 on padding. Without a cache the padding may be on either side: it is
     never looked at, and positions count the tokens alone, as transformers' `generate` counts them. What comes out at
     padding means nothing. Leave the mask out where you can, since it costs the fast attention kernel: whole rows need
-    none, and rows padded on the right need none either, because a causal token never sees what follows.
+    none, and rows padded on the right need none either in a causal model, where no token sees what follows.
 
     With a cache each row goes on at its own length; the mask then covers the new tokens, padded on the right only.
     """
@@ -49,60 +77,73 @@ class Transformer(nn.Module):
     def __init__(self, c: Config) -> None:
         super().__init__()
         self.config = c
-        self.embeddings = TokenEmbeddings(c)
+        self.embeddings = TokenEmbeddings(c) if c.vision is None else PatchEmbeddings(c, c.vision)
         self.layers = nn.ModuleList(BLOCKS[c.block](c, layer) for layer in range(c.num_hidden_layers))
-        self.final_norm = make_norm(c)
-        # numbers rather than a buffer, which would lose its precision when the model is cast to bfloat16
-        self.frequencies = tuple(rope_frequencies(c).tolist()) if c.positions == "rope" else ()
+        self.final_norm = make_norm(c) if c.final_norm else nn.Identity()
+        # numbers rather than buffers, which would lose their precision when the model is cast to bfloat16
+        rotates = c.positions == "rope"
+        self.frequencies = tuple(rope_frequencies(c).tolist()) if rotates else ()
+        self.local_frequencies = self.frequencies
+        if rotates and c.rope_local_theta is not None:
+            self.local_frequencies = tuple(rope_frequencies(c, c.rope_local_theta).tolist())
 
     def forward(
         self,
-        input_ids: Tensor,
+        inputs: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> Tensor:
         """Run the stack: (B, T) -> (B, T, D). `position_ids` (B or 1, T) replace those that are counted."""
-        check_length(self.config, input_ids.shape[1] + (0 if cache is None else cache.longest))
-        if cache is None:
-            mask, causal, counted = see(input_ids, attention_mask, causal=self.config.causal)
-        else:
-            mask, causal, counted = cache.begin(input_ids, attention_mask)
-        position_ids = counted if position_ids is None else position_ids
-        rope = None
-        if self.frequencies:
-            rope = rope_at(torch.tensor(self.frequencies, device=input_ids.device), position_ids)
-        context = Context(mask, causal, rope, cache)
-        x = self.embeddings(input_ids, position_ids)  # (B, T, D)
-        for layer in self.layers:
-            x = layer(x, context)  # (B, T, D)
+        c = self.config
+        if c.vision is not None:
+            x = self.embeddings(inputs)  # (B, T, D)
+            return self.run(x, Whole(x, None, causal=False), None, None)
+        check_length(c, inputs.shape[1] + (0 if cache is None else cache.longest))
+        view: View = (
+            Whole(inputs, attention_mask, causal=c.causal)
+            if cache is None
+            else self.go_on(cache, inputs, attention_mask)
+        )
+        position_ids = view.position_ids if position_ids is None else position_ids
+        x = self.embeddings(inputs, position_ids, token_type_ids)  # (B, T, D)
+        x = self.run(x, view, position_ids, cache)  # (B, T, D)
         if cache is not None:
             cache.end()
+        return x
+
+    def run(self, x: Tensor, view: View, position_ids: Tensor | None, cache: KVCache | None) -> Tensor:
+        """Run the blocks and the final norm: (B, T, D) -> (B, T, D)."""
+        everywhere = Context(*view.look(None), self.rope(self.frequencies, position_ids), cache)
+        local = everywhere
+        if self.config.local_layers:
+            local = Context(*view.look(self.config.window), self.rope(self.local_frequencies, position_ids), cache)
+        for layer in self.layers:
+            assert isinstance(layer, Block)
+            x = layer(x, local if layer.local else everywhere)  # (B, T, D)
         y: Tensor = self.final_norm(x)
         return y
+
+    def rope(self, frequencies: tuple[float, ...], position_ids: Tensor | None) -> Rope | None:
+        """Return the rotation at these positions; None where nothing is rotated."""
+        if not frequencies or position_ids is None:
+            return None
+        return rope_at(torch.tensor(frequencies, device=position_ids.device), position_ids)
+
+    def go_on(self, cache: KVCache, input_ids: Tensor, attention_mask: Tensor | None) -> View:
+        """Begin a call that continues a cache; only a causal model can."""
+        if not self.config.causal:
+            raise InputError("a model that reads both ways has no cache", fix="run the whole text again")
+        return cache.begin(input_ids, attention_mask)
 
 
 def check_length(c: Config, tokens: int) -> None:
     """Raise InputError for more tokens than there are learned positions."""
-    if c.positions == "learned" and tokens > c.max_position_embeddings:
+    if c.positions == "learned" and tokens > c.max_tokens:
         raise InputError(
             "the text does not fit the model",
             found=f"{tokens} tokens",
-            expected=f"at most {c.max_position_embeddings}",
+            expected=f"at most {c.max_tokens}",
             fix="shorten it",
         )
-
-
-def see(input_ids: Tensor, attention_mask: Tensor | None, *, causal: bool) -> tuple[Tensor | None, bool, Tensor]:
-    """Return a mask (B, 1, T, T) or None, whether the kernel is to hide the future, and positions (B or 1, T).
-
-    A token of padding sees itself: a row of scores that hides everything would be NaN, and NaN spreads.
-    """
-    T = input_ids.shape[1]
-    if attention_mask is None:
-        return None, causal, torch.arange(T, device=input_ids.device)[None]
-    real = attention_mask.bool()  # (B, T)
-    itself = torch.eye(T, dtype=torch.bool, device=real.device)  # (T, T)
-    past = torch.ones_like(itself).tril() if causal else torch.ones_like(itself)  # (T, T)
-    mask = (past & real[:, None, :] | itself)[:, None]  # (B, 1, T, T)
-    return mask, False, (real.cumsum(1) - 1).clamp(min=0)

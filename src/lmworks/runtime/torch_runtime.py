@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lmworks.base.errors import InputError
 from lmworks.base.types import Batch
 from lmworks.models.cache import KVCache
 from lmworks.models.checkpoint import load_model
-from lmworks.models.heads import CausalLM
+from lmworks.models.heads import Model
 from lmworks.runtime.base import Logits, check_ids, check_length, check_slots
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -35,35 +36,62 @@ class TorchRuntime:
 
     name = "torch"
 
-    def __init__(self, model: CausalLM | str | Path, *, dtype: str = "fp32", slots: int = 1) -> None:
+    def __init__(
+        self, model: Model | str | Path, *, head: str | None = None, dtype: str = "fp32", slots: int = 1
+    ) -> None:
+        """Take a model, or read one with the head that is named (None: the one that config.json names)."""
         if dtype not in DTYPES:
             raise InputError(f"torch cannot run the dtype {dtype!r}", expected=" or ".join(DTYPES))
         wanted = DTYPES[dtype]
-        if not isinstance(model, CausalLM):
-            model = load_model(model, dtype=wanted)
+        if not isinstance(model, Model):
+            self.model = load_model(model, head, dtype=wanted)
         elif dtype != "fp32" or any(parameter.dtype != wanted for parameter in model.parameters()):
-            model = deepcopy(model).to(wanted)
+            self.model = deepcopy(model).to(wanted)
+        else:
+            self.model = model
         if dtype == "bf16":
-            pack(model)
-        self.model, self.dtype = model, dtype
-        self.vocab_size, self.max_length = model.config.vocab_size, model.config.max_position_embeddings
-        self.device = next(model.parameters()).device
+            pack(self.model)
+        self.dtype, config = dtype, self.model.config
+        self.vocab_size, self.max_length = config.vocab_size, config.max_tokens
+        self.device = next(self.model.parameters()).device
+        self.slots = slots
+
+    @cached_property
+    def cache(self) -> KVCache:
+        """Keys and values of every slot; made when the first prompt comes."""
         capacity = min(FIRST_CAPACITY, self.max_length)
-        self.cache = KVCache(model.config, slots, capacity=capacity, dtype=wanted, device=self.device)
+        dtype = next(self.model.parameters()).dtype
+        return KVCache(self.model.config, self.slots, capacity=capacity, dtype=dtype, device=self.device)
 
     def run(self, batch: Batch) -> dict[str, NDArray[Any]]:
-        """Run whole sequences, padded on either side, without a cache: input_ids (B, T) -> logits (B, T, V)."""
-        input_ids, mask = np.asarray(batch["input_ids"], np.int64), batch.get("attention_mask")
-        check_ids(input_ids, self.vocab_size)
-        check_length(input_ids.shape[1], self.max_length)
+        """Run whole sequences, padded on either side, without a cache.
+
+        input_ids (B, T), or pixel_values -> logits (B, T, O) or (B, O); hidden_states (B, T, D) of a bare body.
+        """
+        name = "hidden_states" if self.model.kind == "Model" else "logits"
         with inference(self.model):
-            real = torch.from_numpy(mask).to(self.device) if mask is not None and is_padded_left(mask) else None
-            logits = self.model(torch.from_numpy(input_ids).to(self.device), real)  # (B, T, V)
-        return {"logits": to_numpy(logits)}
+            if "pixel_values" in batch:
+                pixels = torch.from_numpy(batch["pixel_values"]).to(self.device, next(self.model.parameters()).dtype)
+                return {name: to_numpy(self.model(pixels))}
+            input_ids, types = np.asarray(batch["input_ids"], np.int64), batch.get("token_type_ids")
+            check_ids(input_ids, self.vocab_size)
+            check_length(input_ids.shape[1], self.max_length)
+            mask = self.needed(batch.get("attention_mask"))
+            ids = torch.from_numpy(input_ids).to(self.device)
+            segments = None if types is None else torch.from_numpy(types).to(self.device)
+            return {name: to_numpy(self.model(ids, mask, token_type_ids=segments))}
+
+    def needed(self, mask: NDArray[Any] | None) -> torch.Tensor | None:
+        """Return a mask (B, T) that changes an answer, else None: padding that nobody sees costs the fast kernels."""
+        if mask is None or mask.all():
+            return None
+        if self.model.config.causal and self.model.spec.pool == "none" and not is_padded_left(mask):
+            return None
+        return torch.from_numpy(mask).to(self.device)
 
     def prefill(self, slots: Sequence[int], input_ids: Sequence[Sequence[int]]) -> Logits:
         """Start these slots over, one prompt each of any length; return the last token's logits (n, V)."""
-        check_slots(slots, len(input_ids), len(self.cache.lengths))
+        check_slots(slots, len(input_ids), self.slots)
         lengths = [len(row) for row in input_ids]
         for prompt in input_ids:
             check_length(len(prompt), self.max_length)
@@ -86,7 +114,7 @@ class TorchRuntime:
 
     def step(self, slots: Sequence[int], input_ids: Sequence[int]) -> Logits:
         """Add one token to each of these slots, whatever their lengths; return its logits (n, V)."""
-        check_slots(slots, len(input_ids), len(self.cache.lengths))
+        check_slots(slots, len(input_ids), self.slots)
         tokens = np.asarray(input_ids, np.int64)[:, None]  # (n, 1)
         check_ids(tokens, self.vocab_size)
         if not slots:
@@ -132,7 +160,7 @@ def pack(model: nn.Module) -> None:
 
 
 @contextmanager
-def inference(model: CausalLM) -> Iterator[None]:
+def inference(model: nn.Module) -> Iterator[None]:
     """Switch dropout and gradients off, and leave a model that is being trained as it was."""
     training = model.training
     if training:

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lmworks.base.errors import InputError
+from lmworks.base.errors import InputError, did_you_mean
 from lmworks.base.types import Batch
 
 Long = Literal["error", "truncate", "window"]  # what to do with a text that is longer than the model
@@ -93,6 +93,15 @@ def too_long(example: int, tokens: int, max_length: int) -> InputError:
         expected=f"at most {max_length}, special tokens included",
         fix='shorten it, or choose long="truncate" or long="window" (on the command line: --long window)',
     )
+
+
+def one_of(value: str, choices: Sequence[str], what: str) -> str:
+    """Return the value if it is one of the choices; else raise InputError with the nearest of them."""
+    if value not in choices:
+        raise InputError(
+            f"unknown {what}", found=f"{value!r}{did_you_mean(str(value), choices)}", expected=", ".join(choices)
+        )
+    return value
 
 
 def softmax(x: NDArray[Any]) -> NDArray[np.float64]:

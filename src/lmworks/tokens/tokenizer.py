@@ -1,4 +1,4 @@
-"""One tokenizer for every model: a wrapper over a `tokenizer.json`.
+"""One tokenizer for every model: a wrapper over a `tokenizer.json`, or over what is built from older files.
 
 `encode` adds no special tokens (GPT-2's convention): what a model sees is what was asked for. A special token that is
 spelled out in a text ("<|endoftext|>") is read as that token, here as in transformers and transformers.js.
@@ -11,13 +11,26 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from lmworks.base.errors import FormatError, InputError
+from lmworks.base.errors import FormatError, InputError, LmworksError
 from lmworks.base.files import read_json, write_json, write_text
 from lmworks.base.optional import require
+from lmworks.tokens import legacy
 
 EOS, PAD, UNK = "<|endoftext|>", "<|pad|>", "<|unk|>"
+USUAL = {  # where nothing names a special token: the first of these that the vocabulary has
+    "bos_token": ("<s>", "<|begin_of_text|>", EOS),
+    "eos_token": (EOS, "</s>", "<|end_of_text|>"),
+    "pad_token": (PAD, "[PAD]", "<pad>"),
+    "unk_token": (UNK, "[UNK]", "<unk>"),
+    "cls_token": ("[CLS]",),
+    "sep_token": ("[SEP]",),
+    "mask_token": ("[MASK]", "<mask>"),
+}
+ENDLESS = 10**9  # a model_max_length from here on means that nobody said one
+PLAIN_CLASSES = (None, "TokenizersBackend", "PreTrainedTokenizer")  # the first two mean nothing to transformers 4
+TEMPLATES = "additional_chat_templates"
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: no UTF-8 can hold it
 T = TypeVar("T")
 
@@ -31,9 +44,11 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path, *, config: dict[str, Any] | None = None) -> Tokenizer:
-        """Read a `tokenizer.json`; raise FormatError where it is missing or damaged."""
-        library = require("tokenizers", extra="text")
+        """Read a `tokenizer.json`, or one of the older vocabulary files; raise FormatError where it is damaged."""
         path = Path(path)
+        if path.name in legacy.FILES:
+            return cls.from_older_files(path.parent, config=config or {})
+        library = require("tokenizers", extra="text")
         if not path.is_file():
             raise FormatError(
                 "tokenizer.json is missing", where=str(path.parent), fix="check that the folder is complete"
@@ -44,13 +59,22 @@ class Tokenizer:
         return cls(backend, config=config)
 
     @classmethod
+    def from_older_files(cls, folder: Path, *, config: dict[str, Any]) -> Tokenizer:
+        """Build the tokenizer from `vocab.txt`, `vocab.json` and `merges.txt`, or `tokenizer.model`."""
+        what = "the tokenizer cannot be built from these files"
+        backend, names = guard(lambda: legacy.make_backend(folder, config), what, str(folder))
+        return cls(backend, config=config | names)
+
+    @classmethod
     def from_pretrained(cls, folder: str | Path) -> Tokenizer:
-        """Read `tokenizer.json` and, where there is one, `tokenizer_config.json` from a model folder."""
+        """Read the tokenizer of a model folder: `tokenizer.json` where there is one, else the older files."""
         folder = Path(folder)
         if not folder.is_dir():
             raise InputError(f"there is no model folder {folder}", fix="check the path")
-        path = folder / "tokenizer_config.json"
-        return cls.from_file(folder / "tokenizer.json", config=read_json(path) if path.exists() else None)
+        config = read_config(folder)
+        if (folder / "tokenizer.json").is_file():
+            return cls.from_file(folder / "tokenizer.json", config=config)
+        return cls.from_older_files(folder, config=config)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text: "a b" -> [64, 275]. A lone surrogate counts as U+FFFD."""
@@ -88,6 +112,9 @@ class Tokenizer:
                 fix="shorten the question, or choose a smaller overlap",
             )
         rest = self._bare(text)
+        return guard(lambda: self._windows(first, rest, room, overlap), "the tokenizer failed on this text")
+
+    def _windows(self, first: Any, rest: Any, room: int, overlap: int) -> list[Any]:
         rest.truncate(room, stride=overlap)
         join, parts = self.backend.post_process, [rest, *rest.overflowing]
         return [join(part) if first is None else join(first, part) for part in parts]
@@ -102,13 +129,25 @@ class Tokenizer:
         return str(guard(lambda: run(plain, skip_special_tokens=skip_special_tokens), "these ids cannot be decoded"))
 
     def save(self, folder: str | Path, *, max_length: int | None = None) -> None:
-        """Write tokenizer.json and tokenizer_config.json as transformers 4 and 5 and transformers.js read them."""
+        """Write tokenizer.json and its companions as transformers 4 and 5 and transformers.js read them.
+
+        A chat template goes into chat_template.jinja, which transformers 5 reads first, and into the config.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = self.config | ({} if max_length is None else {"model_max_length": max_length})
+        if config.get("tokenizer_class") in PLAIN_CLASSES:
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 wants a dict under this name
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
+        named = {key: config[key] for key in (*USUAL, "additional_special_tokens") if config.get(key)}
+        write_json(folder / "special_tokens_map.json", plain(named))
         write_json(folder / "tokenizer_config.json", config)
         tokenizer = json.loads(self.backend.to_str())
         write_text(folder / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False, indent=1))
+        for name, template in self.chat_templates.items():
+            (folder / TEMPLATES).mkdir(exist_ok=True) if name != "default" else None
+            write_text(folder / template_file(name), template)
 
     @property
     def vocab_size(self) -> int:
@@ -116,14 +155,34 @@ class Tokenizer:
         return int(self.backend.get_vocab_size(with_added_tokens=True))
 
     @property
+    def bos_id(self) -> int | None:
+        """The token that begins a document, or None."""
+        return self.find("bos_token")
+
+    @property
     def eos_id(self) -> int | None:
         """The token that ends a document, or None."""
-        return self.find("eos_token", EOS)
+        return self.find("eos_token")
 
     @property
     def pad_id(self) -> int | None:
         """The token that fills a batch; in our own tokenizers never the one that ends a document."""
-        return self.find("pad_token", PAD)
+        return self.find("pad_token")
+
+    @property
+    def mask_id(self) -> int | None:
+        """The token that stands for a hidden word, or None."""
+        return self.find("mask_token")
+
+    @property
+    def cls_id(self) -> int | None:
+        """The token that begins an encoder's input, or None; RoBERTa's is its bos."""
+        return self.find("cls_token", *(["<s>"] if self.backend.token_to_id("<mask>") is not None else []))
+
+    @property
+    def sep_id(self) -> int | None:
+        """The token that ends each text of an encoder's input, or None; RoBERTa's is its eos."""
+        return self.find("sep_token", *(["</s>"] if self.backend.token_to_id("<mask>") is not None else []))
 
     @property
     def unk_id(self) -> int | None:
@@ -135,7 +194,31 @@ class Tokenizer:
             name = self.backend.model.unk_token
             found: int | None = self.backend.token_to_id(name) if name else None
             return found
-        return self.find("unk_token", UNK)
+        return self.find("unk_token")
+
+    @property
+    def model_max_length(self) -> int | None:
+        """The tokens that the model takes at most, or None where the files do not say."""
+        value = self.config.get("model_max_length")
+        return int(value) if isinstance(value, int | float) and 0 < value < ENDLESS else None
+
+    @property
+    def padding_side(self) -> Literal["left", "right"]:
+        """The side on which a batch is filled."""
+        return "left" if self.config.get("padding_side") == "left" else "right"
+
+    @property
+    def chat_templates(self) -> dict[str, str]:
+        """The chat templates by name; the usual one is `default`."""
+        found = self.config.get("chat_template")
+        rows = found if isinstance(found, list) else [{"name": "default", "template": found}]
+        named = {row.get("name"): row.get("template") for row in rows if isinstance(row, dict)}
+        return {name: text for name, text in named.items() if isinstance(name, str) and isinstance(text, str)}
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template that turns messages into a prompt (`lmworks.tokens.chat.render_chat`), or None."""
+        return self.chat_templates.get("default")
 
     @cached_property
     def is_lossless(self) -> bool:
@@ -158,15 +241,47 @@ class Tokenizer:
 
     def token(self, id: int) -> str | None:
         """Return the token of an id as the vocabulary spells it."""
-        found: str | None = self.backend.id_to_token(id)
+        found: str | None = guard(lambda: self.backend.id_to_token(id), "this id cannot be a token's")
         return found
 
-    def find(self, key: str, usual: str) -> int | None:
-        """Return the id of the special token that the config names under `key`, else of the usual one."""
-        named = self.config.get(key) or usual
-        named = named.get("content") if isinstance(named, dict) else named
-        found: int | None = self.backend.token_to_id(named) if isinstance(named, str) else None
-        return found
+    def find(self, key: str, *usual: str) -> int | None:
+        """Return the id of the special token that the config names under `key`, else of the first usual one.
+
+        A config that says null says that there is none.
+        """
+        names = [legacy.content(self.config[key])] if self.config.get(key) else []
+        if key not in self.config:
+            names = [*usual, *USUAL.get(key, ())]
+        ids = (self.backend.token_to_id(name) for name in names)
+        return next((id for id in ids if id is not None), None)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return tokenizer_config.json with what transformers keeps beside it: special tokens and chat templates."""
+    config: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        config |= read_json(folder / name) if (folder / name).is_file() else {}
+    files = {path.stem: path for path in sorted((folder / TEMPLATES).glob("*.jinja"))}
+    files |= {"default": folder / "chat_template.jinja"} if (folder / "chat_template.jinja").is_file() else {}
+    texts = {name: "\n".join(legacy.read_lines(path)) for name, path in files.items()}
+    if texts:
+        rows = [{"name": name, "template": text} for name, text in texts.items()]
+        config["chat_template"] = texts["default"] if list(texts) == ["default"] else rows
+    return config
+
+
+def template_file(name: str) -> str:
+    """Return the file of a chat template; raise FormatError for a name that would leave the folder."""
+    if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+        raise FormatError("a chat template has a name that cannot be a file's", found=name[:100])
+    return "chat_template.jinja" if name == "default" else f"{TEMPLATES}/{name}.jinja"
+
+
+def plain(value: Any) -> Any:
+    """Return special tokens without the type mark that transformers 4 refuses in special_tokens_map.json."""
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return {key: plain(item) for key, item in value.items() if key != "__type"} if isinstance(value, dict) else value
 
 
 def repair(text: str) -> str:
@@ -182,7 +297,7 @@ def guard(call: Callable[[], T], what: str, where: str = "") -> T:
     """Run a call into the library; its panics derive from BaseException and would pass every `except Exception`."""
     try:
         return call()
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+    except (KeyboardInterrupt, SystemExit, MemoryError, LmworksError):
         raise
     except BaseException as error:
         raise FormatError(what, where=where, found=str(error)[:300] or type(error).__name__) from None

@@ -1,7 +1,8 @@
-"""The families: each turns a published config into ours and back, and names its tensors in one table. Torch-free.
+"""The families: each turns a published config into ours and back, and names its tensors in tables. Torch-free.
 
 A row of KEYS maps a published module to ours; `{}` is the layer's number. A tuple splits one fused tensor into several
-along its outputs: the sizes are those of our modules, so grouped heads and unequal parts need no numbers here.
+along its outputs: the sizes are those of our modules, so grouped heads and unequal parts need no numbers here. `heads`
+gives the head of every task that the family has been published for, with the names of its tensors.
 """
 
 from __future__ import annotations
@@ -12,18 +13,22 @@ from typing import Any, Protocol
 
 from lmworks.base.errors import FormatError, InputError, LmworksError, did_you_mean
 from lmworks.base.files import read_json
-from lmworks.models.config import Config
-from lmworks.models.families import gpt2, llama
+from lmworks.models.config import Config, HeadSpec
+from lmworks.models.families import bert, distilbert, gpt2, llama, mistral, modernbert, phi, qwen2, roberta, vit
 
 
 class Family(Protocol):
     """What a module of this folder holds."""
 
-    ARCHITECTURE: str  # of the published class with a language-model head
+    NAME: str  # of the published classes: "Bert" in BertForMaskedLM
     PREFIX: str  # of the body's tensors in files that have a head
     KEYS: dict[str, str | tuple[str, ...]]
     TRANSPOSED: frozenset[str]  # modules whose matrix is stored (in, out)
     IGNORED: frozenset[str]  # tensors that hold no weights: masks and constants
+
+    def heads(self, c: Config, /) -> Mapping[str, HeadSpec]:
+        """Return every head by the name of its published class, the family's name apart."""
+        ...
 
     def config(self, hf: Mapping[str, Any], /) -> Config:
         """Read a published config."""
@@ -35,9 +40,29 @@ class Family(Protocol):
 
 
 FAMILIES: dict[str, Family] = {
+    "bert": bert,
+    "distilbert": distilbert,
     "gpt2": gpt2,
     "llama": llama,
+    "mistral": mistral,
+    "modernbert": modernbert,
+    "phi": phi,
+    "qwen2": qwen2,
+    "roberta": roberta,
+    "vit": vit,
 }
+IRREGULAR = {("gpt2", "CausalLM"): "GPT2LMHeadModel", ("bert", "CausalLM"): "BertLMHeadModel"}  # else NameForTask
+ALSO = {"BertForPreTraining": "MaskedLM", "GPT2DoubleHeadsModel": "CausalLM"}  # two heads; ours is the first
+TASKS = {  # pipeline name -> the head that answers
+    "text-classification": "SequenceClassification",
+    "token-classification": "TokenClassification",
+    "question-answering": "QuestionAnswering",
+    "feature-extraction": "Model",
+    "fill-mask": "MaskedLM",
+    "text-generation": "CausalLM",
+    "image-classification": "ImageClassification",
+}
+LABELLED = ("SequenceClassification", "TokenClassification", "ImageClassification")
 
 
 def find_family(model_type: str) -> Family:
@@ -49,6 +74,30 @@ def find_family(model_type: str) -> Family:
             fix=did_you_mean(model_type, FAMILIES).strip(),
         )
     return FAMILIES[model_type]
+
+
+def find_head(c: Config, kind: str) -> HeadSpec:
+    """Return a head of the config's family, or raise InputError that lists those that it has."""
+    found = find_family(c.model_type).heads(c)
+    if kind not in found:
+        raise InputError(f"{c.model_type} has no head for {kind}", expected=", ".join(found))
+    return found[kind]
+
+
+def architecture(model_type: str, kind: str) -> str:
+    """Return the name of a published class: ("bert", "MaskedLM") -> "BertForMaskedLM"."""
+    name = find_family(model_type).NAME
+    return IRREGULAR.get((model_type, kind), f"{name}Model" if kind == "Model" else f"{name}For{kind}")
+
+
+def read_kind(c: Config) -> str:
+    """Return the head that config.json names under `architectures`; where it names none, the usual one."""
+    named = c.source.get("architectures")
+    usual = "CausalLM" if c.causal else "Model"
+    if not (isinstance(named, list) and named and isinstance(named[0], str)):
+        return usual
+    kinds = {architecture(c.model_type, kind): kind for kind in find_family(c.model_type).heads(c)} | ALSO
+    return kinds.get(named[0], usual)
 
 
 def read_config(folder: str | Path) -> Config:
@@ -65,32 +114,37 @@ def read_config(folder: str | Path) -> Config:
         raise kind(error.what, where=where, found=error.found, expected=error.expected, fix=error.fix) from None
 
 
-def write_config(c: Config) -> dict[str, Any]:
-    """Return the published form of a Config.
+def write_config(c: Config, kind: str) -> dict[str, Any]:
+    """Return the published form of a Config with the head `kind`.
 
     Where it was read from a file, the file's own values stay as they are, also those that we do not know, but for what
     has been changed since; what the other generation of readers expects is added.
     """
-    ours = describe(c)
+    ours = describe(c, kind)
     if not c.source:
         return ours
-    before = describe(find_family(c.model_type).config(c.source))
+    before = describe(find_family(c.model_type).config(c.source), kind)
     changed = {key: value for key, value in ours.items() if before[key] != value}
     return {**ours, **c.source, **changed, "architectures": ours["architectures"]}
 
 
-def describe(c: Config) -> dict[str, Any]:
+def describe(c: Config, kind: str) -> dict[str, Any]:
     """Return everything that a Config says, in published names."""
     family = find_family(c.model_type)
+    labels = {} if kind not in LABELLED else {
+        "id2label": {str(i): label for i, label in enumerate(c.labels)},
+        "label2id": {label: i for i, label in enumerate(c.labels)},
+        "problem_type": c.problem_type,
+    }  # fmt: skip
+    text = {} if c.vision else {"vocab_size": c.vocab_size, "use_cache": True, **token_ids(c)}
     return {
-        "architectures": [family.ARCHITECTURE],
+        "architectures": [architecture(c.model_type, kind)],
         "model_type": c.model_type,
-        "vocab_size": c.vocab_size,
         **family.to_hf(c),
         "tie_word_embeddings": c.tie_word_embeddings,
         "initializer_range": c.initializer_range,
-        "use_cache": True,
-        **token_ids(c),
+        **labels,
+        **text,
     }
 
 

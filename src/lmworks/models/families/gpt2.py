@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lmworks.models.config import Config, require
+from lmworks.models.config import Config, HeadSpec, require
 from lmworks.models.hf_config import Fields
+from lmworks.models.hf_shared import decoder_heads, shared
 
-ARCHITECTURE, PREFIX = "GPT2LMHeadModel", "transformer."
+NAME, PREFIX = "GPT2", "transformer."
 KEYS: dict[str, str | tuple[str, ...]] = {
     "wte": "embeddings.tokens",
     "wpe": "embeddings.positions",
@@ -24,6 +25,11 @@ TRANSPOSED = frozenset({"h.{}.attn.c_attn", "h.{}.attn.c_proj", "h.{}.mlp.c_fc",
 IGNORED = frozenset({"h.{}.attn.bias", "h.{}.attn.masked_bias"})  # old files hold the causal mask as well
 
 
+def heads(c: Config) -> Mapping[str, HeadSpec]:
+    """The heads of a decoder."""
+    return {"Model": HeadSpec(outputs="none"), **decoder_heads(token_key="classifier")}
+
+
 def config(hf: Mapping[str, Any]) -> Config:
     """Read a published config."""
     f = Fields(hf)
@@ -35,9 +41,7 @@ def config(hf: Mapping[str, Any]) -> Config:
         num_attention_heads=f.integer("n_head"), max_position_embeddings=f.integer("n_positions"),
         intermediate_size=f.integer("n_inner", 4 * f.integer("n_embd")), dropout=f.number("resid_pdrop", 0.1),
         hidden_act=f.text("activation_function", "gelu_new"), norm_eps=f.number("layer_norm_epsilon", 1e-5),
-        initializer_range=f.number("initializer_range", 0.02), tie_word_embeddings=f.flag("tie_word_embeddings", True),
-        bos_token_id=f.token("bos_token_id", 50256), eos_token_id=f.tokens("eos_token_id", 50256),
-        pad_token_id=f.token("pad_token_id"), source=hf)  # fmt: skip
+        **shared(hf, tie=True, bos=50256, eos=50256))  # fmt: skip
 
 
 def to_hf(c: Config) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lmworks.models.config import Config
-from lmworks.models.hf_config import Fields, read_rope, write_rope
+from lmworks.models.config import Config, HeadSpec
+from lmworks.models.hf_config import Fields
+from lmworks.models.hf_shared import decoder_heads, read_decoder, shared, write_decoder
 
-ARCHITECTURE, PREFIX = "LlamaForCausalLM", "model."
+NAME, PREFIX = "Llama", "model."
 KEYS: dict[str, str | tuple[str, ...]] = {
     "embed_tokens": "embeddings.tokens",
     "layers.{}.input_layernorm": "layers.{}.attention_norm",
@@ -21,28 +22,22 @@ TRANSPOSED: frozenset[str] = frozenset()
 IGNORED = frozenset({"layers.{}.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq"})  # old files hold a constant
 
 
+def heads(c: Config) -> Mapping[str, HeadSpec]:
+    """The heads of a decoder."""
+    return {"Model": HeadSpec(outputs="none"), **decoder_heads(qa_prefix="transformer.")}
+
+
 def config(hf: Mapping[str, Any]) -> Config:
     """Read a published config of either generation."""
     f = Fields(hf)
-    heads, size = f.integer("num_attention_heads"), f.integer("hidden_size")
-    return new(
-        vocab_size=f.integer("vocab_size"), hidden_size=size, num_hidden_layers=f.integer("num_hidden_layers"),
-        num_attention_heads=heads, num_key_value_heads=f.integer("num_key_value_heads", heads),
-        head_dim=f.integer("head_dim", size // max(heads, 1)), intermediate_size=f.integer("intermediate_size"),
-        max_position_embeddings=f.integer("max_position_embeddings", 2048), hidden_act=f.text("hidden_act", "silu"),
-        norm_eps=f.number("rms_norm_eps", 1e-6), attention_bias=f.flag("attention_bias", False),
-        mlp_bias=f.flag("mlp_bias", False), dropout=f.number("attention_dropout", 0.0), **read_rope(hf),
-        initializer_range=f.number("initializer_range", 0.02), tie_word_embeddings=f.flag("tie_word_embeddings", False),
-        bos_token_id=f.token("bos_token_id", 1), eos_token_id=f.tokens("eos_token_id", 2),
-        pad_token_id=f.token("pad_token_id"), source=hf)  # fmt: skip
+    return new(attention_bias=f.flag("attention_bias", False), mlp_bias=f.flag("mlp_bias", False),
+               **read_decoder(hf, norm="rms_norm_eps"), **shared(hf, tie=False, bos=1, eos=2))  # fmt: skip
 
 
 def to_hf(c: Config) -> dict[str, Any]:
-    """Write what `config` reads; transformers knows no other dropout in a Llama than attention's."""
-    same = ("hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size "
-            "hidden_act max_position_embeddings attention_bias mlp_bias")  # fmt: skip
-    names = {name: getattr(c, name) for name in same.split()}
-    return {**names, "rms_norm_eps": c.norm_eps, "attention_dropout": c.dropout, **write_rope(c)}
+    """Write what `config` reads."""
+    biases = {"attention_bias": c.attention_bias, "mlp_bias": c.mlp_bias}
+    return {**write_decoder(c, norm="rms_norm_eps"), "head_dim": c.head_dim, **biases}
 
 
 def new(*, hidden_size: int, num_attention_heads: int, **rest: Any) -> Config:

@@ -1,0 +1,108 @@
+"""Every family with every head, small: transformers' own models, random and moved away from identity.
+
+Norms of 1 and biases of 0 would hide a norm or a bias that is left out; windows are shorter than the texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+
+VOCAB, POSITIONS = 99, 160
+SIZES = {
+    "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48,
+}  # fmt: skip
+TEXT = {**SIZES, "max_position_embeddings": POSITIONS}
+DECODER = {**TEXT, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+MODERN = {
+    **TEXT, "local_attention": 16, "global_attn_every_n_layers": 3, "pad_token_id": 0, "bos_token_id": 2,
+    "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3,
+}  # fmt: skip
+LABELS = {"id2label": {i: name for i, name in enumerate("ABCDE")}, "label2id": {n: i for i, n in enumerate("ABCDE")}}
+t = transformers
+
+CONFIGS: dict[str, Callable[..., Any]] = {
+    "bert": lambda **k: t.BertConfig(**TEXT, **k),
+    "roberta": lambda **k: t.RobertaConfig(**TEXT, pad_token_id=1, type_vocab_size=1, layer_norm_eps=1e-5, **k),
+    "distilbert": lambda **k: t.DistilBertConfig(
+        vocab_size=VOCAB, dim=32, n_layers=4, n_heads=4, hidden_dim=48, max_position_embeddings=POSITIONS, **k
+    ),
+    "modernbert": lambda **k: t.ModernBertConfig(**MODERN, **k),
+    "modernbert mean": lambda **k: t.ModernBertConfig(
+        **MODERN, classifier_pooling="mean", classifier_bias=True, norm_bias=True, attention_bias=True, mlp_bias=True,
+        classifier_activation="relu", **k
+    ),
+    "gpt2": lambda **k: t.GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=4, n_head=4, n_positions=POSITIONS, pad_token_id=0, bos_token_id=None,
+        eos_token_id=None, **{**LABELS, **k}
+    ),
+    "llama": lambda **k: t.LlamaConfig(**DECODER, **k),
+    "llama 3": lambda **k: t.LlamaConfig(**DECODER, rope_parameters=LLAMA3, tie_word_embeddings=True, **k),
+    "mistral": lambda **k: t.MistralConfig(**DECODER, sliding_window=12, **k),
+    "qwen2": lambda **k: t.Qwen2Config(**DECODER, **k),
+    "qwen2 window": lambda **k: t.Qwen2Config(
+        **DECODER, use_sliding_window=True, sliding_window=12, max_window_layers=2, **k
+    ),
+    "phi": lambda **k: t.PhiConfig(**DECODER, partial_rotary_factor=0.5, **k),
+    "vit": lambda **k: t.ViTConfig(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48, image_size=32, patch_size=8,
+        **k
+    ),
+}  # fmt: skip
+HEADS = {
+    "bert": "Model MaskedLM CausalLM SequenceClassification TokenClassification QuestionAnswering MultipleChoice "
+    "NextSentencePrediction",
+    "roberta": "Model MaskedLM CausalLM SequenceClassification TokenClassification QuestionAnswering MultipleChoice",
+    "distilbert": "Model MaskedLM SequenceClassification TokenClassification QuestionAnswering MultipleChoice",
+    "modernbert": "Model MaskedLM SequenceClassification TokenClassification QuestionAnswering MultipleChoice",
+    "gpt2": "Model CausalLM SequenceClassification TokenClassification QuestionAnswering",
+    "llama": "Model CausalLM SequenceClassification TokenClassification QuestionAnswering",
+    "mistral": "Model CausalLM SequenceClassification TokenClassification QuestionAnswering",
+    "qwen2": "Model CausalLM SequenceClassification TokenClassification QuestionAnswering",
+    "phi": "Model CausalLM SequenceClassification TokenClassification",
+    "vit": "Model ImageClassification",
+}
+CELLS = [(case, head) for case in CONFIGS for head in HEADS[case.partition(" ")[0]].split()]
+PUBLISHED = {"gpt2": "GPT2", "distilbert": "DistilBert", "modernbert": "ModernBert", "vit": "ViT"}
+
+
+def reference_class(case: str, head: str) -> Any:
+    """Return transformers' class: ("bert", "MaskedLM") -> BertForMaskedLM."""
+    family = case.partition(" ")[0]
+    name = PUBLISHED.get(family, family.capitalize())
+    return next(
+        getattr(transformers, cls)
+        for cls in (f"{name}For{head}", f"{name}LMHead{head}" if head == "Model" else "", f"{name}LMHeadModel")
+        if head != "Model" and hasattr(transformers, cls)
+    ) if head != "Model" else getattr(transformers, f"{name}Model")  # fmt: skip
+
+
+def make_reference(case: str, head: str, *, seed: int = 0, **more: Any) -> Any:
+    """Return one cell's model in evaluation mode."""
+    extra: dict[str, Any] = dict(LABELS) if head in {"SequenceClassification", "TokenClassification"} else {}
+    if head == "ImageClassification":
+        extra = dict(LABELS)
+    if head == "CausalLM" and case in {"bert", "roberta"}:
+        extra["is_decoder"] = True
+    config = CONFIGS[case](**{**extra, **more})
+    torch.manual_seed(seed)
+    model = reference_class(case, head)(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            positions = "position" in name or "wpe" in name  # a tied model repeats itself where positions are weak
+            parameter.add_(torch.randn_like(parameter) * (1.0 if positions else 0.15))
+    return model
+
+
+def numbers(output: Any) -> torch.Tensor:
+    """Return what our model returns: logits, start and end side by side, or hidden states."""
+    if "start_logits" in output:
+        return torch.stack((output.start_logits, output.end_logits), -1)
+    return output.logits if "logits" in output else output.last_hidden_state
