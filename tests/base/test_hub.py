@@ -466,9 +466,11 @@ def test_a_pull_shows_progress_only_on_a_terminal_and_the_cache_needs_no_library
     server: HubServer, tmp_path: Path
 ) -> None:
     import pty
+    import termios
 
     run = [sys.executable, "-c", PULL, NAME]
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
     shown = subprocess.run(
         run, env=user(server, tmp_path, TERM="xterm"), stdout=subprocess.PIPE, stderr=theirs, check=True
     )

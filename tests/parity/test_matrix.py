@@ -126,8 +126,9 @@ def test_segments(cell: Cell) -> None:
 
 def inputs_of(cell: Cell, ids: torch.Tensor, types: torch.Tensor) -> dict[str, torch.Tensor]:
     return {
-        "input_ids": ids[:, None] if cell.is_choice else ids, "token_type_ids": types[:, None] if cell.is_choice else types,
-    }  # fmt: skip
+        "input_ids": ids[:, None] if cell.is_choice else ids,
+        "token_type_ids": types[:, None] if cell.is_choice else types,
+    }
 
 
 @torch.inference_mode()

@@ -25,7 +25,7 @@ MODERN = {
     **TEXT, "local_attention": 16, "global_attn_every_n_layers": 3, "pad_token_id": 0, "bos_token_id": 2,
     "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3,
 }  # fmt: skip
-LABELS = {"id2label": {i: name for i, name in enumerate("ABCDE")}, "label2id": {n: i for i, n in enumerate("ABCDE")}}
+LABELS = {"id2label": dict(enumerate("ABCDE")), "label2id": {n: i for i, n in enumerate("ABCDE")}}
 t = transformers
 
 CONFIGS: dict[str, Callable[..., Any]] = {

@@ -127,7 +127,9 @@ def test_truncation_cuts_what_the_pipeline_cuts(model, ours, theirs, data_folder
 def test_windows_average_what_each_of_them_adds(overlap, model, ours, theirs, data_folder):
     """The reference cuts the ids by hand: the whole text is read, no token counts twice."""
     length, texts = 24, [" ".join(reviews(data_folder)[start : start + 6]) for start in range(0, 60, 6)]
-    found = answers(TextClassification(ours, facts(model, max_length=length), long="window", overlap=overlap), texts, model)
+    found = answers(
+        TextClassification(ours, facts(model, max_length=length), long="window", overlap=overlap), texts, model
+    )
     shared, room = length // 4 if overlap is None else overlap, length - 2
     for text, labels in zip(texts, found, strict=True):
         ids = theirs(text, add_special_tokens=False)["input_ids"]

@@ -80,35 +80,35 @@ def test_no_word_is_split(aggregation, model, ours, theirs, texts):
         assert sum(entity.start <= word.start < entity.end for entity in entities for word in words) == len(words)
 
 
-def decide(ours, text, labels, aggregation, **options):
-    """Return the entities of a text whose tokens have these labels, each with probability 0.9 (or as given)."""
+def decide(ours, text, labels, aggregation):
+    """Return the entities of a text whose tokens have these labels and probabilities."""
     names = ("O", "B-ENT", "I-ENT", "I-NAME")
-    task = TokenClassification(ours, Facts(model_type="bert", max_length=32, labels=names), aggregation=aggregation, **options)
+    task = TokenClassification(ours, Facts(model_type="bert", max_length=32, labels=names), aggregation=aggregation)
     (feature,) = task.encode([text])
-    rows = np.full((len(feature), 4), 0.1 / 3)
-    for row, label in zip(rows[1:-1], labels, strict=True):
-        name, score = label if isinstance(label, tuple) else (label, 0.9)
-        row[:] = (1 - score) / 3
-        row[names.index(name)] = score
+    inside = [at for at, special in enumerate(feature.encoding.special_tokens_mask) if not special]
+    rows = np.full((len(feature), 4), 0.25)
+    for at, (name, score) in zip(inside, labels, strict=True):
+        rows[at] = (1 - score) / 3
+        rows[at, names.index(name)] = score
     return task.decode([feature], [np.log(rows)], [text])[0]
 
 
 @pytest.mark.parametrize(
     ("aggregation", "expected"),
     [
-        ("simple", [("ENT", 0, 4), ("NAME", 4, 9), ("ENT", 10, 14), ("NAME", 14, 17)]),
+        ("simple", [("ENT", 0, 4), ("NAME", 4, 5), ("ENT", 5, 14), ("NAME", 14, 17)]),
         ("first", [("ENT", 0, 17)]),
         ("max", [("NAME", 0, 9), ("ENT", 10, 17)]),
         ("average", [("ENT", 0, 9), ("NAME", 10, 17)]),
     ],
 )
 def test_votes_are_counted_as_documented(aggregation, expected):
-    """A word of four and a word of three tokens, with scores under which every rule says something else."""
-    vocabulary = {piece: place for place, piece in enumerate(["[UNK]", "micr", "##o", "##soft", "comp", "##any"])}
+    """Two words of three tokens, with scores under which every rule says something else."""
+    vocabulary = {piece: place for place, piece in enumerate(["[UNK]", "micr", "##o", "##soft", "comp", "##an", "##y"])}
     backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    assert backend.encode("microsoft company").tokens == ["micr", "##o", "##soft", "comp", "##any"]
-    labels = [("B-ENT", 0.8), ("I-NAME", 0.9), ("I-NAME", 0.4), ("I-ENT", 0.6), ("I-NAME", 0.5)]
+    assert backend.encode("microsoft company").tokens == ["micr", "##o", "##soft", "comp", "##an", "##y"]
+    labels = [("B-ENT", 0.8), ("I-NAME", 0.9), ("B-ENT", 0.5), ("I-ENT", 0.6), ("I-NAME", 0.55), ("I-NAME", 0.55)]
     found = decide(Tokenizer(backend), "microsoft company", labels, aggregation)
     assert [(entity.label, entity.start, entity.end) for entity in found] == expected
 
@@ -119,7 +119,7 @@ def test_a_composed_accent_or_an_invisible_character_does_not_glue_words(ours):
         whole = ours.encode_inputs([text])[0]
         words = dict.fromkeys(word for word in whole.word_ids if word is not None)
         tokens = sum(word is not None for word in whole.word_ids)
-        found = decide(ours, text, ["B-ENT"] * tokens, "first")
+        found = decide(ours, text, [("B-ENT", 0.9)] * tokens, "first")
         assert len(found) == len(words)
 
 
@@ -165,7 +165,9 @@ def test_truncation_cuts_what_the_pipeline_cuts(aggregation, model, folder, ours
 @pytest.mark.parametrize(("length", "overlap"), [(64, 16), (64, 15), (64, 0), (32, 25), (33, 24)])
 def test_each_token_is_answered_where_it_lies_deepest(length, overlap, model, ours, theirs, long_texts):
     """The reference cuts the ids by hand and looks at every window that holds a token."""
-    task = TokenClassification(ours, facts(model, max_length=length), aggregation="tokens", long="window", overlap=overlap)
+    task = TokenClassification(
+        ours, facts(model, max_length=length), aggregation="tokens", long="window", overlap=overlap
+    )
     for text, tags in zip(long_texts, answers(task, long_texts, model), strict=True):
         ids, room = theirs(text, add_special_tokens=False)["input_ids"], length - 2
         windows = [0]
@@ -194,7 +196,9 @@ def test_windows_agree_with_the_strides_of_the_pipeline_outside_their_overlaps(
     """The pipeline settles an overlap by the longest entity, we by the deepest token: elsewhere both must agree."""
     length, overlap, compared = 64, 16, 0
     theirs = transformers.AutoTokenizer.from_pretrained(folder, model_max_length=length)
-    task = TokenClassification(ours, facts(model, max_length=length), aggregation=aggregation, long="window", overlap=overlap)
+    task = TokenClassification(
+        ours, facts(model, max_length=length), aggregation=aggregation, long="window", overlap=overlap
+    )
     expected = reference(model, theirs, long_texts, aggregation, stride=overlap)
     for text, one, other in zip(long_texts, answers(task, long_texts, model), expected, strict=True):
         whole = theirs(text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
@@ -212,7 +216,9 @@ def test_windows_agree_with_the_strides_of_the_pipeline_outside_their_overlaps(
 
 
 @pytest.mark.parametrize("aggregation", ["simple", "first", "average", "max"])
-def test_a_model_with_a_short_sight_answers_as_if_it_read_the_text_at_once(aggregation, folder, ours, theirs, long_texts):
+def test_a_model_with_a_short_sight_answers_as_if_it_read_the_text_at_once(
+    aggregation, folder, ours, theirs, long_texts
+):
     """Two layers that see four tokens to either side: windows that share 16 lose nothing."""
     config = transformers.ModernBertConfig(
         vocab_size=30522, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lmworks.models.families import llama
-from lmworks.models.heads import CausalLM, Head
+from lmworks.models.heads import NEXT_TOKEN, CausalLM, Head
 from lmworks.training.data import TokenWindows
 from lmworks.training.objectives import CausalLoss
 from lmworks.training.trainer import TrainConfig, Trainer
@@ -37,7 +37,10 @@ class Bigram(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tokens, self.head = nn.Embedding(VOCAB, 4), Head(4, VOCAB)
+        size = gpt2.new(
+            vocab_size=VOCAB, hidden_size=4, num_attention_heads=1, num_hidden_layers=1, max_position_embeddings=1
+        )
+        self.tokens, self.head = nn.Embedding(VOCAB, 4), Head(size, NEXT_TOKEN)
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
             for parameter in self.parameters():

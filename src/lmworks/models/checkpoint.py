@@ -22,6 +22,7 @@ from lmworks.models.families import (
     LABELLED,
     architecture,
     find_family,
+    find_head,
     read_config,
     read_kind,
     token_ids,
@@ -101,7 +102,8 @@ def load_model(
 
 def make_empty(config: Config, kind: str) -> Model:
     """Return a model without memory; the causal language model as the class that training and export know."""
-    return CausalLM(config, seed=None) if kind == "CausalLM" else Model(config, kind, seed=None)
+    spec = find_head(config, kind)
+    return CausalLM(config, spec, seed=None) if kind == "CausalLM" else Model(config, kind, spec, seed=None)
 
 
 def draw_head(model: Model, seed: int, dtype: torch.dtype) -> None:

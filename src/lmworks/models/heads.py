@@ -14,9 +14,10 @@ from torch.overrides import TorchFunctionMode
 
 from lmworks.models.cache import KVCache
 from lmworks.models.config import Config, HeadSpec
-from lmworks.models.families import find_head
 from lmworks.models.layers import ACTIVATIONS
 from lmworks.models.transformer import Transformer
+
+NEXT_TOKEN = HeadSpec(outputs="vocab", bias=False, keys={"lm_head": "project"})
 
 
 class Head(nn.Module):
@@ -76,16 +77,16 @@ class NoDraw(TorchFunctionMode):
 class Model(nn.Module):
     """A Transformer and the head of one task: input ids (B, T) or images -> logits (B, T, O) or (B, O).
 
-    `head` is the published class's name without its family ("SequenceClassification", "MaskedLM" …); "Model" is the
-    bare Transformer, which returns hidden states (B, T, D).
+    `kind` is the published class's name without its family ("SequenceClassification", "MaskedLM" …), `spec` its head;
+    "Model" is the bare Transformer, which returns hidden states (B, T, D).
 
     Fresh weights come from a generator of their own: the same seed gives the same weights, and torch's random state is
     left alone. `seed=None` leaves them on the meta device, without memory, for a loader to fill in.
     """
 
-    def __init__(self, config: Config, head: str = "Model", *, seed: int | None = 0) -> None:
+    def __init__(self, config: Config, kind: str, spec: HeadSpec, *, seed: int | None = 0) -> None:
         super().__init__()
-        self.config, self.kind, self.spec = config, head, find_head(config, head)
+        self.config, self.kind, self.spec = config, kind, spec
         with torch.device("meta"), NoDraw():  # nothing is drawn that would be thrown away
             self.transformer = Transformer(config)
             self.head = Head(config, self.spec)
@@ -148,8 +149,8 @@ class Model(nn.Module):
 class CausalLM(Model):
     """Predict the next token: input ids (B, T) -> logits (B, T, V)."""
 
-    def __init__(self, config: Config, *, seed: int | None = 0) -> None:
-        super().__init__(config, "CausalLM", seed=seed)
+    def __init__(self, config: Config, spec: HeadSpec = NEXT_TOKEN, *, seed: int | None = 0) -> None:
+        super().__init__(config, "CausalLM", spec, seed=seed)
 
 
 def initialise(model: nn.Module, c: Config, seed: int) -> None:

@@ -91,9 +91,17 @@ def write_encoder(c: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def read_decoder(hf: Mapping[str, Any], *, norm: str, act: str = "silu", positions: int = 2048) -> dict[str, Any]:
-    """Return the fields that Llama and its relatives state; `norm` is the key of the norm's epsilon."""
+def read_decoder(
+    hf: Mapping[str, Any], *, norm: str, act: str = "silu", positions: int = 2048, partial: bool = False
+) -> dict[str, Any]:
+    """Return the fields that Llama and its relatives state; `norm` is the key of the norm's epsilon.
+
+    `partial`: the family may rotate a part of each head.
+    """
     f = Fields(hf)
+    if not partial:
+        f.must_be("partial_rotary_factor", 1.0)
+        Fields(f.table("rope_parameters"), "config.json, rope_parameters").must_be("partial_rotary_factor", 1.0)
     heads, size = f.integer("num_attention_heads"), f.integer("hidden_size")
     return {
         "vocab_size": f.integer("vocab_size"), "hidden_size": size, "num_attention_heads": heads,

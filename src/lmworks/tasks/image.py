@@ -42,7 +42,7 @@ DEFAULTS: dict[str, Any] = {  # of the ViT family
     "do_reduce_labels": False,  # is about labels of training
 }
 MORE = ("crop_pct", "rescale_offset", "include_top")  # steps of other families that no "do_" switches
-SQUARE = ("", "ViT", "DeiT", "Beit", "BEiT")  # families where a size that is one number means a square
+SQUARE = ("ViT", "DeiT", "Beit", "BeiT")  # families where a size that is one number means a square
 LARGEST = 1 << 14  # pixels of an edge: a damaged file must not ask for all memory
 T = TypeVar("T")
 
@@ -76,7 +76,7 @@ class ImageClassification:
         features = []
         for place, example in enumerate(examples):
             where = str(example) if isinstance(example, (str, Path)) else f"image {place + 1}"
-            features.append(Feature({"pixel_values": self._prepare(self._open(example, where), where)}, place))
+            features.append(Feature({"pixel_values": self._prepare(self._read(example, where), where)}, place))
         shapes = sorted({feature.inputs["pixel_values"].shape for feature in features})
         if len(shapes) > 1:
             raise InputError(
@@ -92,24 +92,30 @@ class ImageClassification:
         """Return the labels of each picture by falling score; outputs: logits (L,)."""
         return [rank(to_scores(logits, self.facts, self.scores), self.facts, self.top_k) for logits in outputs]
 
-    def _open(self, example: Any, where: str) -> Any:
-        """Return a picture as a PIL image in RGB."""
-        if isinstance(example, np.ndarray):
-            fits = example.ndim == 2 or (example.ndim == 3 and example.shape[2] == 3)
-            if example.dtype != np.uint8 or not fits or not example.size:
-                found = f"an array {example.shape} of {example.dtype}"
-                raise InputError("an array is not a picture", where=where, found=found, expected="(H, W) or (H, W, 3) of uint8")
-            return self.pillow.fromarray(example).convert("RGB")
+    def _read(self, example: Any, where: str) -> Any:
+        """Return a picture as an upright PIL image in RGB."""
         if isinstance(example, (str, Path)):
             if not Path(example).is_file():
                 raise InputError(f"there is no picture {example}", fix="check the path")
-            example = readable(lambda: self.pillow.open(example), where)
-        elif not isinstance(example, self.pillow.Image):
+            with readable(lambda: self.pillow.open(example), where) as image:
+                return self._read(image, where)
+        if isinstance(example, np.ndarray):
+            fits = example.ndim == 2 or (example.ndim == 3 and example.shape[2] == 3)
+            if example.dtype == np.uint8 and fits and example.size:
+                return self.pillow.fromarray(example).convert("RGB")
+            found = f"an array {example.shape} of {example.dtype}"
+        elif isinstance(example, self.pillow.Image):
+            self._check_pixels(*example.size, where)
+            upright = require("PIL.ImageOps", extra="vision").exif_transpose
+            return readable(lambda: upright(example).convert("RGB"), where)
+        else:
             found = f"{type(example).__name__}: {example!r}"[:100]
-            raise InputError("an example is not a picture", where=where, found=found, expected="a path, a PIL image or an array")
-        self._check_pixels(*example.size, where)
-        upright = require("PIL.ImageOps", extra="vision").exif_transpose
-        return readable(lambda: upright(example).convert("RGB"), where)
+        raise InputError(
+            "an example is not a picture",
+            where=where,
+            found=found,
+            expected="a path, a PIL image, or an array (H, W) or (H, W, 3) of uint8",
+        )
 
     def _check_pixels(self, width: int, height: int, where: str) -> None:
         if width * height > (limit := self.pillow.MAX_IMAGE_PIXELS or LARGEST**2):
@@ -127,8 +133,8 @@ class ImageClassification:
         pixels = np.asarray(image)  # (H, W, 3)
         if steps["do_center_crop"]:
             pixels = center_crop(pixels, steps["crop_size"]["height"], steps["crop_size"]["width"])
-        scale = steps["rescale_factor"] if steps["do_rescale"] else 1.0
-        values = (pixels.astype(np.float64) * scale).astype(np.float32)
+        scale = np.asarray(steps["rescale_factor"] if steps["do_rescale"] else 1, np.float64)
+        values = (pixels * scale).astype(np.float32)
         if steps["do_normalize"]:
             values = (values - np.float32(steps["image_mean"])) / np.float32(steps["image_std"])
         return np.ascontiguousarray(values.transpose(2, 0, 1))
@@ -140,12 +146,15 @@ def readable(load: Callable[[], T], where: str) -> T:
         return load()
     except Exception as error:  # Pillow's decoders raise a dozen kinds, SyntaxError and struct.error among them
         raise InputError(
-            "a picture cannot be read", where=where, found=str(error)[:200] or type(error).__name__, fix="check the file"
+            "a picture cannot be read",
+            where=where,
+            found=str(error)[:200] or type(error).__name__,
+            fix="check the file",
         ) from None
 
 
 def read_steps(processor: str | Path | Mapping[str, Any], filters: Sequence[int]) -> dict[str, Any]:
-    """Return the preparation with its defaults filled in and its sizes spelled out; FormatError where it makes no sense."""
+    """Return the preparation with defaults filled in and sizes spelled out; FormatError where it makes no sense."""
     where = "" if isinstance(processor, Mapping) else str(Path(processor) / FILE)
     if not isinstance(processor, Mapping):
         if not Path(where).is_file():
@@ -153,27 +162,31 @@ def read_steps(processor: str | Path | Mapping[str, Any], filters: Sequence[int]
         processor = read_json(where)
     steps = DEFAULTS | {key: value for key, value in processor.items() if value is not None}
     kind = str(steps.get("image_processor_type", steps.get("feature_extractor_type", "")))
-    strange = [key for key in steps if key.startswith("do_") and key not in DEFAULTS and steps[key]]
-    strange += [key for key in MORE if key in steps]
-    numbers = [steps[key] for key in ("image_mean", "image_std", "rescale_factor")]
+    strange = [key for key in steps if key in MORE or (key.startswith("do_") and key not in DEFAULTS and steps[key])]
     wrong = ""
     if strange:
         wrong = f"{', '.join(strange)}: a step that lmworks does not know"
     elif steps["resample"] not in filters:
-        wrong = f"resample: {steps['resample']!r} is none of Pillow's filters {min(filters)} to {max(filters)}"
-    elif not all(np.shape(one) in ((), (3,)) and np.isfinite(np.asarray(one, np.float64)).all() for one in numbers):
+        wrong = f"resample: {steps['resample']!r} is none of Pillow's filters, {min(filters)} to {max(filters)}"
+    elif not all(is_colour(steps[key]) for key in ("image_mean", "image_std", "rescale_factor")):
         wrong = "image_mean, image_std and rescale_factor must be numbers, one or one for each of 3 colours"
     elif not np.all(steps["image_std"]):
         wrong = "image_std is 0"
     if wrong:
         raise FormatError("pictures cannot be prepared for this model", where=where, found=wrong)
-    for key in ("size", "crop_size"):
-        square = key == "crop_size" or kind.startswith(tuple(name for name in SQUARE if name)) or not kind
-        steps[key] = read_size(steps[key], key, where, square)
+    square = not kind or kind.startswith(SQUARE)
+    steps["size"] = read_size(steps["size"], "size", where, square=square)
+    steps["crop_size"] = read_size(steps["crop_size"], "crop_size", where, square=True)
     return steps
 
 
-def read_size(size: Any, key: str, where: str, square: bool) -> dict[str, int]:
+def is_colour(value: Any) -> bool:
+    """Say whether this is a finite number, or three of them."""
+    values = value if isinstance(value, (list, tuple)) else [value] * 3
+    return len(values) == 3 and all(isinstance(one, (int, float)) and np.isfinite(one) for one in values)
+
+
+def read_size(size: Any, key: str, where: str, *, square: bool) -> dict[str, int]:
     """Return {"height", "width"} or {"shortest_edge"} in pixels."""
     if isinstance(size, int) and square:
         size = {"height": size, "width": size}

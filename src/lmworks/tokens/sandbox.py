@@ -67,22 +67,21 @@ def make_compiler() -> tuple[Callable[[str], Any], type[Exception], type[Excepti
         def _same(self, caller: Callable[[], str]) -> str:
             return caller()
 
+    def check(name: Any) -> None:
+        if isinstance(name, str) and name.startswith("_"):
+            raise SecurityError(f"a namespace may not hold the name {name!r}")
+
     class PlainNamespace(Namespace):
         """A namespace without names that reach into Python."""
 
         def __init__(self, /, *args: Any, **values: Any) -> None:
             for name in (made := dict(*args, **values)):
-                self.check(name)
+                check(name)
             super().__init__(made)
 
         def __setitem__(self, name: str, value: Any) -> None:
-            self.check(name)
+            check(name)
             super().__setitem__(name, value)
-
-        @staticmethod
-        def check(name: Any) -> None:
-            if isinstance(name, str) and name.startswith("_"):
-                raise SecurityError(f"a namespace may not hold the name {name!r}")
 
     class PlainDict:
         """`dict(…)` without the class behind it."""

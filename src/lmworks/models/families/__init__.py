@@ -114,7 +114,7 @@ def read_config(folder: str | Path) -> Config:
         raise kind(error.what, where=where, found=error.found, expected=error.expected, fix=error.fix) from None
 
 
-def write_config(c: Config, kind: str) -> dict[str, Any]:
+def write_config(c: Config, kind: str = "CausalLM") -> dict[str, Any]:
     """Return the published form of a Config with the head `kind`.
 
     Where it was read from a file, the file's own values stay as they are, also those that we do not know, but for what

@@ -33,7 +33,7 @@ def heads(c: Config) -> Mapping[str, HeadSpec]:
 def config(hf: Mapping[str, Any]) -> Config:
     """Read a published config of either generation."""
     Fields(hf).must_be("qk_layernorm", False)
-    fields = read_decoder(hf, norm="layer_norm_eps", act="gelu_new")
+    fields = read_decoder(hf, norm="layer_norm_eps", act="gelu_new", partial=True)
     fields["norm_eps"] = Fields(hf).number("layer_norm_eps", 1e-5)
     return Config(model_type="phi", block="parallel", rotary_dim=read_rotary_dim(hf, fields["head_dim"], 0.5), **fields,
                   **shared(hf, tie=False, bos=1, eos=2))  # fmt: skip

@@ -1,0 +1,247 @@
+"""What a model folder holds, from its small files and the headers of its large ones: instant for any size. Torch-free."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lmworks.base.errors import InputError, LmworksError
+from lmworks.base.files import read_json
+from lmworks.base.report import Cell, Report, Table
+from lmworks.base.safetensors_header import TensorInfo, check_header
+from lmworks.models.families import FAMILIES, LABELLED, TASKS, read_config
+
+Warnings = list[str]
+INDEX = "model.safetensors.index.json"
+MODEL_FILES = ("config.json", "adapter_config.json", "tokenizer.json", "model.safetensors", INDEX, "onnx")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack")
+NAMES = {  # what we call it: what config.json may call it
+    "context_length": ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length"),
+    "vocab_size": ("vocab_size",),
+    "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),
+    "num_hidden_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "n_heads"),
+    "num_key_value_heads": ("num_key_value_heads",),
+    "image_size": ("image_size",),
+}
+COMPONENTS = {  # the first whose pattern a tensor's name has
+    "head": r"^(lm_head|embed_out|classifier|score|qa_outputs|cls\.|vocab_|pre_classifier|head\.|decoder\.(weight|bias)$)",
+    "layers": r"(^|\.)\d+\.",
+    "embeddings": r"embed|(^|\.)(wte|wpe)\.",
+    "rest": "",
+}
+BUFFERS = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq|masked_bias|num_batches_tracked)$")
+MASK = re.compile(r"(attn|attention)\.bias$")  # of four dimensions: a triangle, not a parameter
+TOKENS = re.compile(r"(word_embeddings|embed_tokens|tok_embeddings|embed_in|wte)\.weight$")
+TIED_HEAD = re.compile(r"^(lm_head|embed_out|decoder|vocab_projector|cls\.predictions\.decoder|lm_head\.decoder)\.weight$")
+TIED_BIAS = {"cls.predictions.decoder.bias": "cls.predictions.bias", "lm_head.decoder.bias": "lm_head.bias"}
+SPECIAL = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
+TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+
+
+def inspect_folder(folder: str | Path) -> Report:
+    """Describe a model folder: structure, parameters, files, tokenizer, labels, receipt, and what is wrong with it.
+
+    Unknown families are described as far as their files go. Damaged weights and tokenizers become warnings. Raises
+    InputError for a folder without a model and FormatError for an unreadable config.json.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError("there is no such model folder", where=str(folder), fix="check the path")
+    files = {p.relative_to(folder).as_posix(): p for level in ("*", "*/*") for p in folder.glob(level) if p.is_file()}
+    if not any(path in files or (folder / path).is_dir() for path in MODEL_FILES) and not list_pickles(files):
+        found = ", ".join(sorted(files)[:10]) or "nothing"
+        raise InputError("this folder holds no model", where=str(folder), found=found, expected=", ".join(MODEL_FILES))
+    warnings: Warnings = []
+    config = read_json(files["config.json"]) if "config.json" in files else {}
+    tensors = read_headers(folder, files, warnings)
+    tokenizer = describe_tokenizer(files, warnings)
+    values: dict[str, Any] = {
+        "folder": str(folder),
+        **describe_config(folder, config, files, warnings),
+        "parameters": count_parameters(tensors, is_tied(folder, config)),
+        "dtypes": dict(Counter({dtype: n for dtype, n in count_dtypes(tensors).items()}).most_common()),
+        "tensors": len(tensors),
+        "tokenizer": tokenizer,
+        "chat_template": has_chat_template(files),
+        "pooling": describe_pooling(folder, files, warnings),
+        "adapter": describe_adapter(files),
+        "graphs": {name: files[name].stat().st_size for name in sorted(files) if name.endswith(".onnx")},
+        "receipt": describe_receipt(files, warnings),
+        "certificate": describe_certificate(files, warnings),
+        "bytes": sum(path.stat().st_size for path in files.values()),
+        "files": {name: files[name].stat().st_size for name in sorted(files)},
+        "warnings": warnings,
+    }
+    check_fit(values, tensors, warnings)
+    return Report(f"{folder.resolve().name}: {headline(values)}", values, tables=tables(values), notes=tuple(warnings))
+
+
+def list_pickles(files: Mapping[str, Path]) -> list[str]:
+    """Return the names of weight files that can run code, or that only other frameworks read."""
+    return sorted(name for name in files if name.endswith(PICKLES) and name != "training_args.bin")
+
+
+def read_headers(folder: Path, files: Mapping[str, Path], warnings: Warnings) -> dict[str, TensorInfo]:
+    """Return every tensor of the safetensors files; what cannot be read becomes a warning."""
+    names = [name for name in ("model.safetensors", "adapter_model.safetensors") if name in files]
+    if "model.safetensors" not in files and INDEX in files:
+        listed = read_json(files[INDEX]).get("weight_map")
+        shards = set(listed.values()) if isinstance(listed, dict) else set()
+        good = {name for name in shards if isinstance(name, str) and Path(name).name == name}
+        if good != shards or not good:
+            warnings.append(f"{INDEX} does not name files beside it")
+        names += sorted(good)
+    if not names:
+        pickles = list_pickles(files)
+        if pickles:
+            warnings.append(f"the weights ({', '.join(pickles)}) are not safetensors: a pickle can run code, so convert it")
+        elif not any(name.endswith(".onnx") for name in files):
+            warnings.append("there are no weights")
+    tensors: dict[str, TensorInfo] = {}
+    for name in names:
+        try:
+            tensors.update(check_header(folder / name))
+        except LmworksError as error:
+            warnings.append("; ".join(filter(None, (error.what, error.found, error.fix))))
+    return tensors
+
+
+def describe_config(
+    folder: Path, config: Mapping[str, Any], files: Mapping[str, Path], warnings: Warnings
+) -> dict[str, Any]:
+    """Return what config.json says about the structure and the labels."""
+    model_type, named = config.get("model_type"), config.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
+    supported = model_type in FAMILIES
+    if not config:
+        warnings.append("config.json is missing")
+    elif not supported:
+        warnings.append(f"the model type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+    else:
+        try:
+            read_config(folder)
+        except LmworksError as error:
+            warnings.append(f"config.json: {error.what} ({error.found or error.expected})")
+    if "auto_map" in config:
+        warnings.append("config.json asks for code of its repository, which is never run")
+    text = config.get("text_config")
+    places = [config, text] if isinstance(text, dict) else [config]
+    sizes = {
+        name: next((p[key] for p in places for key in keys if isinstance(p.get(key), int)), None)
+        for name, keys in NAMES.items()
+    }
+    if model_type == "roberta" and sizes["context_length"]:
+        sizes["context_length"] -= (config.get("pad_token_id") or 0) + 1  # positions are counted after the padding's
+    labels = config.get("id2label")
+    return {
+        "model_type": model_type,
+        "architecture": architecture,
+        "supported": supported,
+        "task": "feature-extraction" if "modules.json" in files else find_task(architecture),
+        **sizes,
+        "problem_type": config.get("problem_type"),
+        "labels": [str(label) for label in labels.values()] if isinstance(labels, dict) else [],
+    }
+
+
+def find_task(architecture: str | None) -> str | None:
+    """Return the pipeline name of a published class: "BertForMaskedLM" -> "fill-mask"."""
+    names = {f"For{kind}" if kind != "Model" else kind: task for task, kind in TASKS.items()}
+    names = {"LMHeadModel": "text-generation", "ForPreTraining": "fill-mask", **names}
+    names["ForConditionalGeneration"] = "text2text-generation"
+    return next((task for ending, task in names.items() if (architecture or "").endswith(ending)), None)
+
+
+def is_tied(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Say whether the head is the embedding: the family's own default, else that of the published configs."""
+    try:
+        return read_config(folder).tie_word_embeddings
+    except LmworksError:
+        return config.get("tie_word_embeddings") is not False
+
+
+def count_parameters(tensors: Mapping[str, TensorInfo], tied: bool) -> dict[str, int] | None:
+    """Return the parameters of each component and their total; masks are none, and what is tied counts once."""
+    if not tensors:
+        return None
+    found = dict.fromkeys(("embeddings", "layers", "head", "rest"), 0)
+    embeddings = {info.shape for name, info in tensors.items() if TOKENS.search(name)}
+    for name, info in tensors.items():
+        if BUFFERS.search(name) or (MASK.search(name) and len(info.shape) == 4):
+            continue
+        if (tied and TIED_HEAD.search(name) and info.shape in embeddings) or TIED_BIAS.get(name) in tensors:
+            continue
+        found[next(part for part, pattern in COMPONENTS.items() if re.search(pattern, name))] += size(info)
+    return {**found, "total": sum(found.values())}
+
+
+def size(info: TensorInfo) -> int:
+    """Return the number of elements."""
+    product = 1
+    for length in info.shape:
+        product *= length
+    return product
+
+
+def count_dtypes(tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
+    """Return how many elements there are of each dtype."""
+    found: Counter[str] = Counter()
+    for info in tensors.values():
+        found[info.dtype] += size(info)
+    return found
+
+
+def describe_tokenizer(files: Mapping[str, Path], warnings: Warnings) -> dict[str, Any] | None:
+    """Return the tokenizer's file, kind, number of ids, special tokens and longest input; None where there is none."""
+    name = next((name for name in TOKENIZERS if name in files), None)
+    if name is None:
+        if "preprocessor_config.json" not in files:
+            warnings.append(f"there is no tokenizer: none of {', '.join(TOKENIZERS)}")
+        return None
+    found: dict[str, Any] = {"file": name, "kind": None, "ids": None, "special_tokens": {}, "max_length": None}
+    try:
+        found["kind"], found["ids"] = read_vocabulary(files, name)
+        for settings in ("special_tokens_map.json", "tokenizer_config.json"):
+            given = read_json(files[settings]) if settings in files else {}
+            for key in SPECIAL:
+                token = given.get(key)
+                token = token.get("content") if isinstance(token, dict) else token
+                if isinstance(token, str):
+                    found["special_tokens"][key] = token
+            longest = given.get("model_max_length")
+            if isinstance(longest, int) and longest < 10**9:  # an enormous one means: no limit
+                found["max_length"] = longest
+    except (LmworksError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.append(f"the tokenizer cannot be read: {error.what if isinstance(error, LmworksError) else error!r}")
+    return found
+
+
+def read_vocabulary(files: Mapping[str, Path], name: str) -> tuple[str, int | None]:
+    """Return the kind of a tokenizer and the number of its ids, holes included."""
+    if name == "vocab.txt":
+        return "WordPiece", len(files[name].read_text("utf-8").removesuffix("\n").split("\n"))
+    if name == "vocab.json":
+        ids = [*read_json(files[name]).values()]
+        ids += read_json(files["added_tokens.json"]).values() if "added_tokens.json" in files else ()
+        return "byte-level BPE", max(ids) + 1
+    if name != "tokenizer.json":
+        return "SentencePiece", None
+    whole = read_json(files[name])
+    model, added = whole["model"], [token["id"] for token in whole.get("added_tokens") or ()]
+    vocabulary = model["vocab"]
+    ids = [len(vocabulary) - 1] if isinstance(vocabulary, list) else [*vocabulary.values()]
+    kind = model.get("type") or ("BPE" if "merges" in model else "Unigram" if isinstance(vocabulary, list) else "WordPiece")
+    byte_level = "ByteLevel" in str([whole.get("pre_tokenizer"), whole.get("decoder")])
+    return f"byte-level {kind}" if byte_level else str(kind), max([*ids, *added], default=-1) + 1
+
+
+def has_chat_template(files: Mapping[str, Path]) -> bool:
+    """Say whether the folder knows how a conversation is written."""
+    settings = files.get("tokenizer_config.json")
+    return bool({"chat_template.jinja", "chat_template.json"} & set(files)) or bool(
+        settings and "chat_template" in settings.read_text("utf-8", errors="replace")
+    )
