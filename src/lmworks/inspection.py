@@ -1,9 +1,8 @@
-"""What a model folder holds, from its small files and the headers of its large ones: instant for any size. Torch-free."""
+"""What a model folder holds, from its small files and the headers of its large ones: instant for any size."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ NAMES = {  # what we call it: what config.json may call it
     "image_size": ("image_size",),
 }
 COMPONENTS = {  # the first whose pattern a tensor's name has
-    "head": r"^(lm_head|embed_out|classifier|score|qa_outputs|cls\.|vocab_|pre_classifier|head\.|decoder\.(weight|bias)$)",
+    "head": r"^(lm_head|embed_out|classifier|pre_classifier|score|qa_outputs|cls\.|vocab_|head\.|decoder\.)",
     "layers": r"(^|\.)\d+\.",
     "embeddings": r"embed|(^|\.)(wte|wpe)\.",
     "rest": "",
@@ -36,7 +35,9 @@ COMPONENTS = {  # the first whose pattern a tensor's name has
 BUFFERS = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq|masked_bias|num_batches_tracked)$")
 MASK = re.compile(r"(attn|attention)\.bias$")  # of four dimensions: a triangle, not a parameter
 TOKENS = re.compile(r"(word_embeddings|embed_tokens|tok_embeddings|embed_in|wte)\.weight$")
-TIED_HEAD = re.compile(r"^(lm_head|embed_out|decoder|vocab_projector|cls\.predictions\.decoder|lm_head\.decoder)\.weight$")
+TIED_HEAD = re.compile(
+    r"^(lm_head|embed_out|decoder|vocab_projector|cls\.predictions\.decoder|lm_head\.decoder)\.weight$"
+)
 TIED_BIAS = {"cls.predictions.decoder.bias": "cls.predictions.bias", "lm_head.decoder.bias": "lm_head.bias"}
 SPECIAL = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -59,18 +60,19 @@ def inspect_folder(folder: str | Path) -> Report:
     config = read_json(files["config.json"]) if "config.json" in files else {}
     tensors = read_headers(folder, files, warnings)
     tokenizer = describe_tokenizer(files, warnings)
+    dtypes = sorted({info.dtype for info in tensors.values()})
     values: dict[str, Any] = {
         "folder": str(folder),
         **describe_config(folder, config, files, warnings),
         "parameters": count_parameters(tensors, is_tied(folder, config)),
-        "dtypes": dict(Counter({dtype: n for dtype, n in count_dtypes(tensors).items()}).most_common()),
+        "dtypes": {dtype: sum(t.size for t in tensors.values() if t.dtype == dtype) for dtype in dtypes},
         "tensors": len(tensors),
         "tokenizer": tokenizer,
         "chat_template": has_chat_template(files),
-        "pooling": describe_pooling(folder, files, warnings),
-        "adapter": describe_adapter(files),
+        "pooling": describe_pooling(files, warnings),
+        "adapter": pick(files, "adapter_config.json", ("base_model_name_or_path", "peft_type", "r"), warnings),
         "graphs": {name: files[name].stat().st_size for name in sorted(files) if name.endswith(".onnx")},
-        "receipt": describe_receipt(files, warnings),
+        "receipt": pick(files, "lmworks.json", ("data_sha256", "seed", "scores", "versions"), warnings),
         "certificate": describe_certificate(files, warnings),
         "bytes": sum(path.stat().st_size for path in files.values()),
         "files": {name: files[name].stat().st_size for name in sorted(files)},
@@ -98,7 +100,9 @@ def read_headers(folder: Path, files: Mapping[str, Path], warnings: Warnings) ->
     if not names:
         pickles = list_pickles(files)
         if pickles:
-            warnings.append(f"the weights ({', '.join(pickles)}) are not safetensors: a pickle can run code, so convert it")
+            warnings.append(
+                f"the weights ({', '.join(pickles)}) are not safetensors: a pickle can run code, so convert it"
+            )
         elif not any(name.endswith(".onnx") for name in files):
             warnings.append("there are no weights")
     tensors: dict[str, TensorInfo] = {}
@@ -144,8 +148,13 @@ def describe_config(
         "task": "feature-extraction" if "modules.json" in files else find_task(architecture),
         **sizes,
         "problem_type": config.get("problem_type"),
-        "labels": [str(label) for label in labels.values()] if isinstance(labels, dict) else [],
+        "labels": [str(labels[key]) for key in sorted(labels, key=as_id)] if isinstance(labels, dict) else [],
     }
+
+
+def as_id(key: str) -> tuple[int, str]:
+    """Order the keys of id2label: by number, what is none last."""
+    return (int(key), "") if key.isdigit() else (10**9, key)
 
 
 def find_task(architecture: str | None) -> str | None:
@@ -175,24 +184,8 @@ def count_parameters(tensors: Mapping[str, TensorInfo], tied: bool) -> dict[str,
             continue
         if (tied and TIED_HEAD.search(name) and info.shape in embeddings) or TIED_BIAS.get(name) in tensors:
             continue
-        found[next(part for part, pattern in COMPONENTS.items() if re.search(pattern, name))] += size(info)
+        found[next(part for part, pattern in COMPONENTS.items() if re.search(pattern, name))] += info.size
     return {**found, "total": sum(found.values())}
-
-
-def size(info: TensorInfo) -> int:
-    """Return the number of elements."""
-    product = 1
-    for length in info.shape:
-        product *= length
-    return product
-
-
-def count_dtypes(tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
-    """Return how many elements there are of each dtype."""
-    found: Counter[str] = Counter()
-    for info in tensors.values():
-        found[info.dtype] += size(info)
-    return found
 
 
 def describe_tokenizer(files: Mapping[str, Path], warnings: Warnings) -> dict[str, Any] | None:
@@ -234,7 +227,9 @@ def read_vocabulary(files: Mapping[str, Path], name: str) -> tuple[str, int | No
     model, added = whole["model"], [token["id"] for token in whole.get("added_tokens") or ()]
     vocabulary = model["vocab"]
     ids = [len(vocabulary) - 1] if isinstance(vocabulary, list) else [*vocabulary.values()]
-    kind = model.get("type") or ("BPE" if "merges" in model else "Unigram" if isinstance(vocabulary, list) else "WordPiece")
+    kind = model.get("type") or (
+        "BPE" if "merges" in model else "Unigram" if isinstance(vocabulary, list) else "WordPiece"
+    )
     byte_level = "ByteLevel" in str([whole.get("pre_tokenizer"), whole.get("decoder")])
     return f"byte-level {kind}" if byte_level else str(kind), max([*ids, *added], default=-1) + 1
 
@@ -245,3 +240,110 @@ def has_chat_template(files: Mapping[str, Path]) -> bool:
     return bool({"chat_template.jinja", "chat_template.json"} & set(files)) or bool(
         settings and "chat_template" in settings.read_text("utf-8", errors="replace")
     )
+
+
+def read_part(files: Mapping[str, Path], name: str, warnings: Warnings) -> dict[str, Any]:
+    """Return a JSON object of the folder; empty where it is missing, with a warning where it is damaged."""
+    try:
+        return read_json(files[name]) if name in files else {}
+    except LmworksError as error:
+        warnings.append(error.what)
+        return {}
+
+
+def describe_pooling(files: Mapping[str, Path], warnings: Warnings) -> str | None:
+    """Return how sentence-transformers makes one vector of many: "mean", "cls" …, several joined by +."""
+    name = next((name for name in sorted(files) if name.endswith("_Pooling/config.json")), "")
+    settings = read_part(files, name, warnings)
+    modes = [key.removeprefix("pooling_mode_") for key, value in settings.items() if value is True]
+    named = settings.get("pooling_mode")
+    chosen = (
+        [named] if isinstance(named, str) else [mode.removesuffix("_tokens").removesuffix("_token") for mode in modes]
+    )
+    return "+".join(mode for mode in chosen if mode != "include_prompt") or None
+
+
+def pick(files: Mapping[str, Path], name: str, keys: tuple[str, ...], warnings: Warnings) -> dict[str, Any] | None:
+    """Return some keys of a JSON object of the folder; None where it is not there."""
+    whole = read_part(files, name, warnings)
+    return {key: whole.get(key) for key in keys} if whole else None
+
+
+def describe_certificate(files: Mapping[str, Path], warnings: Warnings) -> dict[str, Any] | None:
+    """Return the outcome of the last `verify`: passed, its date, and passed, failed or skipped for each runtime."""
+    certificate = read_part(files, "certificate.json", warnings)
+    if not certificate:
+        return None
+    runtimes = {
+        f"{name} {dtype}": "passed" if cell.get("passed") else "skipped" if "skipped" in cell else "failed"
+        for name, cells in (certificate.get("runtimes") or {}).items()
+        for dtype, cell in cells.items()
+    }
+    if not certificate.get("passed"):
+        warnings.append("the last verification failed: run lmworks verify")
+    date = (certificate.get("checked") or {}).get("date")
+    return {"passed": bool(certificate.get("passed")), "date": date, "runtimes": runtimes}
+
+
+def check_fit(values: Mapping[str, Any], tensors: Mapping[str, TensorInfo], warnings: Warnings) -> None:
+    """Add a warning for parts that do not belong together, and for labels without names."""
+    labels, tokenizer = values["labels"], values["tokenizer"] or {}
+    labelled = bool(values["architecture"]) and values["architecture"].endswith(LABELLED)
+    if labelled and labels and all(re.fullmatch(r"LABEL_\d+", label) for label in labels):
+        warnings.append(f"the labels have no names ({labels[0]} …): set id2label in config.json")
+    head = next(
+        (info for name, info in tensors.items() if re.search(r"^(classifier(\.out_proj)?|score)\.weight$", name)), None
+    )
+    if labelled and labels and head and len(head.shape) == 2 and head.shape[0] != len(labels):
+        warnings.append(f"config.json names {len(labels)} labels, and the head gives {head.shape[0]} scores")
+    rows = [info.shape[0] for name, info in tensors.items() if TOKENS.search(name) and info.shape]
+    known = rows[0] if rows else values["vocab_size"]
+    if known and (tokenizer.get("ids") or 0) > known:
+        warnings.append(
+            f"the tokenizer has {tokenizer['ids']:,} ids and the embedding only {known:,} rows: "
+            "they do not belong together, or the embedding must be resized"
+        )
+
+
+def headline(values: Mapping[str, Any]) -> str:
+    """Return the folder in one line."""
+    parameters = values["parameters"]
+    count = f"{parameters['total']:,} parameters" if parameters else "no readable weights"
+    return ", ".join(filter(None, (values["architecture"] or values["model_type"], values["task"], count)))
+
+
+def tables(values: Mapping[str, Any]) -> tuple[Table, ...]:
+    """Return the facts, the parameters and the files for people."""
+    tokenizer, receipt, certificate = (values[key] or {} for key in ("tokenizer", "receipt", "certificate"))
+    special = " ".join(dict.fromkeys((tokenizer.get("special_tokens") or {}).values()))
+    labels, shown = values["labels"], ", ".join(values["labels"][:12])
+    facts: dict[str, Cell] = {
+        "model type": f"{values['model_type']}{'' if values['supported'] else ' (not supported)'}",
+        "architecture": values["architecture"],
+        "task": values["task"],
+        **{name.replace("_", " ").removeprefix("num "): values[name] for name in NAMES},
+        "dtypes": ", ".join(values["dtypes"]),
+        "bytes on disk": values["bytes"],
+        "labels": f"{len(labels)}: {shown}{' …' if len(labels) > 12 else ''}" if labels else None,
+        "tokenizer": tokenizer.get("kind") and f"{tokenizer['kind']}, {tokenizer['file']}",
+        "tokenizer ids": tokenizer.get("ids"),
+        "special tokens": special,
+        "chat template": values["chat_template"] or None,
+        "pooling": values["pooling"],
+        "adapter of": values["adapter"] and str(values["adapter"]["base_model_name_or_path"]),
+        "made from data": receipt.get("data_sha256"),
+        "verified": f"{'passed' if certificate['passed'] else 'failed'}, {certificate['date']}"
+        if certificate
+        else None,
+    }
+    rows = tuple((name, f"{value:,}" if type(value) is int else value) for name, value in facts.items() if value)
+    made = [Table("Model", ("fact", "value"), rows)]
+    if values["parameters"]:
+        total = max(values["parameters"]["total"], 1)
+        counted = ((part, n, f"{n / total:.1%}") for part, n in values["parameters"].items() if n)
+        made.append(Table("Parameters", ("part", "parameters", "share"), tuple(counted)))
+    if isinstance(receipt.get("scores"), dict):
+        scores = ((name, value) for name, value in receipt["scores"].items() if isinstance(value, str | int | float))
+        made.append(Table("Scores when it was made", ("score", "value"), tuple(scores)))
+    made.append(Table("Files", ("file", "bytes"), tuple(values["files"].items())))
+    return tuple(made)

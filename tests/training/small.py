@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lmworks.models.families import llama
+from lmworks.models.families import gpt2, llama
 from lmworks.models.heads import NEXT_TOKEN, CausalLM, Head
 from lmworks.training.data import TokenWindows
 from lmworks.training.objectives import CausalLoss

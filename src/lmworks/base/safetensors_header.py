@@ -13,6 +13,7 @@ import json
 import stat
 from collections import Counter
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,11 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     start: int
     end: int
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return prod(self.shape)
 
 
 def check_header(path: str | Path) -> dict[str, TensorInfo]:

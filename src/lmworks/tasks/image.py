@@ -105,7 +105,7 @@ class ImageClassification:
                 return self.pillow.fromarray(example).convert("RGB")
             found = f"an array {example.shape} of {example.dtype}"
         elif isinstance(example, self.pillow.Image):
-            self._check_pixels(*example.size, where)
+            self._check_pixels(example.width, example.height, where)
             upright = require("PIL.ImageOps", extra="vision").exif_transpose
             return readable(lambda: upright(example).convert("RGB"), where)
         else:

@@ -139,13 +139,15 @@ class TokenClassification:
             for at in place[: len(tokens) - start]:
                 if depth[at] > deepest[start + at]:
                     deepest[start + at] = depth[at]
+                    begin, end = encoding.offsets[at]
                     tokens[start + at] = Token(
-                        encoding.ids[at],
-                        encoding.tokens[at],
-                        *encoding.offsets[at],
-                        encoding.word_ids[at],
-                        bool(encoding.special_tokens_mask[at]),
-                        probabilities[at],
+                        id=encoding.ids[at],
+                        spelling=encoding.tokens[at],
+                        start=begin,
+                        end=end,
+                        word=encoding.word_ids[at],
+                        special=bool(encoding.special_tokens_mask[at]),
+                        probabilities=probabilities[at],
                     )
         return tokens
 
@@ -169,10 +171,11 @@ class TokenClassification:
         words: list[list[Token]] = []
         for token in tokens:
             last = words[-1][-1] if words else None
-            spaced = any(character.isspace() for character in text[max(0, token.start - 1) : token.start + 1])
-            if last is None or (self.words == "tokenizer" and token.word != last.word):
-                words.append([token])
-            elif spaced and token.start >= last.end:  # tokens that share a character (bytes of an emoji) stay together
+            changed = last is None or (self.words == "tokenizer" and token.word != last.word)
+            around = text[max(0, token.start - 1) : token.start + 1]
+            # Tokens may share a character, as the bytes of an emoji do: no word ends within it.
+            spaced = last is not None and token.start >= last.end and any(map(str.isspace, around))
+            if changed or spaced:
                 words.append([token])
             else:
                 words[-1].append(token)

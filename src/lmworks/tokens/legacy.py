@@ -189,13 +189,12 @@ def cut_pieces(backend: Any, proto: Any, config: dict[str, Any]) -> None:
     steps = [change.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
     if rules.remove_extra_whitespaces:
         steps += [change.Replace(library.Regex("^ +| +$"), ""), change.Replace(library.Regex(" {2,}"), " ")]
-    if trained.model_type == BPE and config.get("legacy"):
-        steps += [change.Prepend(SPACE)] if prefix else []
-        steps += [change.Replace(" ", SPACE)]
-    else:
-        scheme = "never" if not prefix else "first" if trained.model_type == BPE else "always"
-        words = trained.model_type == UNIGRAM and trained.split_by_whitespace and rules.remove_extra_whitespaces
+    words = trained.model_type == UNIGRAM and trained.split_by_whitespace and rules.remove_extra_whitespaces
+    if words or (trained.model_type == BPE and not config.get("legacy")):
+        scheme = "never" if not prefix else "always" if words else "first"
         backend.pre_tokenizer = library.pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=words)
+    else:
+        steps += [*([change.Prepend(SPACE)] if prefix else []), change.Replace(" ", SPACE)]
     if steps:
         backend.normalizer = change.Sequence(steps)
     back = library.decoders

@@ -120,8 +120,18 @@ class Tokenizer:
         return [join(part) if first is None else join(first, part) for part in parts]
 
     def _bare(self, text: str) -> Any:
-        run, whole = self.backend.encode, repair(text)
+        run, whole = self._untrimmed.encode, repair(text)
         return guard(lambda: run(whole, add_special_tokens=False), "the tokenizer failed on this text")
+
+    @cached_property
+    def _untrimmed(self) -> Any:
+        """The backend, without a post-processor that moves offsets past spaces: it runs again when windows are joined."""
+        processor = self.backend.post_processor
+        if processor is None or b'"trim_offsets":true' not in processor.__getstate__():
+            return self.backend
+        twin = require("tokenizers", extra="text").Tokenizer.from_str(self.backend.to_str())
+        twin.post_processor = None
+        return twin
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of some ids; bytes that make no character show as U+FFFD."""

@@ -46,10 +46,11 @@ class CausalLoss:
         scored = labels != IGNORED
         if not scored.all():
             hidden, labels = hidden[scored], labels[scored]  # (N, D), (N,)
-        project = network.head.project
-        if type(project) is nn.Linear and project.bias is None:
+        head = network.head
+        project = head.project
+        if type(project) is nn.Linear and project.bias is None and head.dense is None and head.norm is None:
             return chunked_cross_entropy(hidden, project.weight, labels)
-        return F.cross_entropy(network.head(hidden).float(), labels, reduction="sum")
+        return F.cross_entropy(head(hidden).float(), labels, reduction="sum")
 
     def count(self, batch: Batch) -> int:
         """Return the number of scored tokens."""
