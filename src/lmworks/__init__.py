@@ -8,13 +8,24 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lmworks.api import build, evaluate, generate, train, verify
+    from lmworks.api import build, evaluate, generate, predict, search, train, verify
     from lmworks.base.errors import InputError, LmworksError
     from lmworks.base.report import Report
-    from lmworks.runtime.predictor import AutoModelForCausalLM, load
+    from lmworks.runtime.auto import AutoClass
+    from lmworks.runtime.predictor import load
+    from lmworks.tokens.tokenizer import Tokenizer
+
+    AutoModel: type[AutoClass]
+    AutoModelForCausalLM: type[AutoClass]
+    AutoModelForImageClassification: type[AutoClass]
+    AutoModelForMaskedLM: type[AutoClass]
+    AutoModelForMultipleChoice: type[AutoClass]
+    AutoModelForNextSentencePrediction: type[AutoClass]
+    AutoModelForQuestionAnswering: type[AutoClass]
+    AutoModelForSequenceClassification: type[AutoClass]
+    AutoModelForTokenClassification: type[AutoClass]
 
 PUBLIC = {  # name -> module; imported at first use, so that `import lmworks` costs nothing
-    "AutoModelForCausalLM": "lmworks.runtime.predictor",
     "InputError": "lmworks.base.errors",
     "LmworksError": "lmworks.base.errors",
     "Report": "lmworks.base.report",
@@ -22,28 +33,46 @@ PUBLIC = {  # name -> module; imported at first use, so that `import lmworks` co
     "evaluate": "lmworks.api",
     "generate": "lmworks.api",
     "load": "lmworks.runtime.predictor",
+    "predict": "lmworks.api",
+    "search": "lmworks.api",
+    "Tokenizer": "lmworks.tokens.tokenizer",
     "train": "lmworks.api",
     "verify": "lmworks.api",
 }
 
 __all__ = [
+    "AutoModel",
     "AutoModelForCausalLM",
+    "AutoModelForImageClassification",
+    "AutoModelForMaskedLM",
+    "AutoModelForMultipleChoice",
+    "AutoModelForNextSentencePrediction",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
     "InputError",
     "LmworksError",
     "Report",
+    "Tokenizer",
     "build",
     "evaluate",
     "generate",
     "load",
+    "predict",
+    "search",
     "train",
     "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in PUBLIC:
-        raise AttributeError(f"module 'lmworks' has no attribute {name!r}")
-    return getattr(import_module(PUBLIC[name]), name)
+    if name in PUBLIC:
+        return getattr(import_module(PUBLIC[name]), name)
+    if "For" in name or "Model" in name:  # AutoModelForMaskedLM, BertForMaskedLM …
+        found = import_module("lmworks.runtime.auto").find_class(name)
+        if found is not None:
+            return found
+    raise AttributeError(f"module 'lmworks' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

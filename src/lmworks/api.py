@@ -3,6 +3,8 @@
 lmworks.build("texts/", "my_model")            text -> a verified model in a web page
 lmworks.train("texts/", "my_model")            text -> a tokenizer and a trained model
 lmworks.generate("my_model", "Once upon")      an iterator over pieces of text
+lmworks.predict("my_classifier", ["I love it"])  what the checkpoint was made for: labels, entities, answers …
+lmworks.search("my_encoder", ["a query"], texts) the nearest texts in meaning
 lmworks.evaluate("my_model", "held_out.txt")   perplexity and bits per byte
 lmworks.verify("my_model")                     the same answers in every runtime
 """
@@ -11,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lmworks.base.errors import InputError, did_you_mean
 from lmworks.base.report import Report
 from lmworks.settings import Settings
 
 if TYPE_CHECKING:
+    from lmworks.base.types import Match
     from lmworks.runtime.decoding import TextStream
 
 RUNTIMES = ("torch", "onnx", "node", "browser")
@@ -125,6 +128,33 @@ def generate(
         repeat_last_n=repeat_last_n,
         seed=seed,
     )
+
+
+def predict(
+    model: PathLike, examples: Sequence[Any], *, task: str | None = None, runtime: str = "auto", dtype: str = "auto",
+    revision: str | None = None, **options: Any,
+) -> Any:  # fmt: skip
+    """Answer a list of examples: one answer each. `task` None: what the checkpoint was made for; its options follow."""
+    from lmworks.runtime.predictor import load
+
+    return load(model, task, runtime=runtime, dtype=dtype, revision=revision, **options)(list(examples))
+
+
+def search(
+    model: PathLike,
+    queries: Sequence[str],
+    texts: Sequence[str],
+    *,
+    top_k: int = 5,
+    dtype: str = "auto",
+    **options: Any,
+) -> list[list[Match]]:
+    """Return for each query the texts that are nearest in meaning: by the cosine of their sentence embeddings."""
+    from lmworks.runtime.predictor import load
+    from lmworks.tasks.embed import search as find
+
+    predictor = load(model, "feature-extraction", dtype=dtype, **options)
+    return find(predictor(list(queries)), predictor(list(texts)), texts, top_k=top_k)
 
 
 def evaluate(

@@ -22,12 +22,12 @@ NAMES = {  # what we call it: what config.json may call it
     "vocab_size": ("vocab_size",),
     "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),
     "num_hidden_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    "num_attention_heads": ("num_attention_heads", "n_head", "n_heads"),
+    "num_attention_heads": ("num_attention_heads", "num_heads", "n_head", "n_heads"),
     "num_key_value_heads": ("num_key_value_heads",),
     "image_size": ("image_size",),
 }
 COMPONENTS = {  # the first whose pattern a tensor's name has
-    "head": r"^(lm_head|embed_out|classifier|pre_classifier|score|qa_outputs|cls\.|vocab_|head\.|decoder\.)",
+    "head": r"^(lm_head|embed_out|classifier|pre_classifier|score|qa_outputs|cls\.|vocab_|head\.|decoder\.\w+$)",
     "layers": r"(^|\.)\d+\.",
     "embeddings": r"embed|(^|\.)(wte|wpe)\.",
     "rest": "",

@@ -243,7 +243,7 @@ def test_a_cache_of_older_libraries_is_judged_without_a_listing(
          "modules.json": json.dumps([{"path": "", "type": "x.Transformer"}, {"path": "1_Pooling", "type": "x.Pooling"},
                                      {"path": "2_Normalize", "type": "x.Normalize"}]).encode()},
     )  # fmt: skip
-    monkeypatch.setattr(hub, "read_listing", lambda snapshot: None)
+    monkeypatch.setattr("lmworks.base.hub_cache.read_listing", lambda snapshot: None)
     for name, parts in {
         NAME: ("config.json", "model-00002-of-00004.safetensors", "vocab.txt"),
         "st": ("model.safetensors", "1_Pooling/config.json", "vocab.txt"),

@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
-from oracle import minilm, shake
+from oracle import shake
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from lmworks.tasks.base import Facts, collate
@@ -111,5 +111,3 @@ def reviews(data_folder: Path, count: int) -> list[str]:
 
 def near(found, wanted, tolerance: float = 1e-5) -> bool:
     return bool(np.max(np.abs(np.asarray(found) - np.asarray(wanted))) <= tolerance)
-
-

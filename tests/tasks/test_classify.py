@@ -168,6 +168,7 @@ def test_bad_options_and_examples_end_in_one_clear_message(ours, model):
         ({"long": "cut"}, "error, truncate, window"),
         ({"top_k": 0}, "top_k"),
         ({"top_k": True}, "top_k"),
+        ({"overlap": 0.5}, "overlap"),
     ]:
         with pytest.raises(InputError, match=said):
             TextClassification(ours, known, **options)

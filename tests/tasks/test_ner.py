@@ -113,7 +113,7 @@ def test_votes_are_counted_as_documented(aggregation, expected):
 
 
 def test_an_invisible_character_does_not_glue_words(ours):
-    """C30: the pipeline compares lengths to find sub-words: it takes "f", a zero-width space, "oo" for a part of "ada"."""
+    """C30: the pipeline compares lengths to find sub-words: "f", a zero-width space and "oo" seem one."""
     text = "ada f\u200boo bob"
     found = decide(ours, text, [("B-ENT", 0.9)] * 3, "first")
     assert [text[entity.start : entity.end] for entity in found] == text.split()
@@ -283,6 +283,7 @@ def test_bad_options_and_examples_end_in_one_clear_message(ours, model):
         ({"aggregation": "averge"}, 'did you mean "average"'),
         ({"long": "windows"}, 'did you mean "window"'),
         ({"words": "space"}, 'did you mean "spaces"'),
+        ({"overlap": -1}, "overlap"),
         ({"ignore_labels": ["persn"]}, 'did you mean "person"'),
     ]:
         with pytest.raises(InputError, match=said):

@@ -1,7 +1,7 @@
 """Question answering against a plain reference over transformers' own tokenizer and models.
 
-transformers 5 has no question-answering pipeline any more. `reference` says what that of transformers 4 computed, in the
-plainest way: every window alone, every span by two loops.
+transformers 5 has no question-answering pipeline any more. `reference` says what that of transformers 4 computed, in
+the plainest way: every window alone, every span by two loops.
 """
 
 from __future__ import annotations
@@ -47,10 +47,13 @@ def reference(model, tokenizer, pair, *, length, stride, longest=15, words=True)
             total = torch.logsumexp(row[counted], 0)
             kind.update({place: float(torch.exp(row[place] - total)) for place in counted})
         nothing = min(nothing, start.get(0, 0.0) * end.get(0, 0.0))
+        left, right = {}, {}  # where the word of a token begins and ends, or the token itself
+        for place in context_tokens:
+            left.setdefault(word_ids[place] if words else place, offsets[place][0])
+            right[word_ids[place] if words else place] = offsets[place][1]
         for i in context_tokens:
             for j in range(i, min(i + longest, context_tokens[-1] + 1)):
-                same = [[k for k in context_tokens if word_ids[k] == word_ids[edge]] if words else [edge] for edge in (i, j)]
-                span = offsets[same[0][0]][0], offsets[same[1][-1]][1]
+                span = left[word_ids[i] if words else i], right[word_ids[j] if words else j]
                 found[span] = max(found.get(span, 0.0), start[i] * end[j])
     return sorted(((score, *span) for span, score in found.items()), reverse=True), nothing, len(encoded["input_ids"])
 
@@ -63,15 +66,15 @@ def load(folder, name, *, sharp=6.0, seed=1, **settings):
 
 
 def compare(task, model, tokenizer, pairs, *, length, pad_id=0, least=None, **options):
-    """Check every answer whose margin over the next best exceeds 1e-3; return how many windows there were."""
+    """Check every answer; `least` of them must win by 1e-3 (or all). Return how many windows there were."""
     windows = decisive = 0
     for pair, found in zip(pairs, answers(task, pairs, model, pad_id=pad_id), strict=True):
         ranked, _, count = reference(model, tokenizer, pair, length=length, **options)
         windows += count
         assert found.text == pair[1][found.start : found.end] and found.text
         assert abs(found.score - ranked[0][0]) <= 1e-9
-        if ranked[0][0] - ranked[1][0] > 1e-3:
-            decisive += 1
+        decisive += ranked[0][0] - ranked[1][0] > 1e-3
+        if ranked[0][0] - ranked[1][0] > 1e-9:
             assert (found.start, found.end) == ranked[0][1:]
     assert decisive >= (len(pairs) if least is None else least), decisive
     return windows
@@ -113,7 +116,7 @@ def test_a_context_that_fits_is_one_window_of_384_tokens(bert, data_folder):
     pairs = questions(data_folder, "en", 40)
     pairs[-1] = (pairs[-1][0], " ".join(context for _, context in pairs[:8]))
     task = QuestionAnswering(ours, facts_of(model))
-    compare(task, model, tokenizer, pairs, length=384, stride=128, least=36)
+    compare(task, model, tokenizer, pairs, length=384, stride=128, least=28)
     counts = np.bincount([feature.example for feature in task.encode(pairs)])
     assert counts[-1] > 3 and (counts[:-1] == 1).sum() > 30
     assert max(map(len, task.encode(pairs))) == 384
@@ -121,7 +124,10 @@ def test_a_context_that_fits_is_one_window_of_384_tokens(bert, data_folder):
 
 def test_byte_level_tokens_without_token_types(roberta, data_folder):
     ours, tokenizer, model = roberta
-    pairs = [*questions(data_folder, "en", 40), ("who 😀?", "Zoë  Müller —  naïve 😀👍🏽 café,\tSão Paulo\n\n東京 " * 9)]
+    pairs = [
+        *questions(data_folder, "en", 40),
+        ("who 😀?", "Zoë  Müller —  naïve 😀👍🏽 café,\tSão Paulo\n\n東京 " * 9),
+    ]
     for words in (True, False):
         task = QuestionAnswering(ours, facts_of(model), max_length=128, align_to_words=words)
         compare(task, model, tokenizer, pairs, length=128, stride=64, pad_id=1, words=words, least=36)

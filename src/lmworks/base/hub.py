@@ -1,51 +1,40 @@
 """From the name of a model to a folder: local first, then the Hub's cache on this disk, then the Hub itself.
 
-The cache is the one that all Hugging Face libraries share:
-
-    models--org--name/refs/main               the commit that a branch or tag stood for when it was fetched
-    models--org--name/snapshots/<commit>/…    the files, mostly links into blobs/
-    models--org--name/trees/<commit>.json     what the repository holds at that commit, with sizes
-
-It is read here in plain Python. A socket is opened only by `pull`, which `find_folder` calls when nothing on the disk
-will do and no offline variable is set. Source: huggingface_hub 2.4, "Manage the cache" and `_tree_cache.py`.
+A socket is opened only by `pull`, which `find_folder` calls when nothing on the disk will do and no offline variable is
+set. No other file of this package asks the Hub anything.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from lmworks import __version__
-from lmworks.base.errors import InputError, LmworksError, MissingExtra, from_os_error
-from lmworks.base.files import read_json, write_text
+from lmworks.base.errors import InputError, LmworksError, MissingExtra
+from lmworks.base.files import write_text
+from lmworks.base.hub_cache import (
+    COMMIT,
+    NEEDED,
+    PAPERS,
+    PICKLES,
+    cache_folder,
+    choose,
+    find_cached,
+    find_snapshot,
+    list_missing,
+    repository_folder,
+)
 from lmworks.base.optional import require
+from lmworks.base.report import Report, Table
 
-NEEDED = (  # patterns of what a model needs to run; `*` stays within one folder
-    "config.json generation_config.json preprocessor_config.json processor_config.json "
-    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.txt vocab.json merges.txt "
-    "tokenizer.model spiece.model sentencepiece*.model chat_template.* additional_chat_templates/*.jinja "
-    "model.safetensors model-*-of-*.safetensors model.safetensors.index.json "
-    "adapter_config.json adapter_model.safetensors "
-    "modules.json sentence_*_config.json config_sentence_transformers.json [0-9]_*/*.json [0-9]_*/model.safetensors"
-).split()
-PAPERS = "README.md LICENSE* lmworks.json certificate.json".split()  # fetched too, but never missed
-PICKLES = "*.bin *.pt *.pth *.ckpt *.h5 *.msgpack".split()
-TEXT_OR_IMAGE = (  # a snapshot without any of these came without its tokenizer
-    "tokenizer.json vocab.txt vocab.json tokenizer.model spiece.model sentencepiece.bpe.model preprocessor_config.json"
-).split()
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "LMWORKS_OFFLINE")
-ENDPOINT = "https://huggingface.co"
 NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
-COMMIT = re.compile(r"[0-9a-f]{40}")
 REVISION = re.compile(r"(?!.*(?:\.\.|//|@\{))[A-Za-z0-9_][A-Za-z0-9_./+@-]{0,254}(?<![/.])")
 
 
@@ -60,8 +49,8 @@ def find_folder(name: str | Path, *, revision: str | None = None, files: Sequenc
         if revision is not None:
             raise InputError("a local folder has no revisions", where=str(folder), fix="leave out the revision")
         return folder
-    name = check_name(os.fspath(name))
-    return find_cached(name, revision=revision, files=files) or pull(name, revision=revision, files=files)
+    name, wanted = check_name(os.fspath(name)), check_revision(revision)
+    return find_cached(name, revision=wanted, files=files) or pull(name, revision=wanted, files=files)
 
 
 def find_local(name: str | Path) -> Path | None:
@@ -103,83 +92,6 @@ def check_revision(revision: str | None) -> str:
     return revision or "main"
 
 
-def find_cached(name: str, *, revision: str | None = None, files: Sequence[str] | None = None) -> Path | None:
-    """Return the cached snapshot of a model if it holds everything that is asked for; opens no socket."""
-    snapshot = find_snapshot(name, check_revision(revision))
-    return snapshot if snapshot is not None and not list_missing(snapshot, files) else None
-
-
-def find_snapshot(name: str, revision: str) -> Path | None:
-    """Return the cached snapshot of a revision, whole or not, or None."""
-    repository = repository_folder(name)
-    try:
-        commit = revision if COMMIT.fullmatch(revision) else (repository / "refs" / revision).read_text().strip()
-        snapshot = repository / "snapshots" / commit
-        return snapshot if COMMIT.fullmatch(commit) and snapshot.is_dir() else None
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, UnicodeDecodeError):
-        return None
-    except OSError as error:
-        raise from_os_error(error, "the Hub's cache cannot be read") from None
-
-
-def list_missing(snapshot: Path, files: Sequence[str] | None = None) -> list[str]:
-    """Return the names of files that a snapshot should hold and does not, or holds cut short.
-
-    The repository's own listing decides where there is one. Where there is none (older libraries wrote the cache), a
-    model needs its config, its weights with every shard, the parts of modules.json, and a tokenizer or preprocessor.
-    """
-    listing = read_listing(snapshot)
-    if listing is not None:
-        chosen = choose(listing, files or NEEDED)
-        return (
-            [name for name in chosen if not is_whole(snapshot / name, listing[name])] if chosen else list(files or ())
-        )
-    held = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
-    if files is not None:
-        return [pattern for pattern in files if not choose(held, [pattern])]
-    needed = ["config.json", *list_parts(snapshot, held), "" if set(TEXT_OR_IMAGE) & set(held) else "tokenizer.json"]
-    return [name for name in needed if name and name not in held]
-
-
-def list_parts(snapshot: Path, held: Sequence[str]) -> list[str]:
-    """Return the weight files that an index names and the poolings that modules.json names."""
-    index, modules = "model.safetensors.index.json", "modules.json"
-    try:
-        parts = ["model.safetensors"]
-        if index in held and parts[0] not in held:
-            parts = sorted(set(read_json(snapshot / index)["weight_map"].values()))
-        if modules in held:
-            listed = json.loads((snapshot / modules).read_bytes())
-            parts += [f"{part['path']}/config.json" for part in listed if part["type"].endswith("Pooling")]
-        return parts
-    except (LmworksError, OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []  # damaged: whoever loads it says where
-
-
-def read_listing(snapshot: Path) -> dict[str, int | None] | None:
-    """Return name -> bytes of every file of the repository at this commit, if huggingface_hub has noted it."""
-    path = snapshot.parents[1] / "trees" / f"{snapshot.name}.json"
-    try:
-        return {str(name): entry.get("size") for name, entry in json.loads(path.read_bytes())["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def is_whole(path: Path, size: int | None) -> bool:
-    """Say whether a file is there, its link leads somewhere, and it has this many bytes."""
-    return path.is_file() and size in (None, path.stat().st_size)
-
-
-def choose(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """Return the names that match a pattern, part by part: `*.json` takes no file of a subfolder."""
-    split = [pattern.split("/") for pattern in patterns]
-    return sorted(
-        name
-        for name in names
-        if any(len(parts) == len(name.split("/")) and all(map(fnmatchcase, name.split("/"), parts)) for parts in split)
-    )
-
-
 def pull(name: str, *, revision: str | None = None, files: Sequence[str] | None = None) -> Path:
     """Bring a model of the Hub into the cache as it is there now, and return its folder.
 
@@ -207,6 +119,15 @@ def pull(name: str, *, revision: str | None = None, files: Sequence[str] | None 
         raise
     except Exception as error:  # whatever the library, its HTTP client or the disk may raise
         raise explain(error, name, wanted) from error
+
+
+def pull_report(name: str, *, revision: str | None = None, files: Sequence[str] | None = None) -> Report:
+    """Do what `pull` does, and say which commit came and what its folder holds."""
+    folder = pull(name, revision=revision, files=files)
+    held = {p.relative_to(folder).as_posix(): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    facts = {"model": name, "revision": revision or "main", "commit": folder.name, "folder": str(folder)}
+    values = {**facts, "bytes": sum(held.values()), "files": held}
+    return Report(f"{name} is in {folder}", values, tables=(Table("Files", ("file", "bytes"), tuple(held.items())),))
 
 
 def download(hub: ModuleType, name: str, revision: str, files: Sequence[str] | None) -> Path:
@@ -257,12 +178,12 @@ AGAIN = "run it again: files that arrived whole are kept"
 def explain(error: Exception, name: str, revision: str) -> LmworksError:
     """Turn what huggingface_hub, its HTTP client or the disk raised into one message with a fix."""
     errors = require("huggingface_hub.errors", extra="hub")
-    address = os.environ.get("HF_ENDPOINT") or ENDPOINT
+    address = redact(os.environ.get("HF_ENDPOINT") or require("huggingface_hub.constants", extra="hub").ENDPOINT)
     for cause in causes(error):
         text = f"{type(cause).__name__}: {redact(str(cause)).strip().partition(chr(10))[0][:200]}"
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if isinstance(cause, errors.GatedRepoError):
-            fix = f"accept them at {redact(address)}/{name}, then set HF_TOKEN to a token of that account"
+            fix = f"accept them at {address}/{name}, then set HF_TOKEN to a token of that account"
             return InputError(f"{name} is only for those who accepted its terms", found=text, fix=fix)
         if isinstance(cause, errors.RevisionNotFoundError):
             return InputError(f"{name} has no revision {revision}", found=text, fix="check the revision")
@@ -276,7 +197,7 @@ def explain(error: Exception, name: str, revision: str) -> LmworksError:
             return missing_offline(name, revision, None)
         if status is not None:
             fix = "wait a minute and run it again" if status == 429 or status >= 500 else "check HF_ENDPOINT"
-            return InputError(f"the Hub refused to send {name}", where=redact(address), found=text, fix=fix)
+            return InputError(f"the Hub refused to send {name}", where=address, found=text, fix=fix)
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             fix = "free some disk space, or set HF_HOME to a folder on another disk; " + AGAIN
             return InputError(f"no room for {name}", where=str(cache_folder()), found=text, fix=fix)
@@ -285,9 +206,9 @@ def explain(error: Exception, name: str, revision: str) -> LmworksError:
             return InputError("the Hub's cache cannot be written", where=str(cache_folder()), found=text, fix=fix)
         if type(cause).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):
             fix = f"check the connection, HF_ENDPOINT and the proxy variables; {AGAIN}"
-            return InputError(f"{name} could not be fetched", where=redact(address), found=text, fix=fix)
+            return InputError(f"{name} could not be fetched", where=address, found=text, fix=fix)
     text = f"{type(error).__name__}: {redact(str(error)).strip().partition(chr(10))[0][:200]}"
-    return InputError(f"{name} could not be fetched", where=redact(address), found=text, fix=AGAIN)
+    return InputError(f"{name} could not be fetched", where=address, found=text, fix=AGAIN)
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -329,16 +250,3 @@ def is_offline(environment: Mapping[str, str] = os.environ) -> bool:
 def is_true(name: str, environment: Mapping[str, str] = os.environ) -> bool:
     """Read a switch as huggingface_hub does."""
     return environment.get(name, "").upper() in {"1", "ON", "YES", "TRUE"}
-
-
-def cache_folder() -> Path:
-    """Return where the Hub's cache is: HF_HUB_CACHE, else `hub` in HF_HOME, else in the user's cache folder."""
-    given: Any = os.environ.get
-    home = given("HF_HOME") or os.path.join(given("XDG_CACHE_HOME") or "~/.cache", "huggingface")  # noqa: PTH118
-    cache = given("HF_HUB_CACHE") or given("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")  # noqa: PTH118
-    return Path(os.path.expandvars(os.path.expanduser(cache)))  # noqa: PTH111
-
-
-def repository_folder(name: str) -> Path:
-    """Return the cache's folder of a model."""
-    return cache_folder() / f"models--{name.replace('/', '--')}"

@@ -32,6 +32,43 @@ VERBS = {  # verb -> where it lives, what it does, two examples
             "lmworks generate my_model --temperature 0 --json < prompt.txt",
         ),
     ),
+    "classify": (
+        "lmworks.cli.tasks:classify",
+        "Label texts or images: every label with its score, the likeliest first.",
+        ('lmworks classify my_classifier "I love it"', "lmworks classify my_classifier --file reviews.txt --json"),
+    ),
+    "ner": (
+        "lmworks.cli.tasks:ner",
+        "Find the names in texts, with their places.",
+        (
+            'lmworks ner my_tagger "Ada lives in London"',
+            "lmworks ner my_tagger --aggregation simple --json < texts.txt",
+        ),
+    ),
+    "qa": (
+        "lmworks.cli.tasks:qa",
+        "Answer questions from a text of any length.",
+        (
+            'lmworks qa my_reader --question "Who wrote it?" --context "Ada wrote it."',
+            'lmworks qa my_reader --question "Who wrote it?" --file book.txt --json',
+        ),
+    ),
+    "fill-mask": (
+        "lmworks.cli.tasks:fill_mask",
+        "Fill the masks in texts with the likeliest tokens.",
+        (
+            'lmworks fill-mask my_encoder "Paris is the [MASK] of France."',
+            'lmworks fill-mask my_encoder "It was [MASK]." --targets good --targets bad --json',
+        ),
+    ),
+    "embed": (
+        "lmworks.cli.tasks:embed",
+        "Turn texts into vectors, or search a file by meaning.",
+        (
+            'lmworks embed my_encoder "how much money do I have" --search questions.txt',
+            "lmworks embed my_encoder --file texts.txt --json",
+        ),
+    ),
     "evaluate": (
         "lmworks.cli.predict:evaluate",
         "Perplexity, bits per byte and next-token accuracy of a model on a text.",

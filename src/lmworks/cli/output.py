@@ -14,7 +14,8 @@ from lmworks.base.report import Report
 Out = Annotated[Path, Parameter(name=["--out", "-o"], help="The folder to write.")]
 Overwrite = Annotated[bool, Parameter(help="Replace a model that is there already.", negative="")]
 Json = Annotated[bool, Parameter(help="Print the result as JSON.", negative="")]
-Model = Annotated[Path, Parameter(help="A model folder.")]
+Model = Annotated[str, Parameter(help="A model folder, or the name of a model on the Hub.")]
+Revision = Annotated[str | None, Parameter(help="A branch, tag or commit of a model on the Hub.")]
 
 
 def show(report: Report, *, json: bool) -> int:

@@ -1,26 +1,33 @@
-"""Open a model folder and use it: `load(folder).generate("Once upon")`, with or without torch."""
+"""Open a model and use it: `load(folder)(["I love it"])`, `load(folder).generate("Once upon")`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
+
+import numpy as np
 
 from lmworks.base.errors import FormatError, InputError
 from lmworks.base.files import read_json
+from lmworks.base.hub import find_folder
 from lmworks.base.optional import require
 from lmworks.base.types import Generation
+from lmworks.models.config import Config
+from lmworks.models.families import TASKS, find_head, read_config, read_kind
 from lmworks.runtime.base import Runtime
+from lmworks.runtime.batching import run_features
 from lmworks.runtime.decoding import TextStream, generate
 from lmworks.runtime.onnx_runtime import FILES, OnnxRuntime
 from lmworks.runtime.sampling import Sampling
+from lmworks.tasks.base import Facts, Task
+from lmworks.tasks.registry import check_task, find_task, make_task
 from lmworks.tokens.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from lmworks.runtime.pretrained import PretrainedCausalLM
-
 RUNTIMES = ("auto", "torch", "onnx")
+AT_ONCE = {"fill-mask": 32}  # examples whose outputs are held together; a vocabulary a token is large
+USUALLY = 512
 
 
 class Settings(TypedDict, total=False):
@@ -37,10 +44,52 @@ class Settings(TypedDict, total=False):
 
 
 class Predictor:
-    """A runtime, the tokenizer that belongs to it, and the tokens that end a text."""
+    """A model that answers: a runtime, its tokenizer, and the task.
 
-    def __init__(self, runtime: Runtime, tokenizer: Tokenizer, *, eos_ids: Sequence[int] = ()) -> None:
-        self.runtime, self.tokenizer, self.eos_ids = runtime, tokenizer, list(eos_ids)
+    `predictor(examples)` answers a list of examples, or a single one: texts, pairs of texts, (question, context) pairs,
+    images. Options of the task (`top_k`, `aggregation`, `long` …) may be given to `load` or with a call.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        tokenizer: Tokenizer | None,
+        *,
+        eos_ids: Sequence[int] = (),
+        task: str = "text-generation",
+        make: Callable[..., Task] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        self.runtime, self.eos_ids, self.task = runtime, list(eos_ids), task
+        self._tokenizer, self.make, self.options = tokenizer, make, dict(options or {})
+        self.prepared = None if make is None else make(**self.options)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer; an image model has none."""
+        if self._tokenizer is None:
+            raise InputError("this model reads images: it has no tokenizer")
+        return self._tokenizer
+
+    def __call__(self, examples: Any, **options: Any) -> Any:
+        """Answer each of a list of examples, in order, or a single example."""
+        if not isinstance(examples, list):
+            return self([examples], **options)[0]
+        if self.make is None:
+            return [self.generate(prompt, **{**self.options, **options}) for prompt in examples]
+        task = self.make(**{**self.options, **options}) if options or self.prepared is None else self.prepared
+        step = AT_ONCE.get(self.task, USUALLY)
+        parts = [self.answer(task, examples[i : i + step]) for i in range(0, max(len(examples), 1), step)]
+        if isinstance(parts[0], np.ndarray):
+            return np.concatenate(parts)
+        return [answer for part in parts for answer in part]
+
+    def answer(self, task: Task, examples: list[Any]) -> Any:
+        """Encode, run and decode a few examples at once."""
+        features = task.encode(examples)
+        pad = 0 if self._tokenizer is None else self._tokenizer.pad_id or 0
+        outputs = run_features(self.runtime, features, output=task.output, pad_id=pad)
+        return task.decode(features, outputs, examples)
 
     @overload
     def generate(self, prompt: str, *, stream: Literal[False] = False, **settings: Unpack[Settings]) -> Generation: ...
@@ -59,33 +108,79 @@ class Predictor:
 
 
 def load(
-    folder: str | Path, *, runtime: str = "auto", dtype: str = "auto", slots: int = 1, threads: int | None = None
+    model: str | Path,
+    task: str | None = None,
+    *,
+    runtime: str = "auto",
+    dtype: str = "auto",
+    slots: int = 1,
+    threads: int | None = None,
+    revision: str | None = None,
+    **options: Any,
 ) -> Predictor:
-    """Open a model folder.
+    """Open a model folder, or a model of the Hub by its name.
 
+    `task` is a pipeline name ("text-classification", "feature-extraction" …); None: what the checkpoint was made for.
     runtime "auto" takes the ONNX graph where there is one and onnxruntime is installed, else torch. dtype "auto" is
-    fp32, or int8 where that is the only graph. Raises InputError or FormatError that names the path.
+    fp32, or int8 where that is the only graph. `options` are the task's. Raises InputError or FormatError that names
+    the path.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError("there is no such model folder", where=str(folder), fix="check the path")
-    chosen = open_runtime(folder, runtime, dtype, slots, threads)
-    tokenizer = Tokenizer.from_pretrained(folder)
-    if tokenizer.vocab_size > chosen.vocab_size:
+    if task is not None:
+        check_task(task)
+    folder = find_folder(model, revision=revision)
+    config = read_config(folder)
+    task = task or find_task(read_kind(config))
+    find_head(config, TASKS[task])  # an InputError where the family has no such head
+    tokenizer = None if config.vision else Tokenizer.from_pretrained(folder)
+    engine = open_runtime(folder, runtime, dtype, slots, threads, head=TASKS[task])
+    return make_predictor(engine, folder, config, task, tokenizer, options)
+
+
+def make_predictor(
+    engine: Runtime, folder: Path, config: Config, task: str, tokenizer: Tokenizer | None, options: dict[str, Any]
+) -> Predictor:
+    """Put the parts of a predictor together."""
+    if tokenizer is not None and tokenizer.vocab_size > engine.vocab_size:
         raise FormatError(
             "the tokenizer does not belong to this model",
             where=str(folder),
-            found=f"{tokenizer.vocab_size} tokens in tokenizer.json",
-            expected=f"at most the model's {chosen.vocab_size}",
+            found=f"{tokenizer.vocab_size} tokens in the tokenizer",
+            expected=f"at most the model's {engine.vocab_size}",
         )
-    return Predictor(chosen, tokenizer, eos_ids=read_eos_ids(folder, tokenizer))
+    if task == "text-generation":
+        assert tokenizer is not None
+        return Predictor(engine, tokenizer, eos_ids=read_eos_ids(folder, tokenizer), options=options)
+    facts = read_facts(config, tokenizer)
+
+    def make(**chosen: Any) -> Task:
+        return make_task(task, folder, tokenizer, facts, **chosen)
+
+    return Predictor(engine, tokenizer, task=task, make=make, options=options)
 
 
-def open_runtime(folder: Path, runtime: str, dtype: str, slots: int, threads: int | None) -> Runtime:
-    """Open the runtime of this name over a folder."""
+def read_facts(config: Config, tokenizer: Tokenizer | None) -> Facts:
+    """Return what tasks must know about a model; its length is the shorter of the model's and the tokenizer's."""
+    stated = None if tokenizer is None else tokenizer.model_max_length
+    return Facts(
+        model_type=config.model_type,
+        max_length=min(config.max_tokens, stated or config.max_tokens),
+        labels=config.labels,
+        problem_type=config.problem_type,
+        token_types=config.type_vocab_size > 1,
+    )
+
+
+def open_runtime(
+    folder: Path, runtime: str, dtype: str, slots: int, threads: int | None, *, head: str = "CausalLM"
+) -> Runtime:
+    """Open the runtime of this name over a folder, with a head."""
     if runtime not in RUNTIMES:
         raise InputError("there is no such runtime", found=runtime, expected=", ".join(RUNTIMES))
     graphs = [name for name, file in FILES.items() if (folder / "onnx" / file).is_file()]
+    if head != "CausalLM":
+        if runtime == "onnx":
+            raise InputError("only language models have ONNX graphs so far", fix='runtime="torch"')
+        graphs = []
     if runtime == "onnx" or (runtime == "auto" and graphs and find_spec("onnxruntime")):
         if dtype == "auto":
             dtype = graphs[0] if graphs else "fp32"
@@ -93,7 +188,7 @@ def open_runtime(folder: Path, runtime: str, dtype: str, slots: int, threads: in
     require("torch", extra="torch")
     from lmworks.runtime.torch_runtime import TorchRuntime
 
-    return TorchRuntime(folder, dtype="fp32" if dtype == "auto" else dtype, slots=slots)
+    return TorchRuntime(folder, head=head, dtype="fp32" if dtype == "auto" else dtype, slots=slots)
 
 
 def read_eos_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:
@@ -106,15 +201,3 @@ def read_eos_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:
             if isinstance(value, list):
                 return [int(item) for item in value]
     return [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-
-
-class AutoModelForCausalLM:
-    """The name people know: `AutoModelForCausalLM.from_pretrained(folder)(input_ids)` gives logits. Needs torch."""
-
-    @staticmethod
-    def from_pretrained(folder: str | Path) -> PretrainedCausalLM:
-        """Return our torch module, with `.generate` and `.save_pretrained`, in evaluation mode."""
-        require("torch", extra="torch")
-        from lmworks.runtime.pretrained import PretrainedCausalLM
-
-        return PretrainedCausalLM.from_pretrained(folder)

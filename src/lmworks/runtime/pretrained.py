@@ -1,38 +1,70 @@
-"""Our causal language model with the methods that people know from transformers. Imported only when one is asked for.
+"""Our torch modules with the methods that people know from transformers. Imported only when one is asked for.
 
-Shapes: B batch, T tokens, N new tokens at most.
+Shapes: B batch, C choices, T tokens, N new tokens at most.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from lmworks.base.types import Answer
 from lmworks.models.checkpoint import load_model, save_model
-from lmworks.models.heads import CausalLM
+from lmworks.models.heads import Model
 from lmworks.runtime.decoding import generate
+from lmworks.runtime.predictor import Predictor, make_predictor
 from lmworks.runtime.sampling import Sampling
 from lmworks.runtime.torch_runtime import TorchRuntime
+from lmworks.tasks.registry import find_task
+from lmworks.tokens.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class PretrainedCausalLM(CausalLM):
-    """A CausalLM that was read from a folder: `model(input_ids)` gives logits (B, T, V)."""
+class Pretrained(Model):
+    """A Model that was read from a folder: `model(input_ids, attention_mask, token_type_ids=…)` gives its numbers."""
+
+    folder: Path
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> PretrainedCausalLM:
-        """Read a model folder, ready for inference."""
-        model = load_model(folder)
-        model.__class__ = cls  # the same module with two methods more
+    def read(cls, folder: Path, kind: str, **settings: Any) -> Pretrained:
+        """Read a folder with the head `kind`, ready for inference."""
+        model = load_model(folder, kind, **settings)
+        model.__class__ = cls  # the same module with a few methods more
         assert isinstance(model, cls)
+        model.folder = folder
         return model
 
+    def forward(self, inputs: Tensor, attention_mask: Tensor | None = None, **more: Any) -> Tensor:
+        """Return the head's numbers; choices (B, C, T) come as rows and go as (B, C)."""
+        if self.kind == "MultipleChoice" and inputs.ndim == 3:
+            mask = None if attention_mask is None else attention_mask.flatten(0, 1)
+            flat = {name: value.flatten(0, 1) for name, value in more.items() if value is not None}
+            return super().forward(inputs.flatten(0, 1), mask, **flat).view(inputs.shape[:2])
+        return super().forward(inputs, attention_mask, **more)
+
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, generation_config.json and model.safetensors."""
+        """Write config.json, model.safetensors and, where there is one, the tokenizer."""
         save_model(self, folder)
+        if not self.config.vision and any(self.folder.glob("*token*")):
+            Tokenizer.from_pretrained(self.folder).save(folder)
+
+    def predictor(self, **options: Any) -> Predictor:
+        """Return what answers in words rather than numbers, with this module as it is now."""
+        tokenizer = None if self.config.vision else Tokenizer.from_pretrained(self.folder)
+        task = find_task(self.kind)
+        return make_predictor(TorchRuntime(self), self.folder, self.config, task, tokenizer, options)
+
+    def predict(self, examples: Any, **options: Any) -> Any:
+        """Answer each of a list of examples, or a single one: labels, entities, tokens for a mask, vectors."""
+        return self.predictor(**options)(examples)
+
+    def answer(self, question: str, context: str, **options: Any) -> Answer:
+        """Return the span of the context that answers the question."""
+        found: Answer = self.predict((question, context), **options)
+        return found
 
     def generate(
         self,

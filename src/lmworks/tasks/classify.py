@@ -53,7 +53,8 @@ class TextClassification:
         raw numbers), or "auto": what the model was trained for. `overlap`: tokens that windows share; by default 128,
         or a quarter of the model's length, or half of the room that the first text of a pair leaves.
         """
-        self.tokenizer, self.facts, self.overlap = tokenizer, facts, overlap
+        self.tokenizer, self.facts = tokenizer, facts
+        self.overlap, self.fixed = choose_overlap(overlap, facts), overlap is not None
         self.top_k, self.scores = check_top_k(top_k), one_of(scores, get_args(Scores), "kind of scores")
         self.long = one_of(long, get_args(Long), "way with long texts")
 
@@ -104,7 +105,7 @@ class TextClassification:
         before, rest = (None, text) if isinstance(text, str) else text
         own = 0 if before is None else 1  # the part of the input that is cut into windows
         room = self.facts.max_length - len(whole.ids) + whole.sequence_ids.count(own)
-        overlap = min(default_overlap(self.facts), max(0, room) // 2) if self.overlap is None else self.overlap
+        overlap = self.overlap if self.fixed else min(self.overlap, max(0, room) // 2)
         windows = self.tokenizer.encode_windows(rest, before=before, length=self.facts.max_length, overlap=overlap)
         features = [to_feature(window, place, self.facts) for window in windows]
         for number, feature in enumerate(features):
@@ -113,9 +114,13 @@ class TextClassification:
         return features
 
 
-def default_overlap(facts: Facts) -> int:
-    """Return how many tokens neighbouring windows share where nobody said it."""
-    return min(OVERLAP, facts.max_length // 4)
+def choose_overlap(overlap: int | None, facts: Facts) -> int:
+    """Return how many tokens neighbouring windows share; InputError where it is not a number from 0 up."""
+    if overlap is None:
+        return min(OVERLAP, facts.max_length // 4)
+    if isinstance(overlap, bool) or not isinstance(overlap, int) or overlap < 0:
+        raise InputError("overlap is how many tokens windows share", found=repr(overlap), expected="0 or more")
+    return overlap
 
 
 def as_text(example: Any, place: int) -> Text:

@@ -228,9 +228,10 @@ def search(query_vectors: Floats, vectors: Floats, texts: Sequence[str], top_k: 
         for start in range(0, len(query_vectors), 256):
             scores = similarity(query_vectors[start : start + 256], vectors[first : first + BLOCK])
             for query, row in enumerate(scores, start):
-                both = np.concatenate([best[query][0], row])
-                indices = np.concatenate([best[query][1], np.arange(first, first + len(row))])
+                known, indices = best[query]
+                better = np.flatnonzero(row > known[-1]) if len(known) == top_k else np.arange(len(row))
+                both = np.concatenate([known, row[better]])
                 top = np.argsort(-both, kind="stable")[:top_k]  # stable: what came first has the lower index
-                best[query] = both[top], indices[top]
+                best[query] = both[top], np.concatenate([indices, first + better])[top]
     pairs = [zip(scores.tolist(), indices.tolist(), strict=True) for scores, indices in best]
     return [[Match(index, texts[index], score) for score, index in pair] for pair in pairs]

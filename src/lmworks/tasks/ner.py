@@ -13,12 +13,16 @@ Shapes: T tokens of an input, L labels; logits (T, L) for each input.
 - "tokens": every token with its label, special tokens too: a list of TokenLabel.
 
 Words are those of the tokenizer (its `word_ids`), cut at white space besides. Where a tokenizer marks no sub-words
-(GPT-2, RoBERTa), the pipeline takes everything between two spaces for a word, punctuation too: words="spaces".
+(GPT-2, RoBERTa), the pipeline takes everything between two spaces for a word, punctuation too: words="spaces" does so,
+but leaves a character of several tokens whole.
+
+An entity's `word` is what the tokenizer makes of its tokens ("ada"); text[start:end] is what the text says ("Ada").
 
 A text that is longer than the model (`long`): "error" says so; "truncate" leaves its end unread; "window" reads all of
 it in windows that share `overlap` tokens, and takes each token's probabilities from the window in which it lies
-farthest from a cut (from the earlier one of two). A model that looks no more than overlap / 2 tokens to either side
-then answers as if it had read the text at once; any other model may answer differently near a cut.
+farthest from a cut (from the earlier one of two). A model that looks no more than overlap / 2 tokens to either side,
+and counts positions from token to token, then answers as if it had read the text at once; any other model may answer
+otherwise, as it sees less of the text. The pipeline's `stride` settles an overlap by the longer entity instead.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ from numpy.typing import NDArray
 from lmworks.base.errors import InputError
 from lmworks.base.types import Entity, TokenLabel
 from lmworks.tasks.base import Facts, Feature, Long, one_of, softmax, to_feature, too_long
-from lmworks.tasks.classify import check_logits, default_overlap
+from lmworks.tasks.classify import check_logits, choose_overlap
 from lmworks.tokens.tokenizer import Tokenizer
 
 Aggregation = Literal["none", "simple", "first", "average", "max", "tokens"]
@@ -81,7 +85,7 @@ class TokenClassification:
         self.aggregation = one_of(aggregation, get_args(Aggregation), "aggregation")
         self.words = one_of(words, get_args(Words), "kind of words")
         self.long = one_of(long, get_args(Long), "way with long texts")
-        self.overlap = default_overlap(facts) if overlap is None else overlap
+        self.overlap, self.unknown = choose_overlap(overlap, facts), tokenizer.unk_id
         known = list(dict.fromkeys([*facts.labels, *(kind_of(label) for label in facts.labels)]))
         self.ignored = {"O"} if ignore_labels is None else {one_of(one, known, "label") for one in ignore_labels}
 
@@ -189,8 +193,7 @@ class TokenClassification:
         else:
             row = rows[rows.max(1).argmax()] if self.aggregation == "max" else rows[0]
         best = int(row.argmax())
-        unknown = self.tokenizer.unk_id
-        parts = [text[one.start : one.end] if one.id == unknown else one.spelling for one in word]
+        parts = [text[one.start : one.end] if one.id == self.unknown else one.spelling for one in word]
         written = parts[0] if self.aggregation in ("none", "simple") else self._write(parts)
         return Entity(self.facts.labels[best], float(row[best]), written, word[0].start, word[-1].end)
 

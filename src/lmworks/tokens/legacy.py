@@ -131,17 +131,7 @@ def make_byte_level(folder: Path, config: dict[str, Any], family: str) -> tuple[
 def make_sentencepiece(folder: Path, config: dict[str, Any], family: str) -> tuple[Any, dict[str, str]]:
     """Byte-pair encoding or a unigram model over whole texts with visible spaces (Kudo and Richardson 2018)."""
     library = require("tokenizers", extra="text")
-    require("google.protobuf", extra="sentencepiece")
-    proto = require("sentencepiece.sentencepiece_model_pb2", extra="sentencepiece").ModelProto()
-    try:
-        proto.ParseFromString((folder / "tokenizer.model").read_bytes())
-    except Exception as error:  # Llama 3 published a tiktoken file under this name
-        raise FormatError(
-            "tokenizer.model is not a SentencePiece model",
-            where=str(folder),
-            found=str(error)[:200],
-            fix="use a copy of the model that has a tokenizer.json",
-        ) from None
+    proto = read_proto(folder / "tokenizer.model")
     trained, pieces, bytes_too = proto.trainer_spec, proto.pieces, proto.trainer_spec.byte_fallback
     if trained.model_type == BPE:
         vocabulary = {piece.piece: i for i, piece in enumerate(pieces)}
@@ -164,6 +154,25 @@ def make_sentencepiece(folder: Path, config: dict[str, Any], family: str) -> tup
     ids = {"unk_token": trained.unk_id, "bos_token": trained.bos_id, "eos_token": trained.eos_id}
     ids["pad_token"] = trained.pad_id
     return backend, {key: pieces[id].piece for key, id in ids.items() if 0 <= id < len(pieces)}
+
+
+def read_proto(path: Path) -> Any:
+    """Return a SentencePiece model as its library lays it out; Llama 3 published another format under this name."""
+    require("google.protobuf", extra="sentencepiece")
+    proto = require("sentencepiece.sentencepiece_model_pb2", extra="sentencepiece").ModelProto()
+    found = ""
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except Exception as error:  # protobuf's own, whose name depends on how it was built
+        found = str(error)[:200]
+    if found or not proto.pieces:
+        raise FormatError(
+            f"{path.name} is not a SentencePiece model",
+            where=str(path.parent),
+            found=found or "no pieces",
+            fix="use a copy of the model that has a tokenizer.json",
+        )
+    return proto
 
 
 def make_merges(vocabulary: dict[str, int], pieces: list[str]) -> list[tuple[str, str]]:

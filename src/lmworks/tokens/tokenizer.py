@@ -103,6 +103,9 @@ class Tokenizer:
         Neighbours share `overlap` tokens. `before` (a question) is repeated at the start of every window. Offsets are
         those of the whole text. Raises InputError where a window has no room for more than the overlap.
         """
+        return guard(lambda: self._windows(text, before, length, overlap), "the tokenizer failed on this text")
+
+    def _windows(self, text: str, before: str | None, length: int, overlap: int) -> list[Any]:
         first = None if before is None else self._bare(before)
         room = length - self.backend.num_special_tokens_to_add(first is not None) - (0 if first is None else len(first))
         if room <= overlap:
@@ -112,12 +115,11 @@ class Tokenizer:
                 fix="shorten the question, or choose a smaller overlap",
             )
         rest = self._bare(text)
-        return guard(lambda: self._windows(first, rest, room, overlap), "the tokenizer failed on this text")
-
-    def _windows(self, first: Any, rest: Any, room: int, overlap: int) -> list[Any]:
+        if len(rest) <= room:  # (joined by hand, a whole text would keep its sequence id beside the new one)
+            return self.encode_inputs([text if before is None else (before, text)])
         rest.truncate(room, stride=overlap)
         join, parts = self.backend.post_process, [rest, *rest.overflowing]
-        return [join(part) if first is None else join(first, part) for part in parts]
+        return [join(part) if first is None else join(first, part) for part in parts]  # each by itself: see the tests
 
     def _bare(self, text: str) -> Any:
         run, whole = self._untrimmed.encode, repair(text)
@@ -125,7 +127,7 @@ class Tokenizer:
 
     @cached_property
     def _untrimmed(self) -> Any:
-        """The backend, without a post-processor that moves offsets past spaces: it runs again when windows are joined."""
+        """The backend, without a post-processor that moves offsets past spaces: joining windows runs it again."""
         processor = self.backend.post_processor
         if processor is None or b'"trim_offsets":true' not in processor.__getstate__():
             return self.backend
@@ -150,6 +152,8 @@ class Tokenizer:
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
         if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 wants a dict under this name
             config["additional_special_tokens"] = config.pop("extra_special_tokens")
+        added = self.backend.get_added_tokens_decoder()
+        config["added_tokens_decoder"] = {str(id): flags(token) for id, token in sorted(added.items())}
         named = {key: config[key] for key in (*USUAL, "additional_special_tokens") if config.get(key)}
         write_json(folder / "special_tokens_map.json", plain(named))
         write_json(folder / "tokenizer_config.json", config)
@@ -285,6 +289,12 @@ def template_file(name: str) -> str:
     if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
         raise FormatError("a chat template has a name that cannot be a file's", found=name[:100])
     return "chat_template.jinja" if name == "default" else f"{TEMPLATES}/{name}.jinja"
+
+
+def flags(token: Any) -> dict[str, Any]:
+    """Return an added token as tokenizer_config.json holds it."""
+    names = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    return {name: getattr(token, name) for name in names}
 
 
 def plain(value: Any) -> Any:

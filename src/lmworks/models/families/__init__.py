@@ -90,6 +90,18 @@ def architecture(model_type: str, kind: str) -> str:
     return IRREGULAR.get((model_type, kind), f"{name}Model" if kind == "Model" else f"{name}For{kind}")
 
 
+def published_names() -> dict[str, tuple[str, str]]:
+    """Return every published class that we can read, as its family and head: {"BertModel": ("bert", "Model"), …}."""
+    sizes: dict[str, Any] = dict.fromkeys(
+        "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size "
+        "max_position_embeddings".split(), 2)  # fmt: skip
+    return {
+        architecture(model_type, kind): (model_type, kind)
+        for model_type, family in FAMILIES.items()
+        for kind in family.heads(Config(model_type=model_type, **sizes))
+    }
+
+
 def read_kind(c: Config) -> str:
     """Return the head that config.json names under `architectures`; where it names none, the usual one."""
     named = c.source.get("architectures")

@@ -1,0 +1,106 @@
+"""Inference made faster with the same numbers: no padding, and matrices in the order that the processor reads best.
+
+Shapes: B rows, N tokens of all rows without padding, T tokens of a row, D hidden_size, O outputs of the head.
+
+The tokens of a ragged batch lie end to end, (1, N, D): norms, Linears and MLPs never see padding, and attention runs
+once for all rows of one length. Rows must come sorted by length.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmworks.models.attention import Attention, Context, Span
+from lmworks.models.heads import Model
+from lmworks.models.layers import ACTIVATIONS, MLP, GatedMLP
+from lmworks.models.view import Whole
+
+POST_OPS = {"gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "gelu_pytorch_tanh": ("gelu", "tanh"),
+            "silu": ("swish", ""), "relu": ("relu", ""), "tanh": ("tanh", "")}  # fmt: skip
+TRIAL_ROWS = 64  # tokens of the products that are measured: a short text
+
+
+def run_ragged(
+    model: Model, input_ids: Tensor, lengths: Sequence[int], token_type_ids: Tensor | None = None
+) -> Tensor:
+    """Run rows that lie end to end: ids (N,), the length of each row, all above 0 and sorted -> (N, O) or (B, O).
+
+    A head that pools answers once a row (B, O), the others once a token; the bare body gives its states (N, D).
+    """
+    body, c = model.transformer, model.config
+    places = torch.cat([torch.arange(length, device=input_ids.device) for length in lengths])[None]  # (1, N)
+    x = body.embeddings(input_ids[None], places, None if token_type_ids is None else token_type_ids[None])  # (1, N, D)
+
+    def context(window: int | None, frequencies: tuple[float, ...]) -> Context:
+        spans = make_spans(lengths, window, causal=c.causal, device=x.device)
+        return Context(rope=body.rope(frequencies, places), spans=spans)
+
+    everywhere = context(None, body.frequencies)
+    local = context(c.window, body.local_frequencies) if c.local_layers else everywhere
+    x = body.through(x, everywhere, local)[0]  # (N, D)
+    if model.kind == "Model":
+        return x
+    if model.head.pool == "none":
+        scores: Tensor = model.head(x)  # (N, O)
+        return scores
+    rows = x.split(list(lengths))
+    pooled = {"first": lambda row: row[0], "last": lambda row: row[-1], "mean": lambda row: row.mean(0)}
+    states = torch.stack([pooled[model.head.pool](row) for row in rows])  # (B, D)
+    logits: Tensor = model.head(states[:, None])  # rows of one token: pooling leaves them as they are
+    return logits
+
+
+def make_spans(
+    lengths: Sequence[int], window: int | None, *, causal: bool, device: torch.device
+) -> tuple[Span, ...]:
+    """Return the spans of rows of one length: [2, 2, 5] -> two rows of 2 at 0, one of 5 at 4."""
+    spans, start = [], 0
+    for length, group in groupby(lengths):
+        rows = len(list(group))
+        look = Whole(torch.empty(1, length, device=device), None, causal=causal).look(window)
+        spans.append(Span(start, rows, length, *look))
+        start += rows * length
+    return tuple(spans)
+
+
+class PackedLinear(nn.Module):
+    """One Linear, or several of one input side by side, in the order that the processor reads best; then `act`."""
+
+    def __init__(self, *linears: nn.Linear, act: str = "", rows: int = 1) -> None:
+        """Reorder the matrices once, for products of about `rows` rows."""
+        super().__init__()
+        weight = torch.cat([linear.weight.detach() for linear in linears])  # (out, in)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+        biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+        self.bias = torch.cat(biases) if biases else None
+        self.post_op = POST_OPS[act] if act else ("none", "")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply, add the bias, and apply the activation while the numbers are at hand: (…, in) -> (…, out)."""
+        name, algorithm = self.post_op
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, name, [], algorithm)
+        return y
+
+
+class PackedAttention(Attention):
+    """Attention whose queries, keys and values come from one product."""
+
+    def __init__(self, given: Attention, rows: int) -> None:
+        nn.Module.__init__(self)
+        self.layer, self.dropout = given.layer, given.dropout
+        self.heads, self.kv_heads, self.head_dim = given.heads, given.kv_heads, given.head_dim
+        self.qkv_proj = PackedLinear(given.q_proj, given.k_proj, given.v_proj, rows=rows)
+        self.o_proj = PackedLinear(given.o_proj, rows=rows)  # type: ignore[assignment]
+
+    def project(self, x: Tensor) -> Sequence[Tensor]:
+        """Return queries (B, T, H * E), keys and values (B, T, K * E)."""
+        sizes = [count * self.head_dim for count in (self.heads, self.kv_heads, self.kv_heads)]
+        parts: Sequence[Tensor] = self.qkv_proj(x).split(sizes, -1)
+        return parts

@@ -1,0 +1,88 @@
+"""From features to outputs: batches with little padding, answers in the order of the features.
+
+Shapes: B rows of a batch, T tokens of its longest row, O outputs of a head, D hidden_size.
+
+Texts of like length share a batch, the longest first, so that memory runs out at once or never. Which batch a text
+falls in changes nothing but the last digits of its answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lmworks.base.errors import InputError
+from lmworks.base.types import Batch
+from lmworks.tasks.base import Feature, collate
+
+BATCH_TOKENS = 2048  # in a batch, padding included: larger ones are no faster on a processor
+MAX_ROWS = 64
+MOST_PADDING = 1 / 8  # of a batch's tokens
+
+
+class Runs(Protocol):
+    """The part of a runtime that is needed here."""
+
+    def run(self, batch: Batch) -> dict[str, NDArray[Any]]: ...
+
+
+def run_features(
+    runtime: Runs, features: Sequence[Feature], *, output: str, pad_id: int = 0,
+    batch_tokens: int = BATCH_TOKENS, max_rows: int = MAX_ROWS,
+) -> list[NDArray[Any]]:  # fmt: skip
+    """Run features in batches; return one array each, in their order: (T, …) of its own length, or (O,) of a whole row.
+
+    `output` names the runtime's array, "logits" or "hidden_states": of three dimensions (B, T, …) it holds something a
+    token and is cut to each feature's length; of two (B, O), something a row. All outputs are in memory at once: for
+    large ones (T, vocabulary), call this once a chunk of `in_chunks`. Raises InputError where the model lacks `output`.
+    """
+    outputs: list[NDArray[Any]] = [np.empty(0)] * len(features)
+    for rows in make_batches([len(feature) for feature in features], batch_tokens=batch_tokens, max_rows=max_rows):
+        found = runtime.run(collate([features[row] for row in rows], pad_id=pad_id))
+        if output not in found:
+            raise InputError(
+                f"this model gives no {output}",
+                found=", ".join(found),
+                fix="choose the task that the model was made for",
+            )
+        for row, array in zip(rows, found[output], strict=True):
+            per_token = array.ndim == 2 and "input_ids" in features[row].inputs
+            outputs[row] = array[: len(features[row])] if per_token else array
+    return outputs
+
+
+def make_batches(lengths: Sequence[int], *, batch_tokens: int, max_rows: int) -> Iterator[list[int]]:
+    """Yield the rows of each batch, longest first: at most `max_rows`, `batch_tokens` with padding, little padding.
+
+    [3, 9, 3] -> [1], [0, 2]. A row longer than `batch_tokens` is a batch of its own.
+    """
+    batch: list[int] = []
+    real = 0  # tokens of the batch without padding
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if batch:
+            padded = (len(batch) + 1) * lengths[batch[0]]
+            wasteful = padded - real - lengths[row] > MOST_PADDING * padded
+            if len(batch) == max_rows or padded > batch_tokens or wasteful:
+                yield batch
+                batch, real = [], 0
+        batch.append(row)
+        real += lengths[row]
+    if batch:
+        yield batch
+
+
+def in_chunks(features: Sequence[Feature], *, tokens: int = 8 * BATCH_TOKENS) -> Iterator[list[Feature]]:
+    """Cut features, in their order, into chunks of about `tokens` tokens; those of one example stay together."""
+    chunk: list[Feature] = []
+    held = 0
+    for feature in features:
+        if chunk and held + len(feature) > tokens and feature.example != chunk[-1].example:
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(feature)
+        held += len(feature)
+    if chunk:
+        yield chunk
