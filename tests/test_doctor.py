@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 
 from lmworks import doctor
 
-RUN = "import json, sys; from lmworks.doctor import examine; r = examine(); print(json.dumps(r.to_dict(), allow_nan=False))"
+RUN = "import json, sys; from lmworks.doctor import examine; print(json.dumps(examine().to_dict(), allow_nan=False))"
 GUARD = "; assert not {'torch', 'torchvision', 'onnxruntime'} & set(sys.modules)"
 
 

@@ -117,7 +117,7 @@ def generate(
     """Continue a prompt: an iterator over pieces of text that never end inside a character; then `.result`."""
     from lmworks.runtime.predictor import load
 
-    return load(model, runtime=runtime, dtype=dtype).generate(
+    return load(model, "text-generation", runtime=runtime, dtype=dtype).generate(
         prompt,
         stream=True,
         max_tokens=max_tokens,
@@ -167,7 +167,7 @@ def evaluate(
     from lmworks.runtime.predictor import load
     from lmworks.tokens.batch import make_stream
 
-    predictor = load(model, runtime=runtime, dtype=dtype)
+    predictor = load(model, "text-generation", runtime=runtime, dtype=dtype)
     tokenizer, engine = predictor.tokenizer, predictor.runtime
     documents = read_clean(Path(texts), column=column)
     stream = make_stream(tokenizer, [document.text for document in documents])

@@ -421,6 +421,13 @@ def test_a_hub_that_is_not_there(server: HubServer, monkeypatch: pytest.MonkeyPa
     assert "check the connection, HF_ENDPOINT" in message(NAME)
 
 
+def test_a_commit_that_is_a_path_is_refused(server: HubServer, tmp_path: Path) -> None:
+    evil = "../../../evil"
+    server.commits["x/y"], server.branches["x/y", "main"] = {evil: {"config.json": b"{}"}}, evil
+    assert "not an answer of a Hub" in message("x/y")
+    assert not server.fetched()
+
+
 @pytest.mark.parametrize(("number", "says"), [(errno.ENOSPC, "free some disk space"), (errno.EROFS, "set HF_HOME")])
 def test_a_disk_that_refuses(server: HubServer, monkeypatch: pytest.MonkeyPatch, number: int, says: str) -> None:
     def move(*_: object) -> None:
@@ -452,6 +459,21 @@ def test_without_huggingface_hub_the_line_that_installs_it_is_given(
 
 
 # ---- as a user runs it
+
+
+def test_the_verbs_pull_and_inspect(server: HubServer, capsys: pytest.CaptureFixture[str]) -> None:
+    from lmworks.cli.hub import inspect, pull
+
+    assert pull(NAME, json=True) == 0
+    pulled = json.loads(capsys.readouterr().out)
+    folder = Path(pulled["folder"])
+    assert (pulled["commit"], pulled["revision"]) == (server.branches[NAME, "main"], "main")
+    assert pulled["files"] == {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    server.log.clear()
+    assert inspect(NAME, json=True) == 0
+    assert json.loads(capsys.readouterr().out)["architecture"] == "BertForSequenceClassification"
+    assert not server.log
+
 
 PULL = "import sys; from lmworks.base.hub import find_folder; print(find_folder(sys.argv[1]))"
 

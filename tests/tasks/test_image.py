@@ -47,6 +47,7 @@ def pictures(data_folder, tmp_path_factory) -> list[Path]:
     clear.putalpha(alpha)
     clear.save(folder / "rgba.png")
     rgb.quantize(17).save(folder / "palette.png", transparency=3)
+    alpha.save(folder / "gray-clear.png", transparency=0)
     alpha.convert("LA").save(folder / "gray-alpha.png")
     alpha.convert("1").save(folder / "bits.png")
     rgb.convert("CMYK").save(folder / "cmyk.jpg")
@@ -93,6 +94,15 @@ def test_pixels_are_those_of_transformers(processor, options, pictures, tmp_path
     assert len(np.unique(found)) > 30
 
 
+@pytest.mark.parametrize("edge", [31, 50])
+def test_the_longer_edge_follows_the_shorter(edge, pictures):
+    theirs = CLIPImageProcessorPil(size={"shortest_edge": edge}, do_center_crop=False)
+    task = ImageClassification(theirs.to_dict(), SMALL)
+    for path in pictures:
+        expected = theirs(transformers.image_utils.load_image(str(path)), return_tensors="np")["pixel_values"]
+        np.testing.assert_allclose(pixels(task, [path]), expected, atol=1e-5)
+
+
 def test_labels_and_scores_are_those_of_the_pipeline(pictures, tmp_path):
     config = transformers.ViTConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=32, patch_size=8,
@@ -127,6 +137,15 @@ def test_arrays_and_images_in_memory_are_read_like_files(data_folder, pictures):
 
 def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def test_a_picture_over_the_limit_of_pillow_is_refused(pictures, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 28 * 28)
+    task = ImageClassification({"size": 20}, SMALL)
+    assert len(task.encode([path for path in pictures if path.name.startswith("digit")])) == 20
+    for example in (Image.new("RGB", (28, 29)), next(path for path in pictures if path.name == "rgb.png")):
+        with pytest.raises(InputError, match=r"too large|exceeds limit"):
+            task.encode([example])
 
 
 def test_bad_pictures_end_in_one_message_that_names_the_file(data_folder, pictures, tmp_path):

@@ -14,7 +14,7 @@ from lmworks.tasks.base import Facts
 from lmworks.tasks.ner import TokenClassification
 from lmworks.tokens.tokenizer import Tokenizer
 
-TAGS = dict(enumerate(["O", "B-person", "I-person", "B-location", "I-location", "I-group", "product"]))
+TAGS = dict(enumerate(["O", "B-person", "I-person", "B-location", "I-location", "I-group", "location"]))
 KIND = "BertForTokenClassification"
 WAYS = ["none", "simple", "first", "average", "max"]
 

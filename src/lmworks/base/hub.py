@@ -134,6 +134,8 @@ def download(hub: ModuleType, name: str, revision: str, files: Sequence[str] | N
     """Fetch the chosen files of a revision; the branch points to the new commit only when all of it is there."""
     api = hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, library_name="lmworks", library_version=__version__)
     info = api.model_info(name, revision=revision, timeout=30)
+    if not COMMIT.fullmatch(str(info.sha)):
+        raise InputError("this is not an answer of a Hub", found=repr(info.sha)[:80], fix="check HF_ENDPOINT")
     held = [file.rfilename for file in info.siblings or ()]
     names = choose(held, files or [*NEEDED, *PAPERS])
     pickles = choose(held, PICKLES)

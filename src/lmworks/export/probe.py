@@ -16,8 +16,8 @@ import numpy as np
 from lmworks.base.errors import InputError
 from lmworks.export.reference import Arrays
 from lmworks.models.config import Config
+from lmworks.tasks.base import Facts
 from lmworks.tasks.image import FILE, ImageClassification
-from lmworks.tasks.registry import read_facts
 from lmworks.tokens.tokenizer import Tokenizer
 
 TEXTS = (
@@ -80,7 +80,7 @@ def make_images(folder: Path, c: Config, random: np.random.Generator) -> list[Ar
     size = c.vision.image_size
     if (folder / FILE).is_file() and c.vision.num_channels == 3:
         pictures = [random.integers(0, 256, (size + 9, size + 20, 3), np.uint8) for _ in range(IMAGES)]
-        features = ImageClassification(folder, read_facts(c)).encode(pictures)
+        features = ImageClassification(folder, Facts(model_type=c.model_type, max_length=1)).encode(pictures)
         return [{"pixel_values": feature.inputs["pixel_values"]} for feature in features]
     shape = (c.vision.num_channels, size, size)
     return [{"pixel_values": random.standard_normal(shape).astype(np.float32)} for _ in range(IMAGES)]

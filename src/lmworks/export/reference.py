@@ -99,9 +99,7 @@ class Reference:
         )  # fmt: skip
         self.model.generation_config = settings  # the checkpoint's own may sample, punish repetition, or stop early
         with torch.inference_mode(), quiet(self.transformers):
-            output = self.model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings
-            )
+            output = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
         return {"tokens": output.sequences[0, len(prompt) :].numpy(), "numbers": torch.cat(output.logits).numpy()}
 
 

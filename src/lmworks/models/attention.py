@@ -2,19 +2,36 @@
 
     softmax(q k^T / sqrt(E)) v      (Vaswani et al. 2017, section 3.2; grouped heads: Ainslie et al. 2023)
 
-Shapes: B batch, T new tokens, S keys (past and new), D hidden_size, H heads, K key/value heads, E head_dim.
+Shapes: B batch, T new tokens, S keys (past and new), N tokens of all rows, D hidden_size, H heads, K key/value heads,
+E head_dim.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmworks.models.cache import KVCache
 from lmworks.models.config import Config
 from lmworks.models.rope import Rope, rotate
+
+
+class Span(NamedTuple):
+    """Rows of one length that lie end to end in a single row of tokens, and what a token of theirs may look at."""
+
+    start: int
+    rows: int
+    length: int
+    mask: Tensor | None
+    causal: bool
+
+    def cut(self, x: Tensor) -> Tensor:
+        """Return these rows, side by side: (1, H, N, E) -> (rows, H, length, E)."""
+        return x[0, :, self.start : self.start + self.rows * self.length].unflatten(1, (self.rows, -1)).transpose(0, 1)
 
 
 class Context(NamedTuple):
@@ -24,6 +41,7 @@ class Context(NamedTuple):
     causal: bool = False  # the kernel hides the future by itself; then there is no mask, and S = T
     rope: Rope | None = None
     cache: KVCache | None = None
+    spans: Sequence[Span] = ()  # where rows lie end to end instead of side by side (inference); then B = 1
 
 
 class Attention(nn.Module):
@@ -41,12 +59,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Mix the tokens: (B, T, D) -> (B, T, D)."""
-        B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, E)
-        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, E)
-        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, E)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.project(x))  # (B, H, T, E)
         mixed: Tensor = self.o_proj(self.mix(q, k, v, context))  # (B, T, D)
         return mixed
+
+    def project(self, x: Tensor) -> Sequence[Tensor]:
+        """Return the queries (B, T, H * E), keys and values (B, T, K * E) of all heads side by side."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """Rotate, remember, attend: q (B, H, T, E), new k and v (B, K, T, E) -> (B, T, H * E)."""
@@ -54,13 +73,20 @@ class Attention(nn.Module):
             q, k = rotate(q, *context.rope), rotate(k, *context.rope)
         if context.cache is not None:
             k, v = context.cache.append(self.layer, k, v)  # (B, K, S, E)
+        if not context.spans:
+            return self.attend(q, k, v, context)
+        rows = [self.attend(span.cut(q), span.cut(k), span.cut(v), span).flatten(0, 1) for span in context.spans]
+        return torch.cat(rows)[None]  # (1, N, H * E)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, look: Context | Span) -> Tensor:
+        """Take the weighted mean of the values: (B, H, T, E) -> (B, T, H * E)."""
         y = F.scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=context.mask,
+            attn_mask=look.mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=context.causal,
+            is_causal=look.causal,
             enable_gqa=self.heads != self.kv_heads,
         )  # (B, H, T, E)
         return y.transpose(1, 2).flatten(2)

@@ -104,3 +104,24 @@ class PackedAttention(Attention):
         sizes = [count * self.head_dim for count in (self.heads, self.kv_heads, self.kv_heads)]
         parts: Sequence[Tensor] = self.qkv_proj(x).split(sizes, -1)
         return parts
+
+
+def pack(model: nn.Module, *, rows: int = 1) -> None:
+    """Put packed matrices in place of every Linear on the CPU; a torch without these operators keeps its own.
+
+    `rows` is how many tokens a product usually has. Biases, activations and the joint product of queries, keys and
+    values come with them. The weights of the Linears are free then: what was packed cannot be trained or saved.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Attention):
+                setattr(parent, name, PackedAttention(child, rows))
+        if isinstance(parent, MLP):
+            first = "gate_proj" if isinstance(parent, GatedMLP) else "up_proj"
+            act = next(name for name, function in ACTIVATIONS.items() if function is parent.act)
+            setattr(parent, first, PackedLinear(getattr(parent, first), act=act, rows=rows))
+            parent.act = nn.Identity()
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and child.weight.device.type == "cpu":
+                setattr(parent, name, PackedLinear(child, rows=rows))

@@ -114,11 +114,15 @@ class Transformer(nn.Module):
         return x
 
     def run(self, x: Tensor, view: View, position_ids: Tensor | None, cache: KVCache | None) -> Tensor:
-        """Run the blocks and the final norm: (B, T, D) -> (B, T, D)."""
+        """See who may look at whom, then run the blocks: (B, T, D) -> (B, T, D)."""
         everywhere = Context(*view.look(None), self.rope(self.frequencies, position_ids), cache)
         local = everywhere
         if self.config.local_layers:
             local = Context(*view.look(self.config.window), self.rope(self.local_frequencies, position_ids), cache)
+        return self.through(x, everywhere, local)
+
+    def through(self, x: Tensor, everywhere: Context, local: Context) -> Tensor:
+        """Run the blocks, each in its context, and the final norm: (B, T, D) -> (B, T, D)."""
         for layer in self.layers:
             assert isinstance(layer, Block)
             x = layer(x, local if layer.local else everywhere)  # (B, T, D)

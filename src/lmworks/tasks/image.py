@@ -5,9 +5,8 @@
 Shapes: H height and W width in pixels, L labels; pixel_values (3, H, W) float32; logits (L,).
 
 What a model sees is prepared as its preprocessor_config.json says, in this order: resize, crop in the middle, rescale,
-normalize. A picture from a file is first turned the way its EXIF orientation tells. Every picture becomes RGB: gray
-is repeated, a palette looked up, and transparency dropped (the colours below it stay), all as in transformers'
-pipeline.
+normalize. Before that, as in transformers' pipeline, a picture is turned the way its EXIF orientation tells and becomes
+RGB: gray is repeated, a palette looked up, an alpha channel dropped (the colours below it show).
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ DEFAULTS: dict[str, Any] = {  # of the ViT family
     "do_normalize": True,
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
-    "do_convert_rgb": True,  # always done
+    "do_convert_rgb": False,  # every picture becomes RGB; here, a colour that a file declares clear becomes white
     "do_reduce_labels": False,  # is about labels of training
 }
 MORE = ("crop_pct", "rescale_offset", "include_top")  # steps of other families that no "do_" switches
@@ -107,7 +106,11 @@ class ImageClassification:
         elif isinstance(example, self.pillow.Image):
             self._check_pixels(example.width, example.height, where)
             upright = require("PIL.ImageOps", extra="vision").exif_transpose
-            return readable(lambda: upright(example).convert("RGB"), where)
+            image = readable(lambda: upright(example).convert("RGB"), where)
+            if self.steps["do_convert_rgb"] and image.info.get("transparency") is not None:
+                white = self.pillow.new("RGBA", image.size, "white")
+                image = self.pillow.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+            return image
         else:
             found = f"{type(example).__name__}: {example!r}"[:100]
         raise InputError(

@@ -177,8 +177,10 @@ def ask(template: str, line: str) -> dict[str, str]:
     key = (os.getpid(), template)
     with LOCK:
         child = CHILDREN.pop(key, None)
-        if child is None or child.process.poll() is not None:
-            child = Child(template)
+        if child is not None and child.process.poll() is not None:
+            child.close()
+            child = None
+        child = child or Child(template)
         answer: dict[str, str] | None = child.exchange(line, RENDERS_WITHIN)
         if answer is None or answer.get("error") == "memory":
             child.close()

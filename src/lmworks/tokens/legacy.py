@@ -31,17 +31,17 @@ ROBERTA = {
 GPT2 = {"bos_token": END, "eos_token": END, "unk_token": END}
 QWEN2 = {"eos_token": END, "pad_token": END}
 PIECES: dict[str, str] = {}  # a SentencePiece model names its own special tokens
-FAMILIES = {  # family, in small letters as in model_type: the files it is read from, its usual special tokens
-    "bert": ("vocab.txt", BERT),
-    "distilbert": ("vocab.txt", BERT),
-    "gpt2": ("vocab.json", GPT2),
-    "codegen": ("vocab.json", GPT2),
-    "phi": ("vocab.json", GPT2),
-    "roberta": ("vocab.json", ROBERTA),
-    "qwen2": ("vocab.json", QWEN2),
-    "llama": ("tokenizer.model", PIECES),
-    "mistral": ("tokenizer.model", PIECES),
-    "t5": ("tokenizer.model", PIECES),
+FAMILIES = {  # family, in small letters as in model_type: its file, its usual special tokens, its class in transformers
+    "bert": ("vocab.txt", BERT, "BertTokenizer"),
+    "distilbert": ("vocab.txt", BERT, "DistilBertTokenizer"),
+    "gpt2": ("vocab.json", GPT2, "GPT2Tokenizer"),
+    "codegen": ("vocab.json", GPT2, "CodeGenTokenizer"),
+    "phi": ("vocab.json", GPT2, "CodeGenTokenizer"),
+    "roberta": ("vocab.json", ROBERTA, "RobertaTokenizer"),
+    "qwen2": ("vocab.json", QWEN2, "Qwen2Tokenizer"),
+    "llama": ("tokenizer.model", PIECES, None),  # (a class would cut texts by its own rules, not the file's)
+    "mistral": ("tokenizer.model", PIECES, None),
+    "t5": ("tokenizer.model", PIECES, None),
 }
 FILES = {"vocab.txt": ("bert", ""), "vocab.json": ("gpt2", "merges.txt"), "tokenizer.model": ("llama", "")}
 QWEN2_WORDS = (  # GPT-4's rule with single digits, from the tokenizer.json that Qwen2 was published with
@@ -53,23 +53,25 @@ SPACE = "▁"  # SentencePiece's visible space
 
 
 def make_backend(folder: Path, config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return a `tokenizers.Tokenizer` and the special tokens by their config keys.
+    """Return a `tokenizers.Tokenizer`, and the special tokens and the class as tokenizer_config.json would name them.
 
-    `config` is tokenizer_config.json. Raises FormatError where no known set of files is complete, or one is damaged.
+    `config` is what there is of that file. Raises FormatError where no set of files is complete, or one is damaged.
     """
-    family, file = find_family(folder, config)
+    family = find_family(folder, config)
+    file, usual, kind = FAMILIES[family]
     make = {"vocab.txt": make_wordpiece, "vocab.json": make_byte_level, "tokenizer.model": make_sentencepiece}[file]
-    backend, usual = make(folder, config, family)
-    names = {key: config.get(key, name) for key, name in (FAMILIES[family][1] | usual).items()}
-    names |= {key: config[key] for key in (*ROBERTA, "additional_special_tokens") if config.get(key)}
-    add_tokens(backend, folder, config, names)
-    spelled = {key: content(token) for key, token in names.items() if isinstance(token, str | dict)}
-    backend.post_processor = make_post_processor(backend, config, family, spelled)
-    return backend, names
+    backend, own = make(folder, config, family)
+    names: dict[str, Any] = usual | own | {key: config[key] for key in ROBERTA if key in config}
+    more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
+    add_tokens(backend, folder, config, [*filter(None, names.values()), *(more if isinstance(more, list) else [])])
+    backend.post_processor = make_post_processor(
+        backend, config, family, {k: content(v) for k, v in names.items() if v}
+    )
+    return backend, names | ({"tokenizer_class": kind} if kind and not config.get("tokenizer_class") else {})
 
 
-def find_family(folder: Path, config: dict[str, Any]) -> tuple[str, str]:
-    """Return the family and the first of its files; the files there are decide over a name that they contradict."""
+def find_family(folder: Path, config: dict[str, Any]) -> str:
+    """Return the family that the folder names, unless its files are not there; then the one they show."""
     present = [name for name, (_, other) in FILES.items() if (folder / name).is_file() and (folder / other).exists()]
     if not present:
         raise FormatError(
@@ -82,11 +84,11 @@ def find_family(folder: Path, config: dict[str, Any]) -> tuple[str, str]:
     named = str(config.get("tokenizer_class") or "").removesuffix("Fast").removesuffix("Tokenizer").lower()
     for family in (named, model.get("model_type")):
         if family in FAMILIES and FAMILIES[family][0] in present:
-            return family, FAMILIES[family][0]
+            return str(family)
     family = FILES[present[0]][0]
     if family == "gpt2" and {"<s>", "</s>", "<mask>"} <= read_json(folder / "vocab.json").keys():
         family = "roberta"
-    return family, present[0]
+    return family
 
 
 def make_wordpiece(folder: Path, config: dict[str, Any], family: str) -> tuple[Any, dict[str, str]]:
@@ -177,12 +179,8 @@ def read_proto(path: Path) -> Any:
 
 def make_merges(vocabulary: dict[str, int], pieces: list[str]) -> list[tuple[str, str]]:
     """Return the pairs that make each piece, best piece first: SentencePiece stores the pieces in that order only."""
-    merges = []
-    for piece in pieces:
-        pairs = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-        known = [(a, b) for a, b in pairs if a in vocabulary and b in vocabulary]
-        merges += sorted(known, key=lambda pair: (len(pair[0]), len(pair[1])))
-    return merges
+    pairs = ((piece[:i], piece[i:]) for piece in pieces for i in range(1, len(piece)))
+    return [(a, b) for a, b in pairs if a in vocabulary and b in vocabulary]
 
 
 def cut_pieces(backend: Any, proto: Any, config: dict[str, Any]) -> None:
@@ -211,13 +209,10 @@ def cut_pieces(backend: Any, proto: Any, config: dict[str, Any]) -> None:
     backend.decoder = back.Sequence([*undo, back.Strip(" ", 1, 0)] if prefix else undo)
 
 
-def add_tokens(backend: Any, folder: Path, config: dict[str, Any], names: dict[str, Any]) -> None:
+def add_tokens(backend: Any, folder: Path, config: dict[str, Any], special: list[Any]) -> None:
     """Add the tokens that came after the vocabulary, at their ids, and mark the special ones."""
     library = require("tokenizers", extra="text")
     flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
-    more = names.get("additional_special_tokens") or []
-    special = [token for key, token in names.items() if key != "additional_special_tokens" and token]
-    special += more if isinstance(more, list) else []
     marked = {content(token) for token in special}
     places: dict[int, Any] = {}
     if isinstance(config.get("added_tokens_decoder"), dict):

@@ -29,7 +29,7 @@ USUAL = {  # where nothing names a special token: the first of these that the vo
     "mask_token": ("[MASK]", "<mask>"),
 }
 ENDLESS = 10**9  # a model_max_length from here on means that nobody said one
-PLAIN_CLASSES = (None, "TokenizersBackend", "PreTrainedTokenizer")  # the first two mean nothing to transformers 4
+PLAIN_CLASSES = (None, "TokenizersBackend")  # they mean nothing to transformers 4
 TEMPLATES = "additional_chat_templates"
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: no UTF-8 can hold it
 T = TypeVar("T")
@@ -150,6 +150,7 @@ class Tokenizer:
         config = self.config | ({} if max_length is None else {"model_max_length": max_length})
         if config.get("tokenizer_class") in PLAIN_CLASSES:
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
+            config.setdefault("model_input_names", ["input_ids", "attention_mask"])  # else transformers 4 adds types
         if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 wants a dict under this name
             config["additional_special_tokens"] = config.pop("extra_special_tokens")
         added = self.backend.get_added_tokens_decoder()
@@ -272,9 +273,9 @@ class Tokenizer:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return tokenizer_config.json with what transformers keeps beside it: special tokens and chat templates."""
-    config: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        config |= read_json(folder / name) if (folder / name).is_file() else {}
+    paths = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
+    config, beside = (read_json(path) if path.is_file() else {} for path in paths)
+    config |= {key: value for key, value in beside.items() if key not in config}
     files = {path.stem: path for path in sorted((folder / TEMPLATES).glob("*.jinja"))}
     files |= {"default": folder / "chat_template.jinja"} if (folder / "chat_template.jinja").is_file() else {}
     texts = {name: "\n".join(legacy.read_lines(path)) for name, path in files.items()}

@@ -48,6 +48,7 @@ def make_config(backend: Any, special: list[str]) -> dict[str, Any]:
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],  # else transformers 4 gives GPT-2 token types, too
         "bos_token": EOS,
         "eos_token": EOS,
         "pad_token": PAD,
