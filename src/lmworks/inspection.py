@@ -182,7 +182,7 @@ def count_parameters(tensors: Mapping[str, TensorInfo], tied: bool) -> dict[str,
     for name, info in tensors.items():
         if BUFFERS.search(name) or (MASK.search(name) and len(info.shape) == 4):
             continue
-        if (False and TIED_HEAD.search(name) and info.shape in embeddings) or TIED_BIAS.get(name) in tensors:
+        if (tied and TIED_HEAD.search(name) and info.shape in embeddings) or TIED_BIAS.get(name) in tensors:
             continue
         found[next(part for part, pattern in COMPONENTS.items() if re.search(pattern, name))] += info.size
     return {**found, "total": sum(found.values())}

@@ -187,7 +187,7 @@ def test_truncated_at_any_place(folder: Path) -> None:
     whole = path.read_bytes()
     for length in (0, 4, 8, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(FormatError, match=r"model.safetensors is not a whole safetensors file[\s\S]*fix: fetch it"):
+        with pytest.raises(FormatError, match=r"model.safetensors cannot be used[\s\S]*fix: fetch it"):
             load_model(folder)
 
 
@@ -195,7 +195,7 @@ def test_truncated_at_any_place(folder: Path) -> None:
 def test_an_index_stays_in_its_folder(folder: Path, name: str) -> None:
     (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
-    with pytest.raises(FormatError, match=r"points outside its folder|is not a whole safetensors file"):
+    with pytest.raises(FormatError, match=r"points outside its folder"):
         load_model(folder)
 
 

@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM as TheirAutoModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lmworks.runtime.predictor as predictor_module
+from lmworks import AutoModelForCausalLM
 from lmworks.base.errors import FormatError, InputError
 from lmworks.export.onnx import export_onnx
 from lmworks.runtime.decoding import generate
-from lmworks.runtime.predictor import AutoModelForCausalLM, Predictor, load
+from lmworks.runtime.predictor import Predictor, load
 from lmworks.tokens.train import train_tokenizer
 
 TEXT = "the cat sat on the mat. 日本語 🙂 naïve café. the dog ran; " * 3

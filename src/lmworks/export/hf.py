@@ -6,28 +6,30 @@ transformers 4. What comes out was read again and compared before it took its pl
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from lmworks import __version__
 from lmworks.base.errors import CheckFailed, FormatError, InputError, did_you_mean
 from lmworks.base.files import check_output, confine, new_folder, read_json, sha256, write_json
 from lmworks.base.report import Report, Table
 from lmworks.export.parity import answer, differ, hash_weights
-from lmworks.export.probe import VOCABULARIES, make_probes
-from lmworks.export.receipt import write_receipt
-from lmworks.models.checkpoint import load_model, read_config, save_model
+from lmworks.export.probe import TEXTS, VOCABULARIES, make_probes
+from lmworks.export.receipt import RECEIPT, write_receipt
+from lmworks.models.checkpoint import load_model, modernize, save_model, strip
 from lmworks.models.heads import Model
-from lmworks.models.weights import WEIGHTS, find_files, read_tensors
+from lmworks.models.weights import WEIGHTS, read_tensors
 from lmworks.tokens.tokenizer import Tokenizer
 
 FORMATS = ("hf",)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-GENERATION = "generation_config.json"
+GENERATION, MODULES = "generation_config.json", "modules.json"
 COPIED = (  # as they are, where they are
     "preprocessor_config.json", "processor_config.json", "modules.json", "config_sentence_transformers.json",
     "sentence_*_config.json", "tokenizer.model", "spiece.model", "sentencepiece*.model", "README*", "LICENSE*",
@@ -40,30 +42,119 @@ def export(
 ) -> Report:
     """Write the checkpoint in `folder` to the new folder `out`, which is whole or absent.
 
-    `dtype` is "fp32", "fp16", "bf16", or None for the file's own. `values["bit_equal"]` says that every weight is what
-    it was; after a change of dtype `max_abs_diff` says how far the answers moved. Raises InputError for an output that
-    cannot be written, a format or dtype that does not exist, and weights that do not fit the dtype.
+    `dtype` is "fp32", "fp16", "bf16", or None for the file's own. `values["bit_equal"]` says that every weight and
+    every answer is what it was; `max_abs_diff` how far the answers moved with another dtype. Raises InputError for an
+    output that cannot be written, a format or dtype that does not exist, and weights that do not fit the dtype.
     """
     folder, out = Path(folder), Path(out)
-    check_choice(to, FORMATS, "lmworks export does not write this format")
+    check_choice(to, FORMATS, "format")
     if dtype is not None:
-        check_choice(dtype, DTYPES, "lmworks export does not write this dtype")
-    if folder.resolve() == out.resolve() or out.resolve() in folder.resolve().parents:
+        check_choice(dtype, DTYPES, "dtype")
+    source = load_model(folder, dtype=None)
+    check_output(out, overwrite=overwrite, need_bytes=sum(p.nbytes for p in source.parameters()) * 11 // 10)
+    if out.resolve() == folder.resolve() or out.resolve() in folder.resolve().parents:
         raise InputError("the output would replace the checkpoint itself", where=str(out), fix="choose another -o")
-    model = load_model(folder, dtype=None if dtype is None else DTYPES[dtype])
-    check_range(model, dtype)
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()} if overwrite else model.state_dict()
-    check_output(out, overwrite=overwrite, need_bytes=sum(t.nbytes for t in state.values()) * 11 // 10)
-    sha = hash_weights(folder)
+    model = source if dtype is None else load_model(folder, dtype=DTYPES[dtype])
+    if not all(torch.isfinite(p).all() for p in model.parameters()):
+        raise InputError("some weights are not finite", where=str(folder), found=f"in {dtype or 'the file'}",
+                         fix='choose --dtype bf16' if dtype == "fp16" else "use another checkpoint")  # fmt: skip
     with new_folder(out) as staged:
         write_files(model, folder, staged)
-        values = check_written(model, folder, staged, dtype)
-        facts = {"made_by": f"lmworks {__version__}", "source": folder.resolve().name, "source_sha": sha}
-        write_receipt(staged, {**facts, "export": {name: values[name] for name in ("head", "dtype", "left_out")}})
-    values = {"out": str(out), "to": to, **values, "source_sha": sha, "files": sorted(list_written(out))}
+        values = check_written(source, model, folder, staged)
+        values |= {"left_out": list_left_out(model, folder, staged), "source_sha": hash_weights(folder)}
+        facts = {
+            "made_by": f"lmworks {__version__}",
+            "source": folder.resolve().name,
+            "source_sha": values["source_sha"],
+        }
+        receipt = write_receipt(staged, {**facts, "export": {"to": to, **values}})
+    values = {"out": str(out), "to": to, **values, "files": sorted([*receipt["files"], RECEIPT])}
     rows = tuple((name.replace("_", " "), values[name]) for name in ("head", "dtype", "tensors", "bytes", "sha256"))
-    notes = [f"left out, since {values['head']} does not use them: {', '.join(values['left_out'])}"]
-    verdict = "every weight is what it was" if values["bit_equal"] else f"answers moved by {values['max_abs_diff']:.1e}"
-    title = f"{out}: {verdict}"
-    return Report(title, values, tables=(Table("Written", ("what", "value"), rows),),
-                  notes=tuple(notes if values["left_out"] else ()))  # fmt: skip
+    left = "left out (other heads, copies, constants): " + ", ".join(values["left_out"])
+    verdict = "the same to the bit" if values["bit_equal"] else f"answers moved by {values['max_abs_diff']:.1e}"
+    return Report(
+        f"{out}: {verdict}", values, tables=(Table("Written", ("what", "value"), rows),),
+        notes=(left,) if values["left_out"] else (),
+    )  # fmt: skip
+
+
+def check_choice(name: str, choices: Collection[str], what: str) -> None:
+    """Raise InputError for a name that is not among the choices."""
+    if name not in choices:
+        fix = did_you_mean(name, choices).strip()
+        raise InputError(f"lmworks export has no {what} {name!r}", expected=", ".join(choices), fix=fix)
+
+
+def write_files(model: Model, folder: Path, staged: Path) -> None:
+    """Write weights, configs and tokenizer, and copy what belongs to the model beside them."""
+    save_model(model, staged)
+    if (folder / GENERATION).is_file():  # it may know better than config.json where a text ends
+        written = read_json(staged / GENERATION) if (staged / GENERATION).is_file() else {}
+        write_json(staged / GENERATION, {**written, **read_json(folder / GENERATION)})
+    if has_tokenizer(folder):
+        Tokenizer.from_pretrained(folder).save(staged)
+    for pattern in COPIED:
+        for path in sorted(folder.glob(pattern)):
+            if path.is_file():
+                shutil.copyfile(path, staged / path.name)
+    for name in list_modules(folder):
+        source, target = confine(folder, name), confine(staged, name)
+        for path in sorted([*source.glob("*.json"), *source.glob("*.safetensors")]):
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / path.name)
+
+
+def list_modules(folder: Path) -> list[str]:
+    """Return the folders of sentence-transformers' modules: ["1_Pooling"]."""
+    try:
+        found = json.loads((folder / MODULES).read_text(encoding="utf-8"))
+        return [str(module["path"]) for module in found if module.get("path")]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{MODULES} holds no list of modules", where=str(folder), found=str(error)) from None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Say whether a folder has a vocabulary."""
+    return any((folder / name).is_file() for name in VOCABULARIES)
+
+
+def check_written(source: Model, model: Model, folder: Path, staged: Path) -> dict[str, Any]:
+    """Read what was written and compare it with what was asked for. Raises CheckFailed."""
+    again = load_model(staged, dtype=None)
+    wanted, found, before = model.state_dict(), again.state_dict(), source.state_dict()
+    wrong = [name for name in wanted if name not in found or not torch.equal(wanted[name], found[name])]
+    if again.kind != model.kind or wrong or wanted.keys() != found.keys():
+        raise CheckFailed("what was written is not what was read", where=str(staged), found=", ".join(wrong)[:300])
+    if has_tokenizer(folder):
+        first, second = (
+            [(e.ids, e.type_ids) for e in Tokenizer.from_pretrained(place).encode_inputs(TEXTS)]
+            for place in (folder, staged)
+        )
+        if first != second:
+            raise CheckFailed("the tokenizer that was written gives other tokens", where=str(staged))
+    one, two = source.float(), again.float()
+    rows = [row for group in make_probes(folder, one.config).values() for row in group]
+    answers = [next(answer(network, [row], left=False))["numbers"] for row in rows for network in (one, two)]
+    differences = [differ(a, b) for a, b in zip(answers[::2], answers[1::2], strict=True)]
+    if None in differences:
+        raise CheckFailed("the answers of what was written are not finite", where=str(staged))
+    kept = {name: before[name].dtype for name in before} == {name: found[name].dtype for name in found}
+    worst = max(difference for difference in differences if difference is not None)
+    if kept and worst:
+        raise CheckFailed("what was written gives other answers", where=str(staged), found=f"up to {worst:.2e}")
+    with safe_open(staged / WEIGHTS, framework="pt") as file:
+        tensors = len(list(file.keys()))
+    same = all(torch.equal(before[name].double(), found[name].double()) for name in before)
+    return {
+        "head": model.kind, "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "tensors": tensors,
+        "bytes": (staged / WEIGHTS).stat().st_size, "sha256": sha256(staged / WEIGHTS),
+        "bit_equal": same and not worst, "max_abs_diff": worst,
+    }  # fmt: skip
+
+
+def list_left_out(model: Model, folder: Path, staged: Path) -> list[str]:
+    """Return the tensors that were read and not written: other heads, copies of tied matrices, constants."""
+    written = {strip(name, model) for name in read_tensors(staged)}
+    return sorted(name for name in read_tensors(folder) if modernize(strip(name, model)) not in written)

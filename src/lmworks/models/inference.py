@@ -8,13 +8,10 @@ once for all rows of one length. Rows must come sorted by length.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from collections.abc import Sequence
 from itertools import groupby
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmworks.models.attention import Attention, Context, Span

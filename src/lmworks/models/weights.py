@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lmworks.base.errors import FormatError
 from lmworks.base.files import read_json
+from lmworks.base.safetensors_header import check_header
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 State = dict[str, Tensor]
@@ -22,6 +23,8 @@ def read_tensors(folder: Path) -> State:
     tensors: State = {}
     for name in find_files(folder):
         path = folder / name
+        if path.exists():
+            check_header(path)  # before anything is allocated for what the file claims to hold
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 (not a dict)
@@ -45,7 +48,7 @@ def find_files(folder: Path) -> list[str]:
         names = read_json(folder / INDEX).get("weight_map")
         if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
             raise FormatError("the index holds no file names", where=str(folder / INDEX), expected="a weight_map")
-        outside = sorted(name for name in set(names.values()) if Path(name).name != name)
+        outside = sorted(name for name in set(names.values()) if Path(name).name != name or name in {"", ".."})
         if outside:  # plain names only; where they are links, as in the Hub's cache, the user's disk decides
             raise FormatError(
                 "the index points outside its folder", where=str(folder / INDEX), found=", ".join(outside),
