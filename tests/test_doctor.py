@@ -18,6 +18,7 @@ from huggingface_hub import scan_cache_dir
 from packaging.requirements import Requirement
 
 from lmworks import doctor
+from lmworks.base.hub import OFFLINE
 
 RUN = "import json, sys; from lmworks.doctor import examine; print(json.dumps(examine().to_dict(), allow_nan=False))"
 GUARD = "; assert not {'torch', 'torchvision', 'onnxruntime'} & set(sys.modules)"
@@ -81,22 +82,26 @@ def test_a_torch_that_breaks_is_a_finding_and_exit_code_1(tmp_path: Path, code: 
     assert not found["passed"]
 
 
-def test_a_torchvision_of_another_torch_is_seen_without_importing_it(tmp_path: Path) -> None:
+def test_a_torchvision_of_another_torch_is_seen_without_importing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It breaks whatever imports it; installed beside a CPU build of torch, the one for CUDA does as well."""
-    raises, base = "raise ImportError", torch.__version__.partition("+")[0]
-    other = fake(tmp_path / "a", "torchvision", "0.1+cpu", raises, "Requires-Dist: torch (==1.0)")
-    finding = named(run(PYTHONPATH=other), "torchvision")
-    assert finding["status"] == "warning"
-    assert "built for torch 1.0" in finding["found"]
-    assert "pip uninstall torchvision" in finding["fix"]
-    build = fake(tmp_path / "b", "torchvision", "0.1+cu999", raises, f"Requires-Dist: torch=={base}")
-    assert "different builds" in named(run(PYTHONPATH=build), "torchvision")["found"]
-    own = torch.__version__.partition("+")[2]
-    good = fake(tmp_path / "c", "torchvision", f"0.1+{own}" if own else "0.1", raises, f"Requires-Dist: torch=={base}")
-    assert named(run(PYTHONPATH=good), "torchvision")["status"] == "ok"
+    base, _, own = torch.__version__.partition("+")
+    cases = {
+        ("0.1+" + own if own else "0.1", "torch==" + base): ("ok", "does not use it"),
+        ("0.1+cu999", "torch==" + base): ("warning", "different builds"),
+        ("0.1+cpu", "torch (==1.0)"): ("warning", "built for torch 1.0"),
+    }
+    for i, ((version, needs), (status, says)) in enumerate(cases.items()):
+        site = fake(tmp_path / str(i), "torchvision", version, "raise ImportError", f"Requires-Dist: {needs}")
+        monkeypatch.syspath_prepend(site)
+        (finding,) = doctor.look_at_torchvision()
+        assert (finding.status, says in finding.found) == (status, True)
+        assert ("pip uninstall torchvision" in finding.fix) == (status == "warning")
+    assert "torchvision" not in sys.modules
 
 
-def test_extras_are_judged_by_what_the_package_asks_for(tmp_path: Path) -> None:
+def test_extras_are_judged_by_what_the_package_asks_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asks = [
         "numpy>=1",
         "safetensors>=999; extra == 'old'",
@@ -104,57 +109,70 @@ def test_extras_are_judged_by_what_the_package_asks_for(tmp_path: Path) -> None:
         "onnx; extra == 'fine'",
     ]
     assert all(Requirement(line) for line in asks)
-    site = fake(tmp_path, "lmworks", "0.0", requires="\n".join(f"Requires-Dist: {line}" for line in asks))
-    (tmp_path / "lmworks" / "__init__.py").unlink()  # the package itself stays ours
-    (tmp_path / "lmworks").rmdir()
-    found = run(PYTHONPATH=site)
-    assert found["passed"]
-    assert named(found, "core")["status"] == named(found, "extra fine")["status"] == "ok"
-    assert named(found, "extra hub")["status"] == "absent"
-    assert named(found, "extra hub")["fix"] == 'pip install "lmworks[hub]"'
-    assert named(found, "extra old")["status"] == "warning"
-    assert "safetensors" in named(found, "extra old")["found"]
-    (tmp_path / "lmworks-0.0.dist-info" / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: lmworks\nVersion: 0.0\nRequires-Dist: no-such-package\n"
+    monkeypatch.syspath_prepend(
+        fake(tmp_path, "lmworks", "0.0", requires="\n".join(f"Requires-Dist: {a}" for a in asks))
     )
-    found = run(PYTHONPATH=site)
-    assert named(found, "core")["status"] == "broken"
-    assert not found["passed"]
+    found = {finding.name: finding for finding in doctor.look_at_extras()}
+    assert {name: finding.status for name, finding in found.items()} == {
+        "core": "ok",
+        "extra old": "warning",
+        "extra hub": "absent",
+        "extra fine": "ok",
+    }
+    assert found["extra hub"].fix == 'pip install "lmworks[hub]"'
+    assert "safetensors" in found["extra old"].found
+    facts = "Metadata-Version: 2.1\nName: lmworks\nVersion: 0.0\nRequires-Dist: no-such-package\n"
+    (tmp_path / "lmworks-0.0.dist-info" / "METADATA").write_text(facts)
+    assert [(finding.name, finding.status) for finding in doctor.look_at_extras()] == [("core", "broken")]
 
 
-def test_the_cache_is_measured_as_huggingface_hub_measures_it(tmp_path: Path) -> None:
-    repository = tmp_path / "hub" / "models--org--name"
+def test_the_cache_is_measured_as_huggingface_hub_measures_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blobs, one of them a link into the store that models share."""
+    cache = tmp_path / "hub"
+    repository, shared = cache / "models--org--name", cache / "blobs" / "ab" / "abcd"
     snapshot = repository / "snapshots" / ("a" * 40)
-    for folder in (snapshot, repository / "blobs", repository / "refs"):
+    for folder in (snapshot, repository / "blobs", repository / "refs", shared.parent):
         folder.mkdir(parents=True)
     (repository / "blobs" / "b1").write_bytes(bytes(70_000_000))
-    (snapshot / "model.safetensors").symlink_to("../../blobs/b1")
+    shared.write_bytes(bytes(30_000_000))
+    (repository / "blobs" / "b2").symlink_to("../../blobs/ab/abcd")
+    (snapshot / "model-1.safetensors").symlink_to("../../blobs/b1")
+    (snapshot / "model-2.safetensors").symlink_to("../../blobs/b2")
     (repository / "refs" / "main").write_text("a" * 40)
-    theirs = scan_cache_dir(tmp_path / "hub")
-    assert f"1 models, {theirs.size_on_disk / 1e9:.2f} GB" in named(run(HF_HOME=str(tmp_path)), "cache")["found"]
+    theirs = scan_cache_dir(cache)
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    told = next(doctor.look_at_cache()).found
+    assert f"1 models, {theirs.size_on_disk / 1e9:.2f} GB" in told
+    assert "0.10 GB" in told
 
 
-def test_settings_are_told_and_secrets_are_not(tmp_path: Path) -> None:
+def test_settings_are_told_and_secrets_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*OFFLINE, "HF_HUB_CACHE", "HF_TOKEN_PATH", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
     (tmp_path / "file").write_text("")
-    told = run(
-        HF_TOKEN="hf_secretsecret",
-        HF_ENDPOINT="http://me:secretsecret@127.0.0.1:9",
-        HF_HOME=str(tmp_path / "file" / "home"),
-        LMWORKS_THREADS="1",
-    )
-    assert "secretsecret" not in json.dumps(told)
-    assert named(told, "token")["found"] == "from HF_TOKEN"
-    assert "127.0.0.1:9" in named(told, "network")["found"]
-    assert named(told, "cache")["status"] == "warning"
-    assert "HF_HOME" in named(told, "cache")["fix"]
-    assert "LMWORKS_THREADS=1" in named(told, "processors")["found"]
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
+    monkeypatch.setenv("HF_ENDPOINT", "http://me:secretsecret@127.0.0.1:9")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "file" / "home"))
+    monkeypatch.setenv("LMWORKS_THREADS", "1")
+    network, token = doctor.look_at_settings()
+    assert "127.0.0.1:9" in network.found
+    assert (token.status, token.found) == ("ok", "from HF_TOKEN")
+    cache = next(doctor.look_at_cache())
+    assert (cache.status, "HF_HOME" in cache.fix) == ("warning", True)
+    assert "1 of " in next(doctor.look_at_processors()).found
+    assert "LMWORKS_THREADS=1" in next(doctor.look_at_processors()).found
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("TRANSFORMERS_OFFLINE", "1")
+    assert [finding.status for finding in doctor.look_at_settings()] == ["ok", "absent"]
     (tmp_path / "token").write_text("hf_secretsecret")
-    told = run(HF_HOME=str(tmp_path), TRANSFORMERS_OFFLINE="1", LMWORKS_NODE="/absent/node")
-    assert named(told, "token")["found"] == "from a file"
-    assert "TRANSFORMERS_OFFLINE forbids" in named(told, "network")["found"]
-    assert "secretsecret" not in json.dumps(told)
-    assert named(told, "node")["status"] == "absent"
-    assert "LMWORKS_NODE" in named(told, "node")["fix"]
+    offline, file = doctor.look_at_settings()
+    assert "TRANSFORMERS_OFFLINE forbids" in offline.found
+    assert file.found == "from a file"
+    assert "secretsecret" not in str([network, token, offline, file])
+    monkeypatch.setenv("LMWORKS_NODE", "/absent/node")
+    node = next(doctor.look_at_javascript())
+    assert (node.status, "LMWORKS_NODE" in node.fix) == ("absent", True)
 
 
 def test_exit_code_and_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

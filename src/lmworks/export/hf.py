@@ -148,7 +148,7 @@ def check_written(source: Model, model: Model, folder: Path, staged: Path) -> di
         tensors = len(list(file.keys()))
     same = all(torch.equal(before[name].double(), found[name].double()) for name in before)
     return {
-        "head": model.kind, "dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "tensors": tensors,
+        "head": model.kind, "dtype": str(next(iter(found.values())).dtype).removeprefix("torch."), "tensors": tensors,
         "bytes": (staged / WEIGHTS).stat().st_size, "sha256": sha256(staged / WEIGHTS),
         "bit_equal": same and not worst, "max_abs_diff": worst,
     }  # fmt: skip

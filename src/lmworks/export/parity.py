@@ -49,6 +49,7 @@ class Found:
 
     cells: dict[str, dict[str, float | None]] = field(default_factory=dict)  # None: not finite, or another shape
     greedy: dict[str, int] = field(default_factory=dict)
+    largest: float = 0.0  # of the reference's own numbers
     round_trip: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -185,6 +186,7 @@ def compare(model: Model, groups: dict[str, list[Arrays]], found: Found) -> None
                 for row, ours in zip(batch, answer(model, batch, left=way == "left"), strict=True):
                     kept = ours["numbers"][row["kept"]] if "kept" in row else ours["numbers"]
                     found.add(model.kind, f"{group} {way}", differ(kept, row["numbers"]))
+                    found.largest = max(found.largest, float(np.abs(row["numbers"]).max(initial=0.0)))
                     if "pooled" in row and "pooled" in ours:
                         found.add(model.kind, f"{group} {way}, pooled", differ(ours["pooled"], row["pooled"]))
 
@@ -271,6 +273,12 @@ def make_report(folder: Path, c: Config, found: Found, facts: dict[str, str], sh
     """Say what was found, for programs and for people."""
     trip, greedy, worst = found.round_trip, found.greedy, found.worst
     problems = [] if worst is None or worst <= tolerance else [f"the largest difference is {worst:.2e}"]
+    unit = found.largest * float(np.finfo(np.float32).eps)
+    if worst is not None and tolerance < worst <= 16 * unit:
+        found.notes.append(
+            f"the largest number compared is {found.largest:.3g}, where neighbours in float32 are {unit:.1e} apart: "
+            "the difference may be rounding, which --tolerance can allow for"
+        )
     if worst is None:
         problems.append("some numbers are not finite, or have another shape")
     if greedy and greedy["equal"] < greedy["checked"]:
@@ -281,6 +289,7 @@ def make_report(folder: Path, c: Config, found: Found, facts: dict[str, str], sh
         "max_abs_diff": worst, "passed": not problems, "tolerance": tolerance, "model": str(folder),
         "compared": list(found.cells), "cells": found.cells, **({"greedy": greedy} if greedy else {}),
         **({} if trip is None else {"round_trip": trip}), "reference": facts, "lmworks": __version__,
+        "largest_number": found.largest if math.isfinite(found.largest) else None,
         "stored_dtype": c.source.get("dtype") or c.source.get("torch_dtype"), "computed_dtype": "float32",
         "source_sha": sha, "problems": problems, "notes": found.notes,
     }  # fmt: skip

