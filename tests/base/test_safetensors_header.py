@@ -144,10 +144,10 @@ def test_a_bomb_is_refused_in_less_than_a_second(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     for content in (bomb, numbers):
         path.write_bytes(content)
-        start = time.perf_counter()
+        start = time.process_time()
         with pytest.raises(FormatError, match="too many tensors"):
             check_header(path)
-        assert time.perf_counter() - start < 1
+        assert time.process_time() - start < 1
     path.write_bytes(pack(("{" + ",".join(f'"t{i}":{one}' for i in range(MAX_TENSORS)) + "}").encode()))
     assert len(check_header(path)) == MAX_TENSORS
 

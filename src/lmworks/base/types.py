@@ -48,7 +48,7 @@ class TokenLabel:
 
 @dataclass(frozen=True)
 class Entity:
-    """A span of a text that names something: text[start:end] (characters) is `word`."""
+    """A span of a text that names something: text[start:end] (characters); `word` is how the tokenizer spells it."""
 
     label: str
     score: float

@@ -76,8 +76,28 @@ VERBS = {  # verb -> where it lives, what it does, two examples
     ),
     "verify": (
         "lmworks.cli.check:verify",
-        "Prove that every runtime gives torch's tokens and logits and that no file was changed; exit code 1 if not.",
-        ("lmworks verify my_model", "lmworks verify my_model --runtimes torch,onnx --json"),
+        "Prove that every runtime gives torch's tokens and logits, or that a checkpoint gives transformers' numbers.",
+        ("lmworks verify my_model", "lmworks verify my_checkpoint --against transformers --json"),
+    ),
+    "export": (
+        "lmworks.cli.export:export",
+        "Write a checkpoint, however old its files, in today's Hugging Face layout.",
+        ("lmworks export my_checkpoint --to hf -o clean", "lmworks export my_checkpoint --dtype bf16 -o smaller"),
+    ),
+    "inspect": (
+        "lmworks.cli.hub:inspect",
+        "Describe a model folder: structure, parameters, files, tokenizer, labels, and what is wrong with it.",
+        ("lmworks inspect my_model", "lmworks inspect my_model --json"),
+    ),
+    "pull": (
+        "lmworks.cli.hub:pull",
+        "Fetch a model from the Hub into the shared cache.",
+        ("lmworks pull dslim/bert-base-NER", "lmworks pull roberta-base --revision main"),
+    ),
+    "doctor": (
+        "lmworks.cli.hub:doctor",
+        "Look at the installation and the machine, and say how to mend what is broken.",
+        ("lmworks doctor", "lmworks doctor --json"),
     ),
     "serve": (
         "lmworks.cli.serve:serve",
@@ -86,7 +106,8 @@ VERBS = {  # verb -> where it lives, what it does, two examples
     ),
 }
 HELP = (
-    "Turn your text into a small language model that gives the same answers on your machine, a server and a web page."
+    "Turn your text, or a published checkpoint, into a small model that gives the same answers on your machine, "
+    "a server and a web page."
 )
 EXAMPLES = ("lmworks build -o demo", "lmworks serve demo")
 

@@ -6,10 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from lmworks.cli.output import Json, show
-
-Name = Annotated[str, Parameter(help="A model folder, or org/name on the Hub.")]
-Revision = Annotated[str | None, Parameter(help="A branch, a tag or a commit on the Hub.")]
+from lmworks.cli.output import Json, Model, Revision, show
 
 
 def pull(
@@ -28,7 +25,7 @@ def pull(
     return show(pull_report(model, revision=revision, files=files), json=json)
 
 
-def inspect(model: Name, /, *, revision: Revision = None, json: Json = False) -> int:
+def inspect(model: Model, /, *, revision: Revision = None, json: Json = False) -> int:
     """Describe a model folder: structure, parameters, files, tokenizer, labels, and what is wrong with it."""
     from lmworks.base.hub import find_folder
     from lmworks.inspection import inspect_folder

@@ -165,7 +165,7 @@ def fill_mask(
 def embed(
     model: Model,
     /,
-    *texts: Annotated[str, Parameter(help="Texts, or queries for --search; none: --file, or standard input.")],
+    *texts: Annotated[str, Parameter(help="Texts, or what to search for; none: --file, or standard input.")],
     file: File = None,
     column: Column = None,
     search: Annotated[Path | None, Parameter(help="Show the nearest texts of this file: a line or a row each.")] = None,

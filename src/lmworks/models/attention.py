@@ -31,7 +31,8 @@ class Span(NamedTuple):
 
     def cut(self, x: Tensor) -> Tensor:
         """Return these rows, side by side: (1, H, N, E) -> (rows, H, length, E)."""
-        return x[0, :, self.start : self.start + self.rows * self.length].unflatten(1, (self.rows, -1)).transpose(0, 1)
+        part = x[0, :, self.start : self.start + self.rows * self.length]  # (H, rows * length, E)
+        return torch.unflatten(part, 1, (self.rows, -1)).transpose(0, 1)
 
 
 class Context(NamedTuple):
@@ -59,7 +60,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Mix the tokens: (B, T, D) -> (B, T, D)."""
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.project(x))  # (B, H, T, E)
+        heads = [torch.unflatten(part, -1, (-1, self.head_dim)) for part in self.project(x)]
+        q, k, v = (part.transpose(1, 2) for part in heads)  # (B, H, T, E), (B, K, T, E), (B, K, T, E)
         mixed: Tensor = self.o_proj(self.mix(q, k, v, context))  # (B, T, D)
         return mixed
 

@@ -8,7 +8,9 @@ once for all rows of one length. Rows must come sorted by length.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from functools import cache
 from itertools import groupby
 
 import torch
@@ -21,12 +23,12 @@ from lmworks.models.view import Whole
 
 POST_OPS = {"gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "gelu_pytorch_tanh": ("gelu", "tanh"),
             "silu": ("swish", ""), "relu": ("relu", ""), "tanh": ("tanh", "")}  # fmt: skip
-TRIAL_ROWS = 64  # tokens of the products that are measured: a short text
+MANY_ROWS = 512  # what float32 matrices are ordered for: measured, nothing is lost down to 8 rows
+TRIAL_ROWS, TRIALS = 64, 5  # the products that are measured: a short text
+CLOSE = 1e-5
 
 
-def run_ragged(
-    model: Model, input_ids: Tensor, lengths: Sequence[int], token_type_ids: Tensor | None = None
-) -> Tensor:
+def run_ragged(model: Model, input_ids: Tensor, lengths: Sequence[int], token_type_ids: Tensor | None = None) -> Tensor:
     """Run rows that lie end to end: ids (N,), the length of each row, all above 0 and sorted -> (N, O) or (B, O).
 
     A head that pools answers once a row (B, O), the others once a token; the bare body gives its states (N, D).
@@ -47,16 +49,14 @@ def run_ragged(
     if model.head.pool == "none":
         scores: Tensor = model.head(x)  # (N, O)
         return scores
-    rows = x.split(list(lengths))
+    rows = torch.split(x, list(lengths))
     pooled = {"first": lambda row: row[0], "last": lambda row: row[-1], "mean": lambda row: row.mean(0)}
     states = torch.stack([pooled[model.head.pool](row) for row in rows])  # (B, D)
     logits: Tensor = model.head(states[:, None])  # rows of one token: pooling leaves them as they are
     return logits
 
 
-def make_spans(
-    lengths: Sequence[int], window: int | None, *, causal: bool, device: torch.device
-) -> tuple[Span, ...]:
+def make_spans(lengths: Sequence[int], window: int | None, *, causal: bool, device: torch.device) -> tuple[Span, ...]:
     """Return the spans of rows of one length: [2, 2, 5] -> two rows of 2 at 0, one of 5 at 4."""
     spans, start = [], 0
     for length, group in groupby(lengths):
@@ -91,7 +91,7 @@ class PackedAttention(Attention):
 
     def __init__(self, given: Attention, rows: int) -> None:
         nn.Module.__init__(self)
-        self.layer, self.dropout = given.layer, given.dropout
+        self.layer, self.dropout = given.layer, 0.0
         self.heads, self.kv_heads, self.head_dim = given.heads, given.kv_heads, given.head_dim
         self.qkv_proj = PackedLinear(given.q_proj, given.k_proj, given.v_proj, rows=rows)
         self.o_proj = PackedLinear(given.o_proj, rows=rows)  # type: ignore[assignment]
@@ -99,16 +99,17 @@ class PackedAttention(Attention):
     def project(self, x: Tensor) -> Sequence[Tensor]:
         """Return queries (B, T, H * E), keys and values (B, T, K * E)."""
         sizes = [count * self.head_dim for count in (self.heads, self.kv_heads, self.kv_heads)]
-        parts: Sequence[Tensor] = self.qkv_proj(x).split(sizes, -1)
-        return parts
+        return torch.split(self.qkv_proj(x), sizes, -1)
 
 
 def pack(model: nn.Module, *, rows: int = 1) -> None:
     """Put packed matrices in place of every Linear on the CPU; a torch without these operators keeps its own.
 
-    `rows` is how many tokens a product usually has. Biases, activations and the joint product of queries, keys and
-    values come with them. The weights of the Linears are free then: what was packed cannot be trained or saved.
+    `rows`: how many tokens a product has, about. Activations and the joint product of queries, keys and values come
+    with it. What was packed is for inference alone: it cannot be trained or saved.
     """
+    if not can_pack(next(model.parameters())):
+        return
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Attention):
@@ -120,5 +121,43 @@ def pack(model: nn.Module, *, rows: int = 1) -> None:
             parent.act = nn.Identity()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and child.weight.device.type == "cpu":
+            if type(child) is nn.Linear:
                 setattr(parent, name, PackedLinear(child, rows=rows))
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Say whether this torch and this processor have the operators for a weight's device and dtype."""
+    if weight.device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return weight.dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def pack_if_faster(model: Model) -> None:
+    """Pack the blocks of a float32 model where a few products of its largest matrix show that it pays.
+
+    Not for a model that writes text: a product of a single row is fastest as torch does it.
+    """
+    layers, c = model.transformer.layers, model.config
+    if (c.causal and model.head.pool == "none") or not can_pack(next(layers.parameters())):
+        return
+    if packing_pays(c.hidden_size, c.intermediate_size, torch.get_num_threads()):
+        pack(layers, rows=MANY_ROWS)
+
+
+@cache
+def packing_pays(inputs: int, outputs: int, threads: int) -> bool:
+    """Measure, once for these sizes, whether a packed product is faster than torch's own, and equal to 1e-5."""
+    generator = torch.Generator().manual_seed(0)
+    plain = nn.Linear(inputs, outputs)
+    nn.init.normal_(plain.weight, std=inputs**-0.5, generator=generator)
+    x = torch.empty(TRIAL_ROWS, inputs).normal_(generator=generator)
+    packed = PackedLinear(plain, rows=MANY_ROWS)
+    if (plain(x) - packed(x)).abs().max() > CLOSE:
+        return False
+    best = {plain: float("inf"), packed: float("inf")}  # the least time of each: what else runs can only add to it
+    for _ in range(TRIALS):
+        for linear in best:
+            start = time.perf_counter()
+            linear(x)
+            best[linear] = min(best[linear], time.perf_counter() - start)
+    return best[packed] < best[plain]
