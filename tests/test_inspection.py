@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import shutil
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
-from lmworks.base.errors import FormatError, InputError
+from lmworks.base.errors import FormatError, InputError, LmworksError
 from lmworks.inspection import inspect_folder
 
 SMALL = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
@@ -155,6 +156,10 @@ def test_labels(tmp_path: Path) -> None:
     found = values(tmp_path)
     assert found["labels"] == ["LABEL_0", "LABEL_1", "LABEL_2"]
     assert any("the labels have no names" in warning for warning in found["warnings"])
+    make("BertForSequenceClassification", tmp_path)  # transformers 5 leaves two labels out of the file
+    assert any("the labels have no names" in warning for warning in values(tmp_path)["warnings"])
+    make("BertForSequenceClassification", tmp_path, num_labels=1)
+    assert not any("label" in warning for warning in values(tmp_path)["warnings"])
     names = {i: f"topic {i}" for i in range(12)}
     make("BertForSequenceClassification", tmp_path, id2label=names, label2id={v: k for k, v in names.items()})
     found = values(tmp_path)
@@ -278,6 +283,43 @@ def test_what_is_no_model_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(FormatError, match="JSON object"):
         inspect_folder(tmp_path)
+
+
+ODD = (None, True, -1, 0, 1.5, 10**30, "", "x", [], {}, [1], [None], {"a": 1}, {"a": None}, {"0": {}}, [[]], [{}])
+
+
+def test_odd_values_end_in_a_report_or_in_one_message(tmp_path: Path) -> None:
+    """Every value of every small file is replaced by others of every kind."""
+    make("BertForSequenceClassification", tmp_path)
+    model = {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "a"}
+    cells = {"torch": {"fp32": {"passed": True}}}
+    small = {
+        "config.json": json.loads((tmp_path / "config.json").read_text()) | {"id2label": {"0": "a"}, "text_config": {}},
+        "tokenizer.json": {"model": model, "added_tokens": [{"id": 1}], "pre_tokenizer": None, "decoder": None},
+        "tokenizer_config.json": {"cls_token": "a", "model_max_length": 5, "chat_template": "x"},
+        "adapter_config.json": {"r": 4, "base_model_name_or_path": "x"},
+        "1_Pooling/config.json": {"pooling_mode": "mean", "pooling_mode_cls_token": True},
+        "lmworks.json": {"scores": {"perplexity": 1.0}, "data_sha256": "x", "versions": {}},
+        "certificate.json": {"passed": True, "checked": {"date": "x"}, "runtimes": cells},
+        "model.safetensors.index.json": {"weight_map": {"a": "b.safetensors"}},
+    }
+    (tmp_path / "1_Pooling").mkdir()
+    for name, content in small.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    for weights in (True, False):
+        for name, content in small.items():
+            for key in content:
+                for odd in ODD:
+                    (tmp_path / name).write_text(json.dumps({**content, key: odd}))
+                    report = None
+                    with contextlib.suppress(LmworksError):
+                        report = inspect_folder(tmp_path)
+                    if report:
+                        report.print(io.StringIO())
+                        json.dumps(report.to_dict(), allow_nan=False)
+            (tmp_path / name).write_text(json.dumps(content))
+        if weights:
+            (tmp_path / "model.safetensors").unlink()
 
 
 def test_only_headers_are_read_and_torch_is_not(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from lmworks.base.files import read_json
 from lmworks.base.report import Cell, Report, Table
 from lmworks.base.safetensors_header import TensorInfo, check_header
 from lmworks.models.families import FAMILIES, LABELLED, TASKS, read_config
+from lmworks.models.parameters import TOKENS, count_parameters
 
 Warnings = list[str]
 INDEX = "model.safetensors.index.json"
@@ -26,19 +27,6 @@ NAMES = {  # what we call it: what config.json may call it
     "num_key_value_heads": ("num_key_value_heads",),
     "image_size": ("image_size",),
 }
-COMPONENTS = {  # the first whose pattern a tensor's name has
-    "head": r"^(lm_head|embed_out|classifier|pre_classifier|score|qa_outputs|cls\.|vocab_|head\.|decoder\.\w+$)",
-    "layers": r"(^|\.)\d+\.",
-    "embeddings": r"embed|(^|\.)(wte|wpe)\.",
-    "rest": "",
-}
-BUFFERS = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq|masked_bias|num_batches_tracked)$")
-MASK = re.compile(r"(attn|attention)\.bias$")  # of four dimensions: a triangle, not a parameter
-TOKENS = re.compile(r"(word_embeddings|embed_tokens|tok_embeddings|embed_in|wte)\.weight$")
-TIED_HEAD = re.compile(
-    r"^(lm_head|embed_out|decoder|vocab_projector|cls\.predictions\.decoder|lm_head\.decoder)\.weight$"
-)
-TIED_BIAS = {"cls.predictions.decoder.bias": "cls.predictions.bias", "lm_head.decoder.bias": "lm_head.bias"}
 SPECIAL = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
@@ -58,13 +46,14 @@ def inspect_folder(folder: str | Path) -> Report:
         raise InputError("this folder holds no model", where=str(folder), found=found, expected=", ".join(MODEL_FILES))
     warnings: Warnings = []
     config = read_json(files["config.json"]) if "config.json" in files else {}
+    described = describe_config(folder, config, files, warnings)
     tensors = read_headers(folder, files, warnings)
     tokenizer = describe_tokenizer(files, warnings)
     dtypes = sorted({info.dtype for info in tensors.values()})
     values: dict[str, Any] = {
         "folder": str(folder),
-        **describe_config(folder, config, files, warnings),
-        "parameters": count_parameters(tensors, is_tied(folder, config)),
+        **described,
+        "parameters": count_parameters(tensors, described["tie_word_embeddings"]),
         "dtypes": {dtype: sum(t.size for t in tensors.values() if t.dtype == dtype) for dtype in dtypes},
         "tensors": len(tensors),
         "tokenizer": tokenizer,
@@ -79,7 +68,14 @@ def inspect_folder(folder: str | Path) -> Report:
         "warnings": warnings,
     }
     check_fit(values, tensors, warnings)
-    return Report(f"{folder.resolve().name}: {headline(values)}", values, tables=tables(values), notes=tuple(warnings))
+    return Report(f"{name_of(folder)}: {headline(values)}", values, tables=tables(values), notes=tuple(warnings))
+
+
+def name_of(folder: Path) -> str:
+    """Return the folder's name; for a snapshot in the Hub's cache, the model's."""
+    folder = folder.resolve()
+    cached = folder.parents[1].name if folder.parent.name == "snapshots" else ""
+    return cached.removeprefix("models--").replace("--", "/") or folder.name
 
 
 def list_pickles(files: Mapping[str, Path]) -> list[str]:
@@ -91,10 +87,9 @@ def read_headers(folder: Path, files: Mapping[str, Path], warnings: Warnings) ->
     """Return every tensor of the safetensors files; what cannot be read becomes a warning."""
     names = [name for name in ("model.safetensors", "adapter_model.safetensors") if name in files]
     if "model.safetensors" not in files and INDEX in files:
-        listed = read_json(files[INDEX]).get("weight_map")
-        shards = set(listed.values()) if isinstance(listed, dict) else set()
+        shards = list(as_dict(read_part(files, INDEX, warnings).get("weight_map")).values())
         good = {name for name in shards if isinstance(name, str) and Path(name).name == name}
-        if good != shards or not good:
+        if not good or not all(name in good for name in shards if isinstance(name, str)):
             warnings.append(f"{INDEX} does not name files beside it")
         names += sorted(good)
     if not names:
@@ -120,35 +115,35 @@ def describe_config(
     """Return what config.json says about the structure and the labels."""
     model_type, named = config.get("model_type"), config.get("architectures")
     architecture = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
-    supported = model_type in FAMILIES
+    supported, tied = model_type in FAMILIES, config.get("tie_word_embeddings") is not False
     if not config:
         warnings.append("config.json is missing")
     elif not supported:
         warnings.append(f"the model type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
     else:
         try:
-            read_config(folder)
+            tied = read_config(folder).tie_word_embeddings  # the family has its own default
         except LmworksError as error:
             warnings.append(f"config.json: {error.what} ({error.found or error.expected})")
     if "auto_map" in config:
         warnings.append("config.json asks for code of its repository, which is never run")
-    text = config.get("text_config")
-    places = [config, text] if isinstance(text, dict) else [config]
+    places = (config, as_dict(config.get("text_config")))
     sizes = {
         name: next((p[key] for p in places for key in keys if isinstance(p.get(key), int)), None)
         for name, keys in NAMES.items()
     }
     if model_type == "roberta" and sizes["context_length"]:
         sizes["context_length"] -= (config.get("pad_token_id") or 0) + 1  # positions are counted after the padding's
-    labels = config.get("id2label")
+    labels = as_dict(config.get("id2label"))
     return {
         "model_type": model_type,
         "architecture": architecture,
         "supported": supported,
         "task": "feature-extraction" if "modules.json" in files else find_task(architecture),
         **sizes,
+        "tie_word_embeddings": tied,
         "problem_type": config.get("problem_type"),
-        "labels": [str(labels[key]) for key in sorted(labels, key=as_id)] if isinstance(labels, dict) else [],
+        "labels": [str(labels[key]) for key in sorted(labels, key=as_id)],
     }
 
 
@@ -163,29 +158,6 @@ def find_task(architecture: str | None) -> str | None:
     names = {"LMHeadModel": "text-generation", "ForPreTraining": "fill-mask", **names}
     names["ForConditionalGeneration"] = "text2text-generation"
     return next((task for ending, task in names.items() if (architecture or "").endswith(ending)), None)
-
-
-def is_tied(folder: Path, config: Mapping[str, Any]) -> bool:
-    """Say whether the head is the embedding: the family's own default, else that of the published configs."""
-    try:
-        return read_config(folder).tie_word_embeddings
-    except LmworksError:
-        return config.get("tie_word_embeddings") is not False
-
-
-def count_parameters(tensors: Mapping[str, TensorInfo], tied: bool) -> dict[str, int] | None:
-    """Return the parameters of each component and their total; masks are none, and what is tied counts once."""
-    if not tensors:
-        return None
-    found = dict.fromkeys(("embeddings", "layers", "head", "rest"), 0)
-    embeddings = {info.shape for name, info in tensors.items() if TOKENS.search(name)}
-    for name, info in tensors.items():
-        if BUFFERS.search(name) or (MASK.search(name) and len(info.shape) == 4):
-            continue
-        if (tied and TIED_HEAD.search(name) and info.shape in embeddings) or TIED_BIAS.get(name) in tensors:
-            continue
-        found[next(part for part, pattern in COMPONENTS.items() if re.search(pattern, name))] += info.size
-    return {**found, "total": sum(found.values())}
 
 
 def describe_tokenizer(files: Mapping[str, Path], warnings: Warnings) -> dict[str, Any] | None:
@@ -242,6 +214,11 @@ def has_chat_template(files: Mapping[str, Path]) -> bool:
     )
 
 
+def as_dict(value: object) -> dict[str, Any]:
+    """Return the value if it is a JSON object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
 def read_part(files: Mapping[str, Path], name: str, warnings: Warnings) -> dict[str, Any]:
     """Return a JSON object of the folder; empty where it is missing, with a warning where it is damaged."""
     try:
@@ -276,12 +253,13 @@ def describe_certificate(files: Mapping[str, Path], warnings: Warnings) -> dict[
         return None
     runtimes = {
         f"{name} {dtype}": "passed" if cell.get("passed") else "skipped" if "skipped" in cell else "failed"
-        for name, cells in (certificate.get("runtimes") or {}).items()
-        for dtype, cell in cells.items()
+        for name, cells in as_dict(certificate.get("runtimes")).items()
+        for dtype, cell in as_dict(cells).items()
+        if isinstance(cell, dict)
     }
     if not certificate.get("passed"):
         warnings.append("the last verification failed: run lmworks verify")
-    date = (certificate.get("checked") or {}).get("date")
+    date = as_dict(certificate.get("checked")).get("date")
     return {"passed": bool(certificate.get("passed")), "date": date, "runtimes": runtimes}
 
 
@@ -289,11 +267,11 @@ def check_fit(values: Mapping[str, Any], tensors: Mapping[str, TensorInfo], warn
     """Add a warning for parts that do not belong together, and for labels without names."""
     labels, tokenizer = values["labels"], values["tokenizer"] or {}
     labelled = bool(values["architecture"]) and values["architecture"].endswith(LABELLED)
-    if labelled and labels and all(re.fullmatch(r"LABEL_\d+", label) for label in labels):
-        warnings.append(f"the labels have no names ({labels[0]} …): set id2label in config.json")
-    head = next(
-        (info for name, info in tensors.items() if re.search(r"^(classifier(\.out_proj)?|score)\.weight$", name)), None
-    )
+    heads = (info for name, info in tensors.items() if re.search(r"^(classifier(\.out_proj)?|score)\.weight$", name))
+    head = next(heads, None)
+    unnamed = all(re.fullmatch(r"LABEL_\d+", label) for label in labels)
+    if labelled and unnamed and not (head and head.shape[0] == 1):  # one score needs no name
+        warnings.append("the labels have no names: set id2label in config.json, or answers say LABEL_0")
     if labelled and labels and head and len(head.shape) == 2 and head.shape[0] != len(labels):
         warnings.append(f"config.json names {len(labels)} labels, and the head gives {head.shape[0]} scores")
     rows = [info.shape[0] for name, info in tensors.items() if TOKENS.search(name) and info.shape]

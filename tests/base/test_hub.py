@@ -472,6 +472,8 @@ def test_the_verbs_pull_and_inspect(server: HubServer, capsys: pytest.CaptureFix
     server.log.clear()
     assert inspect(NAME, json=True) == 0
     assert json.loads(capsys.readouterr().out)["architecture"] == "BertForSequenceClassification"
+    assert inspect(NAME) == 0
+    assert capsys.readouterr().out.startswith(f"{NAME}: BertForSequenceClassification, text-classification, ")
     assert not server.log
 
 

@@ -1,4 +1,4 @@
-"""`export --to hf`: whatever can be read comes out in today's layout, loads in transformers, and is the same to the bit.
+"""`export --to hf`: whatever can be read comes out in today's layout, loads in transformers, the same to the bit.
 
 The reference is transformers itself, which reads the old folder and the new one.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from importlib.resources import files
 from pathlib import Path
@@ -51,9 +52,12 @@ def edit(path: Path, **more: Any) -> None:
 def old_names(tensors: dict[str, Any]) -> dict[str, Any]:
     """As TensorFlow's BERT spelled its norms, without the family's prefix, with the constant of old files."""
     renamed = {
-        key.removeprefix("bert.").replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+        re.sub(
+            r"(LayerNorm)\.(weight|bias)$", lambda m: f"{m[1]}.{'gamma' if m[2] == 'weight' else 'beta'}", key
+        ): value
         for key, value in tensors.items()
-    }  # fmt: skip
+    }
+    renamed = {key.removeprefix("bert."): value for key, value in renamed.items()}
     return {**renamed, "embeddings.position_ids": torch.arange(4)[None]}
 
 

@@ -1,0 +1,178 @@
+"""Ragged batches without padding, and packed matrices: every encoder and head against transformers and our plain path.
+
+Shapes: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from parity import zoo
+from torch import nn
+
+from lmworks.models import inference
+from lmworks.models.checkpoint import load_model
+from lmworks.models.inference import PackedAttention, PackedLinear, pack, pack_if_faster, packing_pays
+from lmworks.runtime import torch_runtime
+from lmworks.runtime.torch_runtime import TorchRuntime
+
+LENGTHS, T = (7, 100, 1, 61, 7, 33), 100  # windows are shorter than some, longer than others; two are alike
+POOLED = [("gpt2", "SequenceClassification"), ("mistral", "SequenceClassification"), ("mistral", "CausalLM")]
+CELLS = [cell for cell in zoo.CELLS if cell[0].split()[0] in {"bert", "roberta", "distilbert", "modernbert"}] + POOLED
+
+
+def make_batch(side: str, pad: int) -> dict[str, np.ndarray]:
+    """Return rows of random ids, padded to T on one side; segments change in the middle of a row."""
+    rng = np.random.default_rng(0)
+    batch = {name: np.zeros((len(LENGTHS), T), np.int64) for name in ("input_ids", "attention_mask")}
+    batch["input_ids"][:] = pad
+    for row, length in enumerate(LENGTHS):
+        place = slice(0, length) if side == "right" else slice(T - length, T)
+        batch["input_ids"][row, place] = rng.integers(4, zoo.VOCAB, length)
+        batch["attention_mask"][row, place] = 1
+    return batch
+
+
+@pytest.fixture(scope="module", params=CELLS, ids=lambda cell: f"{cell[0]}-{cell[1]}")
+def cell(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A reference, and the folder that it was saved to."""
+    case, head = request.param
+    folder: Path = tmp_path_factory.mktemp("cell")
+    reference = zoo.make_reference(case, head)
+    reference.save_pretrained(folder)
+    return case, head, reference, folder
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_no_padding_is_computed_and_no_number_changes(cell: Any, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of unlike lengths costs its tokens alone; the same numbers as padded, and as transformers."""
+    case, head, reference, folder = cell
+    runtime = TorchRuntime(folder, head=head)
+    batch = make_batch(side, 1 if case == "roberta" else 0)
+    mask = batch["attention_mask"].astype(bool)
+    types = {"token_type_ids": np.tile((np.arange(T) // 50) % 2, (len(LENGTHS), 1))} if case == "bert" else {}
+    seen: list[int] = []
+    runtime.model.transformer.layers[0].mlp.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].shape[:-1].numel())
+    )
+    found = next(iter(runtime.run({**batch, **types}).values()))
+    assert seen == [sum(LENGTHS)]
+    tensors = {name: torch.from_numpy(array) for name, array in types.items()}
+    padded = runtime.model(torch.from_numpy(batch["input_ids"]), torch.from_numpy(batch["attention_mask"]), **tensors)
+    assert found.shape == tuple(padded.shape) and found.dtype == np.float32
+    rows = mask if found.ndim == 3 else np.full(len(LENGTHS), True)
+    assert np.abs(found[rows] - padded.numpy()[rows]).max() <= 2e-6 * max(1, np.abs(found).max())
+    for row, ids in enumerate(batch["input_ids"]):
+        own = found[row][mask[row]] if found.ndim == 3 else found[row]
+        inputs = {"input_ids": ids, **{name: array[row] for name, array in types.items()}}
+        single = {name: torch.from_numpy(array[mask[row]])[None] for name, array in inputs.items()}
+        single["attention_mask"] = torch.ones_like(single["input_ids"])
+        if head == "MultipleChoice":
+            single = {name: value[:, None] for name, value in single.items()}
+        expected = zoo.numbers(reference(**single)).numpy()
+        assert np.abs(own - expected.reshape(own.shape)).max() <= 1e-5
+
+
+def test_whole_rows_and_empty_rows_take_the_padded_path(cell: Any) -> None:
+    """A row of padding alone has no state to pool; nothing fails and the other rows are as ever."""
+    case, head, _, folder = cell
+    runtime, batch = TorchRuntime(folder, head=head), make_batch("right", 1 if case == "roberta" else 0)
+    (expected,) = runtime.run(batch).values()
+    batch["attention_mask"][0] = 0
+    (found,) = runtime.run(batch).values()
+    real = batch["attention_mask"][1:].astype(bool) if found.ndim == 3 else slice(None)
+    assert np.abs(found[1:][real] - expected[1:][real]).max() <= 1e-5
+    whole = {"input_ids": batch["input_ids"][1:2]}
+    (found,) = runtime.run(whole).values()
+    assert np.abs(found[0] - expected[1]).max() <= 1e-5
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("act", sorted(inference.POST_OPS))
+@pytest.mark.parametrize("case", ["bert", "modernbert", "vit", "llama"])
+def test_packed_matrices_give_the_same_numbers(case: str, act: str, tmp_path: Path) -> None:
+    """The joint product of q, k and v, grouped heads, gates, each activation as a part of its product: fp32 to 1e-5."""
+    head = {"vit": "ImageClassification", "llama": "CausalLM"}.get(case, "SequenceClassification")
+    setting = {"hidden_activation" if case == "modernbert" else "hidden_act": act}
+    reference = zoo.make_reference(case, head, **setting)
+    reference.save_pretrained(tmp_path)
+    model = load_model(tmp_path, head)
+    pack(model, rows=64)
+    kinds = {type(module) for module in model.modules()}
+    assert kinds & {PackedLinear, PackedAttention} == {PackedLinear, PackedAttention} and nn.Linear not in kinds
+    x = torch.randn(2, 3, 32, 32) if case == "vit" else torch.randint(4, zoo.VOCAB, (2, 50))
+    assert (model(x) - zoo.numbers(reference(x))).abs().max() <= 1e-5
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    zoo.make_reference("bert", "SequenceClassification").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def is_packed(runtime: TorchRuntime) -> bool:
+    return any(isinstance(module, PackedLinear) for module in runtime.model.modules())
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_a_runtime_packs_after_many_tokens_where_it_pays(
+    folder: Path, pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One text pays for nothing; a model that was given, and may be in training, stays as it is."""
+    monkeypatch.setattr(inference, "packing_pays", lambda *sizes: pays)
+    monkeypatch.setattr(torch_runtime, "WARM", 1500)
+    runtime, given = TorchRuntime(folder), TorchRuntime(load_model(folder))
+    batch = make_batch("right", 0)
+    first, again, third = (runtime.run(batch)["logits"] for _ in range(3))
+    assert is_packed(runtime) is pays
+    assert np.abs(first - third).max() <= 1e-5 and np.array_equal(again, third)
+    for _ in range(3):
+        plain = given.run(batch)["logits"]
+    assert not is_packed(given) and np.array_equal(plain, first)
+
+
+def test_what_writes_text_is_not_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding is one row at a time, which torch's own product does best; a classifier of the family reads."""
+    monkeypatch.setattr(inference, "packing_pays", lambda *sizes: True)
+    for head, expected in (("CausalLM", False), ("SequenceClassification", True)):
+        zoo.make_reference("gpt2", head).save_pretrained(tmp_path / head)
+        model = load_model(tmp_path / head)
+        pack_if_faster(model)
+        assert any(isinstance(module, PackedLinear) for module in model.modules()) is expected
+
+
+def test_a_torch_without_the_operators_keeps_its_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nothing:
+        """A namespace of operators that lacks these."""
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Nothing())
+    for dtype in ("fp32", "bf16"):
+        runtime = TorchRuntime(folder, dtype=dtype)
+        monkeypatch.setattr(runtime, "cold", 1)
+        assert np.isfinite(runtime.run(make_batch("right", 0))["logits"]).all() and not is_packed(runtime)
+
+
+def test_the_trial_refuses_other_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    packing_pays.cache_clear()
+    assert packing_pays(64, 128, 1) in (True, False)
+    right = PackedLinear.forward
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, x: right(self, x) + 1e-4)
+    packing_pays.cache_clear()
+    assert packing_pays(64, 128, 1) is False
+    packing_pays.cache_clear()
+
+
+def test_bfloat16_is_close(cell: Any) -> None:
+    """bf16 keeps eight bits of a number: to 3 % of the spread of float32's, ragged rows too. Never the default."""
+    case, head, _, folder = cell
+    batch = make_batch("right", 1 if case == "roberta" else 0)
+    runtimes = TorchRuntime(folder, head=head), TorchRuntime(folder, head=head, dtype="bf16")
+    assert runtimes[0].dtype == "fp32"
+    whole, half = (next(iter(runtime.run(batch).values())) for runtime in runtimes)
+    rows = batch["attention_mask"].astype(bool) if whole.ndim == 3 else np.full(len(whole), True)
+    assert 1e-4 < np.abs(half[rows] - whole[rows]).mean() / np.abs(whole[rows]).mean() < 0.05
