@@ -290,7 +290,7 @@ ODD = (None, True, -1, 0, 1.5, 10**30, "", "x", [], {}, [1], [None], {"a": 1}, {
 
 def test_odd_values_end_in_a_report_or_in_one_message(tmp_path: Path) -> None:
     """Every value of every small file is replaced by others of every kind."""
-    make("BertForSequenceClassification", tmp_path)
+    make("RobertaForSequenceClassification", tmp_path)
     model = {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "a"}
     cells = {"torch": {"fp32": {"passed": True}}}
     small = {

@@ -115,7 +115,7 @@ def describe_config(
     """Return what config.json says about the structure and the labels."""
     model_type, named = config.get("model_type"), config.get("architectures")
     architecture = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
-    supported, tied = model_type in FAMILIES, config.get("tie_word_embeddings") is not False
+    supported, tied = str(model_type) in FAMILIES, config.get("tie_word_embeddings") is not False
     if not config:
         warnings.append("config.json is missing")
     elif not supported:
@@ -133,7 +133,8 @@ def describe_config(
         for name, keys in NAMES.items()
     }
     if model_type == "roberta" and sizes["context_length"]:
-        sizes["context_length"] -= (config.get("pad_token_id") or 0) + 1  # positions are counted after the padding's
+        padding = config.get("pad_token_id")
+        sizes["context_length"] -= (padding if isinstance(padding, int) else 1) + 1  # positions start after padding's
     labels = as_dict(config.get("id2label"))
     return {
         "model_type": model_type,
@@ -149,7 +150,7 @@ def describe_config(
 
 def as_id(key: str) -> tuple[int, str]:
     """Order the keys of id2label: by number, what is none last."""
-    return (int(key), "") if key.isdigit() else (10**9, key)
+    return (int(key), "") if key.isdecimal() else (10**9, key)
 
 
 def find_task(architecture: str | None) -> str | None:

@@ -12,12 +12,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import transformers
 import zoo
 
-from lmworks.base.hub import find_folder
+from lmworks.base.hub import OFFLINE, find_folder
 from lmworks.export.parity import verify_against
+from tests.hub_server import HubServer
 
 
 @dataclass(frozen=True)
@@ -62,32 +64,47 @@ CLOSE = 1e-5
 FAMILIES = {"Bert": "bert", "Roberta": "roberta", "DistilBert": "distilbert"}
 
 
-def prove(name: str | Path, one: Published, *, revision: str | None) -> None:
-    """Find a checkpoint, compare it, and hold the certificate to what is known of it."""
-    found = verify_against(find_folder(name, revision=revision), head=one.compared, tolerance=CLOSE).values
+def prove(one: Published, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetch a checkpoint, compare it, and hold the certificate to what is known of it."""
+    for name in OFFLINE:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # read when it is imported
+    folder = find_folder(one.name, revision=one.revision)
+    found = verify_against(folder, head=one.compared, tolerance=CLOSE).values
     assert found["passed"], found["problems"]
     assert 0 < found["max_abs_diff"] <= CLOSE
     head = one.compared or one.architecture.partition("For")[2]
     assert found["compared"] == list(dict.fromkeys((head, "Model")))
     assert found["round_trip"]["passed"] and found["reference"]["version"] == transformers.__version__
+    assert one.revision is None or folder.name == one.revision
 
 
 @pytest.mark.live
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("one", CHECKPOINTS, ids=str)
 def test_published(one: Published, monkeypatch: pytest.MonkeyPatch) -> None:
     """R94-R99: 1e-5 on the published weights."""
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    prove(one.name, one, revision=one.revision)
+    prove(one, monkeypatch)
 
 
 @pytest.mark.parametrize("one", CHECKPOINTS, ids=str)
-def test_a_stand_in_goes_the_same_way(one: Published, tmp_path: Path) -> None:
-    """The same class and the same steps, found as a local folder."""
+def test_a_stand_in_goes_the_same_way(one: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same class under the same name and commit, from a Hub on this machine."""
     family, _, head = one.architecture.partition("For")
     reference = zoo.make_reference(FAMILIES[family], head)
     assert type(reference).__name__ == one.architecture
-    reference.save_pretrained(tmp_path)
-    prove(tmp_path, one, revision=None)
+    reference.save_pretrained(tmp_path / "model")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with HubServer() as server:
+        commit = server.add_folder(one.name, tmp_path / "model")
+        server.commits[one.name] = {one.revision or commit: server.commits[one.name][commit]}
+        server.branches[one.name, "main"] = one.revision or commit
+        monkeypatch.setenv("HF_ENDPOINT", server.address)
+        prove(one, monkeypatch)
+        huggingface_hub.close_session()
+        assert "model.safetensors" in server.fetched()
 
 
 def test_the_list_is_well_formed() -> None:

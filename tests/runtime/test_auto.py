@@ -169,6 +169,8 @@ def test_load_options() -> None:
     with pytest.raises(InputError, match="bert has no head for ImageClassification"):
         lmworks.load(MINILM, task="image-classification")
     predictor = lmworks.load(MINILM, task="feature-extraction")
+    with pytest.raises(InputError, match=r"longer than the model[\s\S]*where: text 1030"):
+        predictor(["short"] * 1029 + ["long " * 300])
     assert predictor(["one", "two", "three"]).shape == (3, 384)
     assert predictor("one").shape == (384,)
     assert len(predictor([])) == 0

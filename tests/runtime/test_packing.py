@@ -168,11 +168,11 @@ def test_the_trial_refuses_other_numbers(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_bfloat16_is_close(cell: Any) -> None:
-    """bf16 keeps eight bits of a number: to 3 % of the spread of float32's, ragged rows too. Never the default."""
+    """bf16 keeps eight bits of a number: within a tenth of float32's size, ragged rows too. Never the default."""
     case, head, _, folder = cell
     batch = make_batch("right", 1 if case == "roberta" else 0)
     runtimes = TorchRuntime(folder, head=head), TorchRuntime(folder, head=head, dtype="bf16")
     assert runtimes[0].dtype == "fp32"
     whole, half = (next(iter(runtime.run(batch).values())) for runtime in runtimes)
     rows = batch["attention_mask"].astype(bool) if whole.ndim == 3 else np.full(len(whole), True)
-    assert 1e-4 < np.abs(half[rows] - whole[rows]).mean() / np.abs(whole[rows]).mean() < 0.05
+    assert 1e-4 < np.abs(half[rows] - whole[rows]).mean() / np.abs(whole[rows]).mean() < 0.1

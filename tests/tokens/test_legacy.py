@@ -40,9 +40,11 @@ def write(folder: Path, model_type: str, config: dict[str, Any] | None, **files:
     return folder
 
 
-def bert(folder: Path, data: Path, *, config: dict[str, Any] | None = None, model_type: str = "bert") -> Path:
+def bert(
+    folder: Path, data: Path, *, config: dict[str, Any] | None = None, model_type: str = "bert", **files: Any
+) -> Path:
     shutil.copyfile(data / "tokenizers" / "bert-base-uncased" / "vocab.txt", folder / "vocab.txt")
-    return write(folder, model_type, config)
+    return write(folder, model_type, config, **files)
 
 
 def byte_level(folder: Path, data: Path, *, config: dict[str, Any] | None, model_type: str, **files: Any) -> Path:
@@ -68,6 +70,7 @@ FOLDERS: dict[str, Callable[[Path, Path], Path]] = {
     "bert cased": lambda f, d: bert(f, d, config={"tokenizer_class": "BertTokenizer", "do_lower_case": False}),
     "bert accents": lambda f, d: bert(f, d, config={"strip_accents": False, "tokenize_chinese_chars": False}),
     "bert renamed": lambda f, d: bert(f, d, config={"cls_token": "[unused1]", "mask_token": RENAMED}),
+    "bert added": lambda f, d: bert(f, d, added_tokens={"Panthers": 30522, "[ENT]": 30523, "東京都": 30524}),
     "distilbert": lambda f, d: bert(f, d, model_type="distilbert", config={"tokenizer_class": "DistilBertTokenizer"}),
     "gpt2": lambda f, d: byte_level(f, d, config={"model_max_length": 1024}, model_type="gpt2"),
     "gpt2 prefix": lambda f, d: byte_level(f, d, config={"add_prefix_space": True}, model_type="gpt2"),

@@ -22,7 +22,7 @@ from lmworks.models.layers import ACTIVATIONS, MLP, GatedMLP
 from lmworks.models.view import Whole
 
 POST_OPS = {"gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "gelu_pytorch_tanh": ("gelu", "tanh"),
-            "silu": ("swish", ""), "relu": ("relu", ""), "tanh": ("tanh", "")}  # fmt: skip
+            "silu": ("swish", ""), "relu": ("relu", "")}  # fmt: skip
 MANY_ROWS = 512  # what float32 matrices are ordered for: measured, nothing is lost down to 8 rows
 TRIAL_ROWS, TRIALS = 64, 5  # the products that are measured: a short text
 CLOSE = 1e-5

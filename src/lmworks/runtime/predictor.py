@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,7 +28,8 @@ from lmworks.tokens.tokenizer import Tokenizer
 
 RUNTIMES = ("auto", "torch", "onnx")
 AT_ONCE = {"fill-mask": 32}  # examples whose outputs are held together; a vocabulary a token is large
-USUALLY = 512
+USUALLY = 1024
+NUMBERED = re.compile(r"(text|example|image) (\d+)")  # where an error lies, counted from the first of those at once
 
 
 class Settings(TypedDict, total=False):
@@ -79,7 +81,14 @@ class Predictor:
             return [self.generate(prompt, **{**self.options, **options}) for prompt in examples]
         task = self.make(**{**self.options, **options}) if options or self.prepared is None else self.prepared
         step = AT_ONCE.get(self.task, USUALLY)
-        parts = [self.answer(task, examples[i : i + step]) for i in range(0, max(len(examples), 1), step)]
+        parts = []
+        for i in range(0, max(len(examples), 1), step):
+            try:
+                parts.append(self.answer(task, examples[i : i + step]))
+            except InputError as error:
+                place = NUMBERED.fullmatch(error.where)
+                error.where = f"{place[1]} {int(place[2]) + i}" if place else error.where
+                raise
         if isinstance(parts[0], np.ndarray):
             return np.concatenate(parts)
         return [answer for part in parts for answer in part]

@@ -54,7 +54,7 @@ def make_task(name: str, folder: Path, tokenizer: Tokenizer | None, facts: Facts
             raise InputError(
                 f"{name} has no option {key!r}", expected=", ".join(known), fix=did_you_mean(key, known).strip()
             )
-    if name == "feature-extraction":
+    if name == "feature-extraction" and options.get("pooling", "auto") == "auto":
         options = {"recipe": read_pooling(folder), **options}
     task: Task = maker(folder if name == "image-classification" else tokenizer, facts, **options)
     return task
