@@ -315,7 +315,7 @@ def test_odd_values_end_in_a_report_or_in_one_message(tmp_path: Path) -> None:
                     with contextlib.suppress(LmworksError):
                         report = inspect_folder(tmp_path)
                     if report:
-                        report.print(io.StringIO())
+                        report.to_html()
                         json.dumps(report.to_dict(), allow_nan=False)
             (tmp_path / name).write_text(json.dumps(content))
         if weights:

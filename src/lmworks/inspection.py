@@ -315,7 +315,7 @@ def tables(values: Mapping[str, Any]) -> tuple[Table, ...]:
         if certificate
         else None,
     }
-    rows = tuple((name, f"{value:,}" if type(value) is int else value) for name, value in facts.items() if value)
+    rows = tuple((name, f"{value:,}" if type(value) is int else str(value)) for name, value in facts.items() if value)
     made = [Table("Model", ("fact", "value"), rows)]
     if values["parameters"]:
         total = max(values["parameters"]["total"], 1)

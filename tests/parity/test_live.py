@@ -16,10 +16,10 @@ import huggingface_hub
 import pytest
 import transformers
 import zoo
+from tests.hub_server import HubServer
 
 from lmworks.base.hub import OFFLINE, find_folder
 from lmworks.export.parity import verify_against
-from tests.hub_server import HubServer
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ UNDEFINED = [  # the sandbox prints nothing where a template only looks
 
 @pytest.mark.parametrize("template", ESCAPES)
 def test_what_breaks_out_is_refused(template: str) -> None:
-    with pytest.raises(FormatError, match="what a template may not|no loader"):
+    with pytest.raises(FormatError, match=r"what a template may not|no loader"):
         render_chat(template, [USER])
 
 
@@ -231,7 +231,7 @@ ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% 
 
 
 def test_both_clocks_stop_a_template(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The child's own clock counts processor time, so that a busy machine stops nobody; the parent's is for the rest."""
+    """The child's own clock counts processor time, so a busy machine stops nobody; the parent's is for the rest."""
     for wall, least, most in ((30.0, 0.9, 10), (0.3, 0.25, 0.9)):
         monkeypatch.setattr(chat, "RENDERS_WITHIN", wall)
         render_chat(f"{{% if messages|length > 1 %}}{ENDLESS}{{% endif %}}{wall}", [USER])  # its child has started

@@ -33,15 +33,15 @@ def verify(
     Writes certificate.json into the folder. With --against: prove that a checkpoint gives the same numbers as there.
     Exit code 1 if anything differs."""
     from lmworks import api
-    from lmworks.base.hub import find_folder
 
     if against is None:
-        given = {"--head": head, "--texts": texts, "--save-fixture": save_fixture}
+        given = {"--head": head, "--texts": texts, "--save-fixture": save_fixture, "--revision": revision}
         if any(value is not None for value in given.values()):
             found = ", ".join(name for name, value in given.items() if value is not None)
             raise InputError("this option compares with another implementation", found=found, fix="add --against")
-        report = api.verify(find_folder(model, revision=revision), runtimes=runtimes.split(","))
+        report = api.verify(model, runtimes=runtimes.split(","))
     else:
+        from lmworks.base.hub import find_folder
         from lmworks.cli.inputs import read_lines
         from lmworks.export.parity import verify_against
 

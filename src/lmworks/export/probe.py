@@ -50,12 +50,12 @@ def make_probes(folder: Path, c: Config, texts: Sequence[str] = ()) -> dict[str,
         groups["texts"] = [read(e.ids, e.type_ids, c, longest) for e in tokenizer.encode_inputs(lines) if e.ids]
         if c.type_vocab_size > 1:
             found = tokenizer.encode_inputs(list(zip(lines[::2], lines[1::2], strict=False)))
-            groups["pairs"] = [read(e.ids, e.type_ids, c, longest) for e in found]
+            groups["pairs"] = [read(e.ids, e.type_ids, c, longest) for e in found if e.ids]
     elif texts:
         raise InputError(
             "this model has no tokenizer to read texts with", where=str(folder), expected=" or ".join(VOCABULARIES)
         )
-    else:
+    if not groups["texts"]:  # no tokenizer, or one that knows none of these characters
         rows = [random.choice(plain, min(length, longest)).tolist() for length in LENGTHS]
         groups["texts"] = [read(ids, [0] * len(ids), c, longest) for ids in rows]
         if c.type_vocab_size > 1:
