@@ -352,3 +352,11 @@ def test_loading_draws_nothing_and_copies_nothing(folder: Path) -> None:
     if model.config.model_type == "gpt2":  # a part of the fused, transposed matrix
         assert q.stride() == (1, 72)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_same_fault_of_many_layers_is_one_line(llama_folder: Path) -> None:
+    """A message fits a screen, however many layers there are."""
+    edit_weights(llama_folder, lambda s: [s.pop(f"model.layers.{i}.mlp.up_proj.weight") for i in range(2)])
+    with pytest.raises(FormatError) as caught:
+        load_model(llama_folder)
+    assert caught.value.found.strip() == "missing: model.layers.{0,1}.mlp.up_proj.weight (64, 24)"

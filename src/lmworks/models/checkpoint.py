@@ -253,10 +253,22 @@ def from_hf(file: State, model: Model, *, where: str = "", new_head: bool = Fals
         raise FormatError(
             "the weights do not fit config.json",
             where=where,
-            found="\n    ".join(["", *problems]),
+            found="\n    ".join(["", *merge_layers(problems)]),
             fix="check that config.json and the weights belong together",
         )
     return state
+
+
+def merge_layers(problems: list[str]) -> list[str]:
+    """Say what is wrong in many layers once: ["missing: h.0.b", "missing: h.1.b"] -> ["missing: h.{0,1}.b"]."""
+    layers: dict[str, list[str]] = {}
+    for problem in problems:
+        template, layer = to_template(problem)
+        layers.setdefault(template, []).append(layer)
+    return [
+        template.replace("{}", found[0] if len(found) == 1 else f"{{{','.join(found)}}}", 1)
+        for template, found in layers.items()
+    ]
 
 
 def alias(model: Model, name: str) -> str:

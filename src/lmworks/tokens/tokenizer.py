@@ -161,8 +161,9 @@ class Tokenizer:
         tokenizer = json.loads(self.backend.to_str())
         write_text(folder / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False, indent=1))
         for name, template in self.chat_templates.items():
-            (folder / TEMPLATES).mkdir(exist_ok=True) if name != "default" else None
-            write_text(folder / template_file(name), template)
+            path = folder / template_file(name)
+            path.parent.mkdir(exist_ok=True)
+            write_text(path, template)
 
     @property
     def vocab_size(self) -> int:
