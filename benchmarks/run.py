@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-SCRIPTS = ("startup", "load", "decode", "train_step")
+SCRIPTS = ("startup", "cold", "load", "full_size", "encode", "decode", "train_step")
 PACKAGES = ("lmworks", "torch", "transformers", "onnxruntime", "tokenizers", "numpy")
 
 

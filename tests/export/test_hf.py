@@ -220,6 +220,21 @@ def test_images_and_papers_are_copied(tmp_path: Path) -> None:
     assert same[0] == same[1]
 
 
+def test_a_module_that_is_the_network_itself_is_not_copied(tmp_path: Path) -> None:
+    """Old names of the checkpoint must not come back through sentence-transformers' list of modules."""
+    zoo.make_reference("bert", "Model").save_pretrained(tmp_path / "in")
+    rewrite(tmp_path / "in", old_names)
+    for name in ("1_Pooling", "2_Dense"):
+        (tmp_path / "in" / name).mkdir()
+        edit(tmp_path / "in" / name / "config.json", dim=3)
+    (tmp_path / "in" / "2_Dense" / "pytorch_model.bin").write_bytes(b"a pickle")
+    paths = ["", ".", "1_Pooling", "2_Dense"]
+    (tmp_path / "in" / "modules.json").write_text(json.dumps([{"idx": i, "path": p} for i, p in enumerate(paths)]))
+    found = export(tmp_path / "in", tmp_path / "out").values
+    assert not any("gamma" in key for key in load_file(tmp_path / "out" / "model.safetensors"))
+    assert [name for name in found["files"] if "/" in name] == ["1_Pooling/config.json", "2_Dense/config.json"]
+
+
 def test_an_output_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is left of an export that fails, and what was there before stays."""
     zoo.make_reference("bert", "Model").save_pretrained(tmp_path / "in")

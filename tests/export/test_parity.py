@@ -23,6 +23,7 @@ from lmworks.base.errors import FormatError, InputError, LmworksError, MissingEx
 from lmworks.cli.check import verify
 from lmworks.export import parity
 from lmworks.export.parity import hash_weights, verify_against
+from lmworks.export.probe import make_probes
 from lmworks.models import checkpoint, view
 from lmworks.runtime.torch_runtime import TorchRuntime
 
@@ -33,14 +34,14 @@ def make_folder(folder: Path, case: str = "bert", head: str = "SequenceClassific
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, name: str, amount: float) -> None:
-    """Add a number to a parameter of ours wherever the check loads a model."""
+    """Add a number to the first element of a parameter of ours wherever the check loads a model."""
 
     def load(*a: Any, **k: Any) -> Any:
         model = checkpoint.load_model(*a, **k)
         with torch.no_grad():
             for own, parameter in model.named_parameters():
                 if own == name:
-                    parameter.add_(amount)
+                    parameter.view(-1)[0] += amount
         return model
 
     monkeypatch.setattr(parity, "load_model", load)
@@ -316,6 +317,20 @@ def test_an_oracle_that_cannot_load_it(tmp_path: Path, monkeypatch: pytest.Monke
     (folder / "config.json").write_text(json.dumps({**config, "attention_probs_dropout_prob": "much"}))
     with pytest.raises(InputError, match="cannot load this checkpoint as Bert"):
         verify_against(folder)
+
+
+def test_images_are_prepared_as_the_checkpoint_says(tmp_path: Path) -> None:
+    """Noise goes through preprocessor_config.json where there is one: here to a single colour."""
+    folder = make_folder(tmp_path, "vit", "Model")
+    size = {"height": 32, "width": 32}
+    steps = {"size": size, "do_rescale": False, "image_mean": [0.0, 0.0, 0.0], "image_std": [1e9, 1e9, 1e9]}
+    plain = make_probes(folder, checkpoint.read_config(folder))["images"]
+    (folder / "preprocessor_config.json").write_text(json.dumps(steps))
+    prepared = make_probes(folder, checkpoint.read_config(folder))["images"]
+    assert [row["pixel_values"].shape for row in prepared] == [(3, 32, 32)] * 2
+    assert all(abs(row["pixel_values"]).max() < 1e-6 for row in prepared)
+    assert all(abs(row["pixel_values"]).max() > 1 for row in plain)
+    assert verify_against(folder).values["passed"]
 
 
 def test_old_names_of_norms(tmp_path: Path) -> None:

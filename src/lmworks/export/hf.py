@@ -99,6 +99,8 @@ def write_files(model: Model, folder: Path, staged: Path) -> None:
                 shutil.copyfile(path, staged / path.name)
     for name in list_modules(folder):
         source, target = confine(folder, name), confine(staged, name)
+        if source == folder.resolve():  # the network itself, which was written afresh
+            continue
         for path in sorted([*source.glob("*.json"), *source.glob("*.safetensors")]):
             target.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / path.name)

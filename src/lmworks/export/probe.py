@@ -9,6 +9,7 @@ Shapes: T tokens, C channels, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -75,10 +76,10 @@ def read(ids: Sequence[int], types: Sequence[int], c: Config, longest: int) -> A
 
 
 def make_images(folder: Path, c: Config, random: np.random.Generator) -> list[Arrays]:
-    """Return noise: pictures prepared as preprocessor_config.json says where it is there, else plain numbers."""
+    """Return noise: pictures prepared as preprocessor_config.json says where it and Pillow are there, else plain numbers."""
     assert c.vision is not None
     size = c.vision.image_size
-    if (folder / FILE).is_file() and c.vision.num_channels == 3:
+    if (folder / FILE).is_file() and c.vision.num_channels == 3 and find_spec("PIL"):
         pictures = [random.integers(0, 256, (size + 9, size + 20, 3), np.uint8) for _ in range(IMAGES)]
         features = ImageClassification(folder, Facts(model_type=c.model_type, max_length=1)).encode(pictures)
         return [{"pixel_values": feature.inputs["pixel_values"]} for feature in features]
