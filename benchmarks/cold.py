@@ -34,7 +34,7 @@ def run(arguments: list[str]) -> tuple[float, str]:
 
 def best(answer: str) -> float:
     """Return the highest score of an answer as JSON, however it is nested."""
-    value = json.loads(answer.strip().splitlines()[-1])
+    value = json.loads(answer[answer.index("[") :])
     found: list[float] = []
 
     def walk(item: object) -> None:

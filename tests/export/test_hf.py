@@ -253,6 +253,19 @@ def test_an_output_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sorted(os.listdir(tmp_path)) == ["in", "out"]
 
 
+def test_a_tokenizer_that_changes_is_caught(minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = hf.Tokenizer.save
+
+    def save_cased(self: Any, place: Path) -> None:
+        save(self, place)
+        edit(place / "tokenizer.json", normalizer=None)
+
+    monkeypatch.setattr(hf.Tokenizer, "save", save_cased)
+    with pytest.raises(CheckFailed, match="other tokens"):
+        export(minilm, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_config_that_says_something_else_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights may be right and the answers wrong: both are compared."""
     zoo.make_reference("bert", "Model").save_pretrained(tmp_path / "in")

@@ -186,6 +186,20 @@ def test_round_trip(cell: Cell, tmp_path: Path) -> None:
     assert again.config.id2label == cell.reference.config.id2label
 
 
+@pytest.mark.parametrize(("name", "head"), [("GPT2DoubleHeadsModel", "CausalLM"), ("BertForPreTraining", "MaskedLM")])
+@torch.inference_mode()
+def test_a_second_head_is_left_out(name: str, head: str, tmp_path: Path) -> None:
+    """Published models with two heads open as the first of them."""
+    config = zoo.CONFIGS["gpt2" if head == "CausalLM" else "bert"]()
+    reference = getattr(transformers, name)(config).eval()
+    reference.save_pretrained(tmp_path)
+    model, ids = load_model(tmp_path), torch.randint(4, zoo.VOCAB, (1, 30))
+    output = reference(ids)
+    expected = output.logits if head == "CausalLM" else output.prediction_logits
+    assert model.kind == head
+    assert (model(ids) - expected).abs().max() <= CLOSE
+
+
 def test_a_new_config_says_everything(cell: Cell, tmp_path: Path) -> None:
     """A config that was not read from a file, as of a model made here, describes the same network to transformers."""
     from dataclasses import replace

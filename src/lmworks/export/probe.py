@@ -76,7 +76,7 @@ def read(ids: Sequence[int], types: Sequence[int], c: Config, longest: int) -> A
 
 
 def make_images(folder: Path, c: Config, random: np.random.Generator) -> list[Arrays]:
-    """Return noise: pictures prepared as preprocessor_config.json says where it and Pillow are there, else plain numbers."""
+    """Return noise: pictures prepared as preprocessor_config.json says (where Pillow is there), else plain numbers."""
     assert c.vision is not None
     size = c.vision.image_size
     if (folder / FILE).is_file() and c.vision.num_channels == 3 and find_spec("PIL"):

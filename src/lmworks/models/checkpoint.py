@@ -282,7 +282,7 @@ def alias(model: Model, name: str) -> str:
 def is_known(bare: str, model: Model) -> bool:
     """Say whether a tensor that no row took may be left out: a constant, or part of another head."""
     family, module = find_family(model.config.model_type), bare.rpartition(".")[0]
-    if to_template(bare)[0] in family.IGNORED:
+    if to_template(bare)[0] in family.IGNORED or module in family.IGNORED:
         return True
     names = {strip(key, model) for spec in family.heads(model.config).values() for key in spec.keys}
     return module in names or bare in names

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmworks.base.files import read_json, write_json
 from lmworks.base.types import Answer
 from lmworks.models.checkpoint import load_model, save_model
 from lmworks.models.heads import Model
@@ -46,8 +47,11 @@ class Pretrained(Model):
         return super().forward(inputs, attention_mask, **more)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and, where there is one, the tokenizer."""
+        """Write config.json, model.safetensors and, where there are any, the tokenizer and the generation settings."""
         save_model(self, folder)
+        settings = self.folder / "generation_config.json"
+        if settings.is_file():  # it may name more tokens that end a text than config.json
+            write_json(Path(folder) / settings.name, read_json(settings))
         if not self.config.vision and any(self.folder.glob("*token*")):
             Tokenizer.from_pretrained(self.folder).save(folder)
 

@@ -1,7 +1,7 @@
 """What a run tells while it runs: a progress bar or a line now and then, and `metrics.jsonl` for programs and plots.
 
 Every step is one line of metrics.jsonl:   step loss lr grad_norm tokens | seconds tokens_per_second
-Every validation is another:               step val_loss best            | seconds
+Every validation is another:               step val_loss best, what is measured | seconds
 The fields after the bar are times; all others are identical, to the bit, in a run that was killed and resumed.
 """
 
@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 METRICS = "metrics.jsonl"
 TIMES = ("seconds", "tokens_per_second")
+RECORDED = ("val_loss", "best", *TIMES)  # of each validation, besides its step and what is measured
 EVERY_SECONDS = 10.0  # between two lines where there is no terminal
 CURVE_POINTS = 200  # of the training loss in a plot
 Points = list[tuple[int, float]]
@@ -29,6 +30,7 @@ class History:
 
     train: Points = field(default_factory=list)
     validation: Points = field(default_factory=list)
+    measured: list[dict[str, float]] = field(default_factory=list)  # each validation's numbers by name, with its step
 
 
 class Log:
@@ -121,4 +123,5 @@ def read_history(folder: Path) -> History:
     return History(
         train=[(group[-1][0], math.fsum(loss for _, loss in group) / len(group)) for group in groups],
         validation=[(row["step"], row["val_loss"]) for row in rows if "val_loss" in row],
+        measured=[{name: row[name] for name in row if name not in RECORDED} for row in rows if "val_loss" in row],
     )

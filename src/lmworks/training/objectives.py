@@ -5,12 +5,12 @@ The trainer divides by the count of the whole batch, so that splitting a batch c
 Chunked cross-entropy never holds the logits of all tokens: for a few rows at a time it computes them, their loss and
 its gradient, and keeps only the gradient:   d loss / d logits = softmax(logits) - one_hot(label).
 
-Shapes: N scored tokens, C rows of a chunk, D hidden_size, V vocab_size.
+Shapes: B batch, T tokens, L labels, N scored tokens, C rows of a chunk, D hidden_size, V vocab_size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -36,7 +36,11 @@ class Objective(Protocol):
 
 
 class CausalLoss:
-    """Cross-entropy of the next token, for a model with `hidden_states(input_ids)` and `head.project`."""
+    """Cross-entropy of the token that `labels` names, for a model with `hidden_states(input_ids)` and `head.project`.
+
+    That is the next token of a causal model, or the hidden one of a masked model: only those that are scored go
+    through the head.
+    """
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the summed loss over the labels that are not -100."""
@@ -55,6 +59,90 @@ class CausalLoss:
     def count(self, batch: Batch) -> int:
         """Return the number of scored tokens."""
         return int((batch["labels"] != IGNORED).sum())
+
+
+def predict(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the model's numbers for the inputs of a batch, in float32."""
+    network: Any = model
+    if "pixel_values" in batch:
+        logits: Tensor = network(batch["pixel_values"])
+    else:
+        types = batch.get("token_type_ids")
+        logits = network(batch["input_ids"], batch.get("attention_mask"), token_type_ids=types)
+    return logits.float()
+
+
+class ClassLoss:
+    """Cross-entropy of one label a row, labels (B,), or a token, labels (B, T) with -100 where none is scored.
+
+    `weights` (L,) multiply the terms of their classes; the sum is still divided by the number of terms, so balanced
+    weights, whose mean over the data is 1, keep its scale. `smoothing` gives that share of each target to all labels
+    alike (Szegedy et al. 2016).
+    """
+
+    def __init__(self, *, weights: Sequence[float] | None = None, smoothing: float = 0.0) -> None:
+        self.weights, self.smoothing = weights, smoothing
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the summed loss of logits (B, L) or (B, T, L)."""
+        logits = predict(model, batch).flatten(0, -2)  # (N, L)
+        weights = None if self.weights is None else torch.tensor(self.weights, device=logits.device)
+        return F.cross_entropy(
+            logits,
+            batch["labels"].flatten(),
+            weight=weights,
+            ignore_index=IGNORED,
+            label_smoothing=self.smoothing,
+            reduction="sum",
+        )
+
+    def count(self, batch: Batch) -> int:
+        """Return the number of labels that are scored."""
+        return int((batch["labels"] != IGNORED).sum())
+
+
+class BinaryLoss:
+    """Cross-entropy of each label by itself, for labels that may hold at once: labels (B, L) of 0 and 1."""
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss summed over rows and labels."""
+        return F.binary_cross_entropy_with_logits(predict(model, batch), batch["labels"], reduction="sum")
+
+    def count(self, batch: Batch) -> int:
+        """Return rows times labels."""
+        return int(batch["labels"].size)
+
+
+class SquaredLoss:
+    """Squared error of one number a row: logits (B, 1), labels (B,)."""
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the summed squared error."""
+        return F.mse_loss(predict(model, batch).squeeze(-1), batch["labels"], reduction="sum")
+
+    def count(self, batch: Batch) -> int:
+        """Return the number of rows."""
+        return int(batch["labels"].size)
+
+
+class SpanLoss:
+    """Mean cross-entropy of the first and the last token of a span: start_positions and end_positions (B,).
+
+    Padding is no place where a span could be: unlike transformers' loss, this one does not depend on how much of it
+    shares the batch.
+    """
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the summed loss of logits (B, T, 2)."""
+        logits, mask = predict(model, batch), batch.get("attention_mask")
+        if mask is not None:
+            logits = logits.masked_fill(mask[:, :, None] == 0, float("-inf"))
+        start = F.cross_entropy(logits[:, :, 0], batch["start_positions"], reduction="sum")
+        return (start + F.cross_entropy(logits[:, :, 1], batch["end_positions"], reduction="sum")) / 2
+
+    def count(self, batch: Batch) -> int:
+        """Return the number of rows."""
+        return len(batch["start_positions"])
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int | None = None) -> Tensor:

@@ -51,7 +51,8 @@ class State:
     tokens: int = 0  # scored tokens so far
     seconds: float = 0.0
     best_step: int | None = None
-    best_loss: float | None = None
+    best_loss: float | None = None  # of the best weights
+    best_score: float = 0.0  # what they were chosen by: the higher, the better
     waited: int = 0  # validations since the best one
     metrics_bytes: int = 0  # how much of metrics.jsonl belongs to this state
     dtype: str = "fp32"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, TextIO
@@ -62,6 +63,7 @@ class TrainConfig:
 
     `accumulation` is the number of parts in which a batch is computed. `patience` counts validations without
     improvement (0: never stop early). `eval_tokens` None scores as many held-out tokens as keep validation cheap.
+    `criterion` says which weights are the best: those with the lowest "loss", or the highest of what is measured.
     """
 
     steps: int
@@ -78,6 +80,7 @@ class TrainConfig:
     eval_tokens: int | None = None
     save_every: int | None = None  # steps; None: with every validation, and every two minutes
     patience: int = 0
+    criterion: str = "loss"
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     compile: Literal["auto", "always", "never"] = "auto"
     seed: int = 0
@@ -103,7 +106,10 @@ class TrainResult:
 
 
 class Trainer:
-    """Trains `model` in place. Progress goes to `stream` (None: silent)."""
+    """Trains `model` in place. Progress goes to `stream` (None: silent).
+
+    `measure` scores the model at each validation: finite numbers by name, which are logged beside the loss.
+    """
 
     def __init__(
         self,
@@ -114,8 +120,10 @@ class Trainer:
         config: TrainConfig,
         folder: str | Path,
         stream: TextIO | None = sys.stderr,
+        measure: Callable[[], dict[str, float]] | None = None,
     ) -> None:
         self.model, self.objective, self.data, self.config = model, objective, data, config
+        self.measure = measure
         self.folder, self.stream = Path(folder), stream
         self.device = next(model.parameters()).device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -203,15 +211,19 @@ class Trainer:
             return
         loss = total / count
         self.check_numbers(loss, 0.0)
-        improved = s.best_loss is None or loss < s.best_loss
+        measured = {} if self.measure is None else self.measure()
+        score = -loss if self.config.criterion == "loss" else measured[self.config.criterion]
+        before = None if s.best_loss is None else (s.best_score, -s.best_loss)
+        improved = before is None or (score, -loss) > before  # of equal scores the lower loss
         if improved:
-            s.best_step, s.best_loss, s.waited = s.step, loss, 0
+            s.best_step, s.best_loss, s.best_score, s.waited = s.step, loss, score, 0
             check_finite(self.model, self.folder)
             save_best(self.folder, self.model, step=s.step)
         else:
             s.waited += 1
         s.seconds += time.perf_counter() - began
-        self.log.record({"step": s.step, "val_loss": loss, "best": improved, "seconds": round(s.seconds, 3)})
+        row = {"step": s.step, "val_loss": loss, "best": improved, **measured}
+        self.log.record({**row, "seconds": round(s.seconds, 3)})
 
     @property
     def finished(self) -> bool:

@@ -22,7 +22,8 @@ KEYS: dict[str, str | tuple[str, ...]] = {
     "ln_f": "final_norm",
 }
 TRANSPOSED = frozenset({"h.{}.attn.c_attn", "h.{}.attn.c_proj", "h.{}.mlp.c_fc", "h.{}.mlp.c_proj"})
-IGNORED = frozenset({"h.{}.attn.bias", "h.{}.attn.masked_bias"})  # old files hold the causal mask as well
+IGNORED = frozenset({  # old files hold the causal mask as well, and some a second head
+    "h.{}.attn.bias", "h.{}.attn.masked_bias", "multiple_choice_head.summary"})  # fmt: skip
 
 
 def heads(c: Config) -> Mapping[str, HeadSpec]:
