@@ -1,8 +1,8 @@
 """How good a model's answers are, by task: the numbers that papers report.
 
-    accuracy               share of examples whose answer is the reference (the whole set of labels, if it may be several)
-    precision, recall, f1  tp / predicted, tp / actual, and their harmonic mean; 0 where nothing was predicted or is there.
-                           Of classes: the plain mean over the classes that occur in predictions or references (macro);
+    accuracy               share of examples whose answer is the reference (of several labels: all of them)
+    precision, recall, f1  tp / predicted, tp / actual, and their harmonic mean; 0 for what was never predicted or never
+                           there. Of classes: the plain mean over those that occur in predictions or references (macro);
                            of names in a text: over all entities (micro), an entity being right if its kind, begin and
                            end are
     exact_match, f1        of answers: the rule of SQuAD (Rajpurkar et al., 2016 and 2018), the best over the references
@@ -262,7 +262,7 @@ def score_answers(predictions: Sequence[str], references: Sequence[Sequence[tupl
 def best_match(prediction: str, answers: Sequence[str], version_2: bool) -> tuple[float, float]:
     """Return the best (exact match, f1) of a prediction over the answers.
 
-    Version 2 leaves out answers that are nothing but articles and punctuation, and takes "" for right where none is left;
+    Version 2 leaves out answers that are nothing but articles and punctuation, and where none is left "" is right;
     version 1.1 gives two empty texts an f1 of 0.
     """
     guess = normalize_answer(prediction)

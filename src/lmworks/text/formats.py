@@ -14,6 +14,7 @@ sentence has tokens and tags.
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -92,6 +93,7 @@ def read_text(path: Path) -> str:
 
 def read_table(text: str, path: Path, *, header: bool) -> Iterator[Row]:
     """Yield the rows of a csv or tsv file; a row that is shorter than the first one lacks its last columns."""
+    csv.field_size_limit(2**31 - 1)
     names: list[str] = []
     for line, fields in parse_table(text, path):
         where = f"{path}, line {line}"

@@ -71,7 +71,8 @@ def read_labelled(
             expected=", ".join(READERS),
         )
     path = Path(path)
-    columns = Columns(text_column, label_column, header, path if path.is_dir() else path.parent)
+    is_table = path.suffix.lower() in (".csv", ".tsv")
+    columns = Columns(text_column, label_column, header and is_table, path if path.is_dir() else path.parent)
     if task == "text-generation" and (
         (path.is_dir() and split is None) or path.suffix.lower() in (".txt", ".md", ".html")
     ):
@@ -80,14 +81,16 @@ def read_labelled(
     rows = list(read_rows(path, task, header=header, split=split))
     if not rows:
         raise InputError(
-            "there are no examples in this file", where=str(path), found="a header and no rows" if header else ""
+            "there are no examples in this file",
+            where=str(path),
+            found="a header and no rows" if columns.header else "",
         )
     gaps = dict.fromkeys(rows[0][1])  # what the first row has and another lacks is a gap, not a column unheard of
     pairs = [READERS[task]({**gaps, **row}, where, columns) for where, row in rows]
     references = [reference for _, reference in pairs]
     labels: tuple[str, ...] = ()
     if task in ("text-classification", "image-classification"):
-        references = unify(references, [where for where, _ in rows], is_table=path.suffix.lower() in (".csv", ".tsv"))
+        references = unify(references, [where for where, _ in rows], is_table=is_table)
     if task.endswith("classification") and not isinstance(references[0], float):
         labels = names_of(references)
     return Labelled(task, [example for example, _ in pairs], references, labels, str(path))
@@ -118,7 +121,7 @@ class Columns:
 
     text: str | None
     label: str | None
-    header: bool
+    header: bool  # there is a first row that names them
     folder: Path  # images are named from here
 
     def value(self, row: dict[str, Any], where: str, wanted: str | None, usual: Sequence[str], what: str) -> Any:
@@ -134,8 +137,8 @@ class Columns:
             f'no column "{wanted}"' if wanted else f"which column holds the {what}?",
             where=where,
             found="columns " + (", ".join(name[:40] for name in names) or "none"),
-            fix=f"{option} {'NAME' if self.header else 'NUMBER'}"
-            + (", or --no-header if the first row is data" if self.header and "line" in where else "")
+            fix=f"{option} {'NUMBER' if names[:1] == ['1'] else 'NAME'}"
+            + (", or --no-header if the first row is data" if self.header else "")
             + (f";{near}" if near else ""),
         )
 
@@ -209,13 +212,13 @@ def unify(references: list[Any], places: Sequence[str], *, is_table: bool) -> li
     is_integer = [isinstance(r, str) and bool(INTEGER.fullmatch(r)) for r in references]
     if is_table and not all(is_integer) and all(is_number(r) for r in references):
         return [float(r) for r in references]
-    kind = next((type(r) for r in references if not isinstance(r, str)), str)
+    kind = float if is_integer[0] and float in map(type, references) else type(references[0])
     for reference, integer, where in zip(references, is_integer, places, strict=True):
         if type(reference) is not kind and not (kind is float and integer):
             raise InputError(
                 "labels of different kinds",
                 where=where,
-                found=f"{reference!r}, where others are {KINDS[kind]}",
+                found=f"{reference!r}, after {KINDS[kind]}",
                 expected="a name, a list of names, or a number in every row",
             )
     return [float(r) for r in references] if kind is float else references
@@ -259,7 +262,7 @@ def as_list(value: Any, where: str, what: str) -> tuple[str, ...]:
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value) if value.lstrip().startswith("[") else value.split()
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             value = value.split()
     if not isinstance(value, list) or not value or not all(isinstance(v, str | int) and v != "" for v in value):
         raise InputError(f"these are no {what}", where=where, found=repr(value)[:80], expected='a list: ["…", "…"]')
