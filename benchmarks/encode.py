@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 TOKENS, TEXTS, SHORTEST, LONGEST, BATCH = 128, 96, 10, 110, 32
-ROUNDS, RAGGED_ROUNDS = 15, 3
+ROUNDS, RAGGED_ROUNDS = 15, 2
 CLOSE = 1e-5  # float32's answers
 Answers = Any  # (texts, labels), logits or probabilities
 

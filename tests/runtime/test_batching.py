@@ -68,6 +68,8 @@ def test_batches_of_lengths() -> None:
     assert list(make_batches([3, 9, 3], batch_tokens=100, max_rows=8)) == [[1], [0, 2]]
     assert list(make_batches([500, 5], batch_tokens=100, max_rows=8)) == [[0], [1]]
     assert list(make_batches([5] * 5, batch_tokens=100, max_rows=2)) == [[0, 1], [2, 3], [4]]
+    assert list(make_batches([9, 6], batch_tokens=100, max_rows=8)) == [[0], [1]]
+    assert list(make_batches([9, 6], batch_tokens=100, max_rows=8, padding=1 / 3)) == [[0, 1]]
     assert list(make_batches([], batch_tokens=100, max_rows=8)) == []
     assert run_features(Sums(per_token=True), [], output="logits") == []
 

@@ -47,6 +47,12 @@ def cell(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return case, head, reference, folder
 
 
+@pytest.fixture(autouse=True)
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave padding out of models as small as these, too."""
+    monkeypatch.setattr(torch_runtime, "LEAST_SAVING", 0)
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_no_padding_is_computed_and_no_number_changes(cell: Any, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +119,22 @@ def test_packed_matrices_give_the_same_numbers(case: str, act: str, tmp_path: Pa
 def folder(tmp_path: Path) -> Path:
     zoo.make_reference("bert", "SequenceClassification").save_pretrained(tmp_path)
     return tmp_path
+
+
+def test_padding_is_left_out_where_that_pays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for a token or two, not for rows that are all padding, and not where the products are tiny."""
+    runtime = TorchRuntime(folder)
+    mask = np.ones((4, 30), np.int64)
+    assert not runtime.is_wasteful(mask)
+    mask[1, 28:] = 0
+    assert not runtime.is_wasteful(mask)
+    mask[1, 5:] = 0
+    assert runtime.is_wasteful(mask)
+    monkeypatch.setattr(torch_runtime, "LEAST_SAVING", 150_000)
+    assert not runtime.is_wasteful(mask)  # 25 tokens over 2 lengths in a model of 32
+    monkeypatch.setattr(torch_runtime, "LEAST_SAVING", 0)
+    mask[2] = 0
+    assert not runtime.is_wasteful(mask)
 
 
 def is_packed(runtime: TorchRuntime) -> bool:

@@ -175,6 +175,8 @@ def make_rows(model: Model) -> list[Row]:
             continue
         module, _, leaf = bare.rpartition(".")
         template, layer = to_template(module)
+        if template not in theirs_of:
+            raise InputError("no published file has such a layer", found=name, fix="merge or unload its adapter first")
         theirs, targets = theirs_of[template]
         if template == targets[0]:  # the other parts of a fused tensor are in the row of its first
             names = tuple(f"{BODY}{target.format(layer)}.{leaf}" for target in targets)

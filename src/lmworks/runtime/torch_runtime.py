@@ -27,6 +27,7 @@ from lmworks.runtime.base import Logits, check_ids, check_length, check_slots
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FIRST_CAPACITY = 256  # tokens a slot; doubled when a slot needs more
+LEAST_SAVING = 150_000  # padding tokens a length, times hidden_size²: below, many small products cost more
 WARM = 1024  # tokens after which a model that reads much is worth packing
 __all__ = ["PackedLinear", "TorchRuntime"]
 
@@ -58,6 +59,7 @@ class TorchRuntime:
         self.dtype, config = dtype, self.model.config
         self.vocab_size, self.max_length = config.vocab_size, config.max_tokens
         self.device = next(self.model.parameters()).device
+        self.leaves_padding_out = self.device.type == "cpu"
         self.slots = slots
 
     @cached_property
@@ -82,12 +84,19 @@ class TorchRuntime:
             check_length(input_ids.shape[1], self.max_length)
             self.warm_up(input_ids.size)
             mask = batch.get("attention_mask")
-            if mask is not None and self.device.type == "cpu" and not mask.all() and mask.any(1).all():
+            if mask is not None and self.leaves_padding_out and self.is_wasteful(mask):
                 return {name: self.run_without_padding(input_ids, mask.astype(bool), types)}
             seen = self.needed(mask)
             ids = torch.from_numpy(input_ids).to(self.device)
             segments = None if types is None else torch.from_numpy(types).to(self.device)
             return {name: to_numpy(self.model(ids, seen, token_type_ids=segments))}
+
+    def is_wasteful(self, mask: NDArray[Any]) -> bool:
+        """Say whether the padding in a mask (B, T) costs more than to leave it out: a twentieth at least."""
+        lengths = mask.astype(bool).sum(1)
+        padding = mask.size - int(lengths.sum())
+        saving = padding * self.model.config.hidden_size**2 / len(np.unique(lengths))
+        return bool(lengths.all()) and 20 * padding >= max(mask.size, 1) and saving >= LEAST_SAVING
 
     def run_without_padding(
         self, input_ids: NDArray[Any], mask: NDArray[np.bool_], types: NDArray[Any] | None
