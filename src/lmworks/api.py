@@ -113,11 +113,12 @@ def generate(
     seed: int | None = None,
     runtime: str = "auto",
     dtype: str = "auto",
+    revision: str | None = None,
 ) -> TextStream:
     """Continue a prompt: an iterator over pieces of text that never end inside a character; then `.result`."""
     from lmworks.runtime.predictor import load
 
-    return load(model, "text-generation", runtime=runtime, dtype=dtype).generate(
+    return load(model, "text-generation", runtime=runtime, dtype=dtype, revision=revision).generate(
         prompt,
         stream=True,
         max_tokens=max_tokens,

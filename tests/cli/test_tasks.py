@@ -304,3 +304,58 @@ def test_bad_input(folders: Any, capsys: Any, words: list[str], message: str) ->
     (folders["MaskedLM"] / "vocab.txt").write_text("a\nb\n")
     filled = [word.format(**folders) for word in words]
     assert message in ask(capsys, *filled, code=2)
+
+
+class Bytes(io.TextIOWrapper):
+    """Standard input that holds these bytes."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="utf-8", errors="strict")
+
+
+@pytest.mark.parametrize(
+    "data", [b"\xef\xbb\xbfI love it\r\nso dull\r\n", b"I love it\rso dull", "I love it\nso dull".encode("utf-16")]
+)
+def test_standard_input_is_read_like_a_file(
+    data: bytes, folders: Any, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """Byte order marks and the line ends of other systems are no part of a text."""
+    folder = folders["SequenceClassification"]
+    expected = ask(capsys, "classify", folder, "I love it", "so dull", "--json")
+    monkeypatch.setattr(sys, "stdin", Bytes(data))
+    assert close(ask(capsys, "classify", folder, "--json"), expected)
+    (tmp_path / "t.txt").write_bytes(data)
+    assert close(ask(capsys, "classify", folder, "--file", tmp_path / "t.txt", "--json"), expected)
+
+
+def close(found: Any, expected: Any) -> bool:
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [x["label"] for x in ours] == [x["label"] for x in theirs]
+        assert [x["score"] for x in ours] == pytest.approx([x["score"] for x in theirs], abs=1e-6)
+    return True
+
+
+def test_a_pipe_is_a_file(folders: Any, tmp_path: Path, capsys: Any) -> None:
+    """`--file <(command)`."""
+    import os
+    import threading
+
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text("I love it\nso dull\n"))
+    writer.start()
+    found = ask(capsys, "classify", folders["SequenceClassification"], "--file", tmp_path / "pipe", "--json")
+    writer.join()
+    assert len(found) == 2
+
+
+def test_pairs_belong_together_by_line(folders: Any, tmp_path: Path, capsys: Any) -> None:
+    folder = folders["SequenceClassification"]
+    firsts, seconds = (
+        write_lines(tmp_path / "a.txt", ["A1", "", "A3"]),
+        write_lines(tmp_path / "b.txt", ["B1", "B2", "B3"]),
+    )
+    found = ask(capsys, "classify", folder, "--file", firsts, "--pairs", seconds, "--json")
+    assert len(found) == 3
+    last = ask(capsys, "classify", folder, "A3", "--pairs", write_lines(tmp_path / "c.txt", ["B3"]), "--json")
+    assert close(found[2:], last)

@@ -244,7 +244,7 @@ CONFIG_FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "missing size": ({"hidden_size": None}, FormatError, "does not state hidden_size"),
     "text for a number": ({"num_hidden_layers": "2"}, FormatError, r"num_hidden_layers is not a whole number"),
     "true for a number": ({"vocab_size": True}, FormatError, "vocab_size is not a whole number"),
-    "no layers": ({"num_hidden_layers": 0}, InputError, r"num_hidden_layers[\s\S]*1 or more"),
+    "no layers": ({"num_hidden_layers": 0}, InputError, r"num_hidden_layers[\s\S]*1 to 2,000"),
     "heads that do not divide": ({"num_key_value_heads": 3}, InputError, r"num_key_value_heads[\s\S]*a divisor of 4"),
     "odd rotated head": ({"head_dim": 7}, InputError, r"head_dim[\s\S]*even"),
     "activation": ({"hidden_act": "swishy"}, InputError, r"hidden_act[\s\S]*swishy[\s\S]*silu"),

@@ -175,3 +175,113 @@ def test_load_options() -> None:
     assert predictor("one").shape == (384,)
     assert len(predictor([])) == 0
     assert len(predictor(["one"] * 3, pooling="none")) == 3
+
+
+def test_a_head_for_other_labels(classifier: tuple[Any, Path]) -> None:
+    """The usual start of fine-tuning: the body is kept, a head of another size is drawn when it is asked for."""
+    _, folder = classifier
+    with pytest.raises(FormatError, match=r"wrong shape: classifier.bias"):
+        lmworks.AutoModelForSequenceClassification.from_pretrained(folder, labels=["a", "b", "c"])
+    model = lmworks.AutoModelForSequenceClassification.from_pretrained(folder, new_head=True, labels=["a", "b", "c"])
+    assert model(torch.tensor([[101, 102]])).shape == (1, 3)
+
+
+def test_what_belongs_to_a_model_is_saved_with_it(tmp_path: Path) -> None:
+    """Pooling and normalisation, without which vectors differ; how images are read."""
+    lmworks.AutoModel.from_pretrained(MINILM).save_pretrained(tmp_path / "again")
+    expected, found = (lmworks.load(path)(["a text", "another"]) for path in (MINILM, tmp_path / "again"))
+    assert abs(expected - found).max() < 1e-6
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=16
+    )
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    transformers.ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
+    lmworks.ViTForImageClassification.from_pretrained(tmp_path / "vit").save_pretrained(tmp_path / "vit2")
+    import numpy as np
+
+    image = np.arange(28 * 28, dtype=np.uint8).reshape(28, 28)
+    assert lmworks.load(tmp_path / "vit2")(image) == lmworks.load(tmp_path / "vit")(image)
+
+
+def test_call_shapes_people_know(classifier: tuple[Any, Path]) -> None:
+    reference, folder = classifier
+    model = lmworks.AutoModelForSequenceClassification.from_pretrained(folder)
+    inputs = transformers.AutoTokenizer.from_pretrained(folder)(
+        ["a text", "a longer one"], padding=True, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        assert torch.allclose(model(**inputs), reference(**inputs).logits, atol=1e-6)
+    half = lmworks.AutoModelForSequenceClassification.from_pretrained(folder, dtype="bf16")
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    kept = lmworks.AutoModelForSequenceClassification.from_pretrained(folder, torch_dtype="auto")
+    assert {parameter.dtype for parameter in kept.parameters()} == {torch.float32}
+    with pytest.raises(InputError, match="no dtype 'bf61'"):
+        lmworks.AutoModelForSequenceClassification.from_pretrained(folder, dtype="bf61")
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "example"),
+    [
+        ("BertForSequenceClassification", "text-classification", "a text"),
+        ("BertForTokenClassification", "token-classification", "a text"),
+        ("BertForQuestionAnswering", "question-answering", ("who", "she")),
+        ("BertForMaskedLM", "fill-mask", "a [MASK]"),
+        ("BertModel", "feature-extraction", "a text"),
+    ],
+)
+def test_weights_that_are_not_numbers(name: str, task: str, example: Any, tmp_path: Path) -> None:
+    """No task answers from NaN."""
+    save(tmp_path, name)
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(tmp_path / "model.safetensors")
+    key = next(key for key in weights if key.endswith("layer.1.output.dense.bias"))
+    weights[key] = weights[key] * float("nan")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FormatError, match="not numbers"):
+        lmworks.load(tmp_path, task)(example)
+
+
+def test_sizes_that_no_network_has(classifier: tuple[Any, Path], tmp_path: Path) -> None:
+    _, folder = classifier
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in (("hidden_size", 10**12), ("num_hidden_layers", 10**9), ("type_vocab_size", -1)):
+        (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(InputError, match=key):
+            lmworks.load(tmp_path)
+
+
+def test_a_text_begins_as_the_model_expects(tmp_path: Path) -> None:
+    """A tokenizer's own start token comes before a prompt: the text is that of transformers' pipeline."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    vocabulary = {"<s>": 0, "</s>": 1, **{word: i + 2 for i, word in enumerate("a b c d e f g h i j k l m n".split())}}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+    tokenizer.save_pretrained(tmp_path)
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        vocab_size=16, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, bos_token_id=0,
+        eos_token_id=None,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    model.save_pretrained(tmp_path)
+    ids = tokenizer("a b c", return_tensors="pt")["input_ids"]
+    assert ids[0].tolist() == [0, 2, 3, 4]
+    expected = model.generate(ids, do_sample=False, max_new_tokens=12, pad_token_id=1)[0, 4:].tolist()
+    assert lmworks.load(tmp_path).generate("a b c", max_tokens=12, temperature=0).tokens == expected
+    bare = model.generate(ids[:, 1:], do_sample=False, max_new_tokens=12, pad_token_id=1)[0, 3:].tolist()
+    assert bare != expected  # the start token matters here
+
+
+def test_a_classifier_writes_no_text(tmp_path: Path) -> None:
+    """A tied head is never missing from a file; what config.json names decides."""
+    config = transformers.GPT2Config(vocab_size=30522, n_embd=16, n_layer=1, n_head=2, pad_token_id=0)
+    transformers.GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(MINILM).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no head for CausalLM"):
+        lmworks.load(tmp_path, "text-generation")

@@ -19,7 +19,7 @@ from parity import zoo
 
 from lmworks.base.errors import InputError
 from lmworks.base.types import Batch
-from lmworks.runtime.batching import MOST_PADDING, in_chunks, make_batches, run_features
+from lmworks.runtime.batching import MOST_PADDING, make_batches, run_features
 from lmworks.runtime.torch_runtime import TorchRuntime
 from lmworks.tasks.base import Feature
 
@@ -94,14 +94,6 @@ def test_images_are_batched_by_rows() -> None:
 def test_an_output_that_the_model_lacks() -> None:
     with pytest.raises(InputError, match="gives no hidden_states"):
         run_features(Sums(per_token=True), make_features([3]), output="hidden_states")
-
-
-def test_chunks_keep_examples_whole() -> None:
-    features = [Feature({"input_ids": [1] * 10}, example) for example in (0, 0, 0, 1, 2, 2, 3)]
-    chunks = list(in_chunks(features, tokens=20))
-    assert [[feature.example for feature in chunk] for chunk in chunks] == [[0, 0, 0], [1, 2, 2], [3]]
-    assert [feature for chunk in chunks for feature in chunk] == features
-    assert len(list(in_chunks(features, tokens=1000))) == 1 and not list(in_chunks([]))
 
 
 @pytest.mark.parametrize("case", ["bert", "modernbert", "distilbert"])

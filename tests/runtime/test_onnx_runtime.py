@@ -196,7 +196,7 @@ from lmworks.runtime.sampling import Sampling
 
 class Numbers:
     eos_id = None
-    def encode(self, text): return [int(word) for word in text.split()]
+    def encode_prompt(self, text): return [int(word) for word in text.split()]
     def decode(self, ids): return "".join(f" {i}" for i in ids)
 
 for dtype in ("fp32", "int8"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 from lmworks import __version__
 from lmworks.base.errors import Interrupted, LmworksError, from_os_error
@@ -118,8 +119,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     rest_while_waiting()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
+    end = words.index("--") if "--" in words else len(words)
+    debug = "--debug" in words[:end]
+    words = [word for word in words[:end] if word != "--debug"] + words[end:]
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter shows another
     app = App("lmworks", help=HELP, version=__version__, help_epilogue=show_examples(EXAMPLES), help_format="markdown")
     for name, (place, purpose, examples) in VERBS.items():
         app.command(place, name=name, help=purpose, help_epilogue=show_examples(examples))
@@ -143,6 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         return refuse(from_os_error(error, f"lmworks {words[0]} failed" if words else "lmworks failed"))
+    except RecursionError:
+        return refuse(LmworksError("a file is nested too deeply"))
     except MemoryError:
         return refuse(LmworksError("out of memory", fix="choose a smaller --size, or halve --batch-size or --context"))
 

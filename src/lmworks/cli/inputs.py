@@ -10,10 +10,10 @@ from cyclopts import Parameter
 
 from lmworks.base.errors import InputError
 
-Texts = Annotated[tuple[str, ...], Parameter(help="Texts; none: --file, or standard input, one text a line.")]
 File = Annotated[
     Path | None, Parameter(help="Read the texts from a file: one a line, or the rows of a csv, tsv or jsonl.")
 ]
+TABLES = {".csv", ".tsv", ".jsonl"}
 Column = Annotated[str | None, Parameter(help="The column of csv, tsv or jsonl that holds the text.")]
 
 
@@ -22,27 +22,64 @@ def read_texts(texts: tuple[str, ...], file: Path | None, column: str | None) ->
     if texts and file is not None:
         raise InputError("texts were given twice", found="arguments and --file", fix="leave one of them out")
     if texts:
-        return list(texts), len(texts) == 1
+        return [mend(text) for text in texts], len(texts) == 1
     if file is not None:
         return read_lines(file, column), False
-    if sys.stdin.isatty():
-        raise InputError(
-            "no text", fix="give it as an argument, with --file, or on standard input: lmworks … < texts.txt"
-        )
-    found = [line for line in sys.stdin.read().split("\n") if line.strip()]
-    if not found:
-        raise InputError("no text", where="standard input", expected="one text a line")
-    return found, False
+    return drop_blank(split_lines(read_stdin()), "standard input"), False
 
 
-def read_lines(file: Path, column: str | None) -> list[str]:
-    """Return the lines of a plain file that are not blank, or the rows of a table."""
+def read_lines(file: Path, column: str | None, *, blank: bool = False) -> list[str]:
+    """Return the lines of a plain file, or the rows of a table; blank lines only where `blank` asks for them."""
     from lmworks.text.read import read_documents
 
-    documents = read_documents(file, column=column)
-    if file.suffix.lower() in {".csv", ".tsv", ".jsonl"}:
-        return [document.text for document in documents]
-    found = [line for document in documents for line in document.text.splitlines() if line.strip()]
+    if file.exists() and not file.is_file() and not file.is_dir():  # a pipe, as <(command) makes one
+        lines = split_lines(decode_text(file.read_bytes(), str(file)))
+    else:
+        documents = read_documents(file, column=column)
+        if file.suffix.lower() in TABLES:
+            return [document.text for document in documents]
+        lines = [line for document in documents for line in split_lines(document.text)]
+    return lines if blank else drop_blank(lines, str(file))
+
+
+def read_whole(file: Path) -> str:
+    """Return all of a file's text."""
+    from lmworks.text.read import read_documents
+
+    if file.exists() and not file.is_file() and not file.is_dir():
+        return decode_text(file.read_bytes(), str(file))
+    return "\n".join(document.text for document in read_documents(file))
+
+
+def read_stdin() -> str:
+    """Return all of standard input, decoded as files are; a terminal is an InputError, as nobody would end it."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise InputError("no text", fix="give it as an argument, with --file, or on standard input: … < texts.txt")
+    source = getattr(sys.stdin, "buffer", None)
+    return sys.stdin.read() if source is None else decode_text(source.read(), "standard input")
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """Return bytes as text: byte order mark, UTF-8, or detection."""
+    from lmworks.text.decode import decode
+
+    return decode(data, name)[0]
+
+
+def split_lines(text: str) -> list[str]:
+    """Return the lines of a text, whatever ends them on any system; a last empty one is none."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def drop_blank(lines: list[str], where: str) -> list[str]:
+    """Return the lines that hold something; none at all is an InputError."""
+    found = [line for line in lines if line.strip()]
     if not found:
-        raise InputError("no text", where=str(file), expected="one text a line")
+        raise InputError("no text", where=where, expected="one text a line")
     return found
+
+
+def mend(argument: str) -> str:
+    """Return an argument with U+FFFD for bytes that are no text."""
+    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

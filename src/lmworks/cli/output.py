@@ -29,4 +29,6 @@ def show(report: Report, *, json: bool) -> int:
 
 def print_json(value: Any) -> None:
     """Print one JSON document as the last thing on standard output."""
-    sys.stdout.write(jsonlib.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    plain = (sys.stdout.encoding or "").lower().startswith("utf")  # else letters go as \\u escapes
+    text = jsonlib.dumps(value, indent=2, ensure_ascii=not plain, allow_nan=False)
+    sys.stdout.write(text + "\n")

@@ -9,16 +9,18 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from lmworks.base.errors import InputError
-from lmworks.cli.output import Json, Model, print_json, show
+from lmworks.cli.inputs import mend, read_stdin, read_whole
+from lmworks.cli.output import Json, Model, Revision, print_json, show
 
 Runtime = Annotated[Literal["auto", "torch", "onnx"], Parameter(help="What runs the model.")]
 
 
 def generate(
     model: Model,
-    prompt: Annotated[str | None, Parameter(help="The text to continue; none: standard input.")] = None,
+    prompt: Annotated[str | None, Parameter(help="The text to continue; none: --file, or standard input.")] = None,
     /,
     *,
+    file: Annotated[Path | None, Parameter(help="Read the text to continue from a file.")] = None,
     max_tokens: Annotated[int, Parameter(help="Stop after so many tokens.")] = 100,
     temperature: Annotated[float, Parameter(help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int, Parameter(help="Choose among the k likeliest; 0: all.")] = 0,
@@ -28,15 +30,17 @@ def generate(
     seed: Annotated[int | None, Parameter(help="Makes sampling repeatable.")] = None,
     runtime: Runtime = "auto",
     dtype: Annotated[str, Parameter(help="fp32 or int8 (onnx), fp32 or bf16 (torch).")] = "auto",
+    revision: Revision = None,
     json: Json = False,
 ) -> int:
     """Continue a prompt; the text appears as it is made."""
     from lmworks import api
 
+    if prompt is not None and file is not None:
+        raise InputError("the prompt was given twice", found="an argument and --file", fix="leave one of them out")
     if prompt is None:
-        if sys.stdin.isatty():
-            raise InputError("no prompt", fix='lmworks generate MODEL "Once upon a time"')
-        prompt = sys.stdin.read().rstrip("\n")
+        prompt = (read_stdin() if file is None else read_whole(file)).rstrip("\n")
+    prompt = mend(prompt)
     pieces = api.generate(
         model,
         prompt,
@@ -49,6 +53,7 @@ def generate(
         seed=seed,
         runtime=runtime,
         dtype=dtype,
+        revision=revision,
     )
     if not json:
         sys.stdout.write(prompt)

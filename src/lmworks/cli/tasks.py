@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from lmworks.base.errors import InputError
-from lmworks.cli.inputs import Column, File, read_lines, read_texts
+from lmworks.cli.inputs import Column, File, mend, read_lines, read_stdin, read_texts, read_whole
 from lmworks.cli.output import Json, Model, Revision, print_json
 
 Dtype = Annotated[Literal["auto", "fp32", "bf16"], Parameter(help="The precision; bf16 is faster and less exact.")]
@@ -42,10 +42,13 @@ def classify(
     from lmworks.models.families import read_config
 
     folder = find_folder(model, revision=revision)
-    found, _ = read_texts(texts, file, column)
+    if pairs is not None and file is not None:
+        found = read_lines(file, column, blank=True)  # lines belong together by their numbers
+    else:
+        found, _ = read_texts(texts, file, column)
     examples: list[Any] = list(found)
     if pairs is not None:
-        seconds = read_lines(pairs, column)
+        seconds = read_lines(pairs, column, blank=True)
         if len(seconds) != len(found):
             raise InputError(
                 "--pairs does not fit the texts", found=f"{len(seconds)} second texts", expected=f"{len(found)}"
@@ -76,6 +79,10 @@ def ner(
         Literal["none", "simple", "first", "average", "max"],
         Parameter(help="How tokens become entities; `first`, `average` and `max` never split a word."),
     ] = "first",
+    words: Annotated[
+        Literal["auto", "tokenizer", "spaces"],
+        Parameter(help="What a word is: the tokenizer's, or all between spaces; auto: as transformers' pipeline."),
+    ] = "auto",
     long: Long = "error",
     dtype: Dtype = "auto",
     revision: Revision = None,
@@ -83,7 +90,7 @@ def ner(
 ) -> int:
     """Find the names in texts: label, score, word, and the characters from start to end."""
     found, single = read_texts(texts, file, column)
-    options = {"aggregation": aggregation, "long": long}
+    options = {"aggregation": aggregation, "words": words, "long": long}
     answers = run(model, "token-classification", found, dtype, options, revision)
     if json:
         shown = [[asdict(entity) for entity in entities] for entities in answers]
@@ -113,16 +120,9 @@ def qa(
 ) -> int:
     """Answer questions from a context of any length: the text, its score, and the characters from start to end."""
     if context is None:
-        if file is not None:
-            from lmworks.text.read import read_documents
-
-            context = "\n".join(document.text for document in read_documents(file))
-        elif sys.stdin.isatty():
-            raise InputError("no context", fix="give --context, --file, or standard input")
-        else:
-            context = sys.stdin.read()
+        context = read_stdin() if file is None else read_whole(file)
     options = {"top_k": top_k, "no_answer": no_answer}
-    examples = [(one, context) for one in question]
+    examples = [(mend(one), mend(context)) for one in question]
     answers = run(model, "question-answering", examples, dtype, options, revision)
     shown = [[asdict(one) for one in answer] if isinstance(answer, list) else asdict(answer) for answer in answers]
     if json:

@@ -6,8 +6,6 @@ transformers 4. What comes out was read again and compared before it took its pl
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -16,25 +14,20 @@ import torch
 from safetensors import safe_open
 
 from lmworks import __version__
-from lmworks.base.errors import CheckFailed, FormatError, InputError, did_you_mean
-from lmworks.base.files import check_output, confine, new_folder, read_json, sha256, write_json
+from lmworks.base.errors import CheckFailed, InputError, did_you_mean
+from lmworks.base.files import check_output, new_folder, sha256
 from lmworks.base.report import Report, Table
 from lmworks.export.parity import answer, differ, hash_weights
-from lmworks.export.probe import TEXTS, VOCABULARIES, make_probes
+from lmworks.export.probe import TEXTS, make_probes
 from lmworks.export.receipt import RECEIPT, write_receipt
-from lmworks.models.checkpoint import load_model, modernize, save_model, strip
+from lmworks.models.checkpoint import load_model, modernize, strip
+from lmworks.models.folder import has_tokenizer, write_folder
 from lmworks.models.heads import Model
 from lmworks.models.weights import WEIGHTS, read_tensors
 from lmworks.tokens.tokenizer import Tokenizer
 
 FORMATS = ("hf",)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-GENERATION, MODULES = "generation_config.json", "modules.json"
-COPIED = (  # as they are, where they are
-    "preprocessor_config.json", "processor_config.json", "modules.json", "config_sentence_transformers.json",
-    "sentence_*_config.json", "tokenizer.model", "spiece.model", "sentencepiece*.model", "README*", "LICENSE*",
-    "NOTICE*",
-)  # fmt: skip
 
 
 def export(
@@ -59,7 +52,7 @@ def export(
         raise InputError("some weights are not finite", where=str(folder), found=f"in {dtype or 'the file'}",
                          fix='choose --dtype bf16' if dtype == "fp16" else "use another checkpoint")  # fmt: skip
     with new_folder(out) as staged:
-        write_files(model, folder, staged)
+        write_folder(model, folder, staged)
         values = check_written(source, model, folder, staged)
         values |= {"left_out": list_left_out(model, folder, staged), "source_sha": hash_weights(folder)}
         facts = {
@@ -83,43 +76,6 @@ def check_choice(name: str, choices: Collection[str], what: str) -> None:
     if name not in choices:
         fix = did_you_mean(name, choices).strip()
         raise InputError(f"lmworks export has no {what} {name!r}", expected=", ".join(choices), fix=fix)
-
-
-def write_files(model: Model, folder: Path, staged: Path) -> None:
-    """Write weights, configs and tokenizer, and copy what belongs to the model beside them."""
-    save_model(model, staged)
-    if (folder / GENERATION).is_file():  # it may know better than config.json where a text ends
-        written = read_json(staged / GENERATION) if (staged / GENERATION).is_file() else {}
-        write_json(staged / GENERATION, {**written, **read_json(folder / GENERATION)})
-    if has_tokenizer(folder):
-        Tokenizer.from_pretrained(folder).save(staged)
-    for pattern in COPIED:
-        for path in sorted(folder.glob(pattern)):
-            if path.is_file():
-                shutil.copyfile(path, staged / path.name)
-    for name in list_modules(folder):
-        source, target = confine(folder, name), confine(staged, name)
-        if source == folder.resolve():  # the network itself, which was written afresh
-            continue
-        for path in sorted([*source.glob("*.json"), *source.glob("*.safetensors")]):
-            target.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / path.name)
-
-
-def list_modules(folder: Path) -> list[str]:
-    """Return the folders of sentence-transformers' modules: ["1_Pooling"]."""
-    try:
-        found = json.loads((folder / MODULES).read_text(encoding="utf-8"))
-        return [str(module["path"]) for module in found if module.get("path")]
-    except FileNotFoundError:
-        return []
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"{MODULES} holds no list of modules", where=str(folder), found=str(error)) from None
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Say whether a folder has a vocabulary."""
-    return any((folder / name).is_file() for name in VOCABULARIES)
 
 
 def check_written(source: Model, model: Model, folder: Path, staged: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import numpy as np
 from lmworks.base.errors import InputError
 from lmworks.export.reference import Arrays
 from lmworks.models.config import Config
+from lmworks.models.folder import VOCABULARIES, has_tokenizer
 from lmworks.tasks.base import Facts
 from lmworks.tasks.image import FILE, ImageClassification
 from lmworks.tokens.tokenizer import Tokenizer
@@ -31,7 +32,6 @@ TEXTS = (
 LENGTHS = (37, 1, 19, 5)  # of random rows
 LONGEST = 512  # tokens at most, whatever the model takes
 IMAGES = 2
-VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
 
 
 def make_probes(folder: Path, c: Config, texts: Sequence[str] = ()) -> dict[str, list[Arrays]]:
@@ -46,7 +46,7 @@ def make_probes(folder: Path, c: Config, texts: Sequence[str] = ()) -> dict[str,
     special |= set(c.eos_token_id) if isinstance(c.eos_token_id, tuple) else {c.eos_token_id}
     plain = np.array([i for i in range(c.vocab_size) if i not in special] or [0])
     groups: dict[str, list[Arrays]] = {"texts": []}
-    if any((folder / name).is_file() for name in VOCABULARIES):
+    if has_tokenizer(folder):
         tokenizer, lines = Tokenizer.from_pretrained(folder), [*TEXTS, *texts]
         groups["texts"] = [read(e.ids, e.type_ids, c, longest) for e in tokenizer.encode_inputs(lines) if e.ids]
         if c.type_vocab_size > 1:

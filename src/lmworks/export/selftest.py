@@ -64,7 +64,7 @@ def record_selftest(
     """
     entries, spreads, largest = [], [], 0.0
     for text in prompts:
-        ids = tokenizer.encode(text)
+        ids = tokenizer.encode_prompt(text)
         if not 1 <= len(ids) <= runtime.max_length - tokens + 1:
             raise InputError(
                 "a prompt of the self-test does not fit the model",
@@ -92,7 +92,7 @@ def record_selftest(
             "int8": INT8_PART * float(np.mean(spreads)),
         },
         "prompts": entries,
-        "texts": [{"text": text, "ids": tokenizer.encode(text)} for text in (*PROBES, *texts)],
+        "texts": [{"text": text, "ids": tokenizer.encode_prompt(text)} for text in (*PROBES, *texts)],
     }
 
 
@@ -114,7 +114,7 @@ def answer(runtime: Runtime, tokenizer: Decodes, prompts: Sequence[Mapping[str, 
     """Run the recorded prompts through a runtime's own way of generating, its cache included."""
     answers = []
     for prompt in prompts:
-        ids = tokenizer.encode(prompt["text"])
+        ids = tokenizer.encode_prompt(prompt["text"])
         logits = runtime.prefill([0], [ids])[0].copy()  # (V,)
         stream = generate(runtime, tokenizer, ids, max_tokens=len(prompt["tokens"]), eos_ids=[])
         for _ in stream:
@@ -172,7 +172,7 @@ def check_record(selftest: Mapping[str, Any], tokenizer: Decodes, runtime: Runti
     Returns ids_equal and tokens_equal as [equal, checked], max_abs_diff, passed.
     """
     prompts, texts = selftest["prompts"], [*selftest["prompts"], *selftest["texts"]]
-    same = [tokenizer.encode(entry["text"]) == entry["ids"] for entry in texts]
+    same = [tokenizer.encode_prompt(entry["text"]) == entry["ids"] for entry in texts]
     result: dict[str, Any] = {"ids_equal": [sum(same), len(same)], "passed": all(same)}
     if not all(same):
         result["problem"] = f"tokenizer.json gives other ids than recorded for {texts[same.index(False)]['text']!r}"

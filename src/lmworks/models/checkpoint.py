@@ -118,9 +118,9 @@ def draw_head(model: Model, seed: int, dtype: torch.dtype) -> None:
 
 
 def check_task(model: Model, folder: Path) -> None:
-    """Raise InputError where config.json names another task's head: some share the names of their tensors."""
+    """Raise InputError where config.json names another task's head: some share tensors, and a tied one needs none."""
     stated = read_kind(model.config)
-    if stated != model.kind and stated in OWN and model.kind in OWN:
+    if stated != model.kind and stated in OWN and model.kind != "Model":
         raise wrong_head(model, folder, stated)
 
 
@@ -233,6 +233,8 @@ def from_hf(file: State, model: Model, *, where: str = "", new_head: bool = Fals
             absent.append(row.key)
             if not (new_head and row.key in of_head):
                 problems.append(f"missing: {row.key} {row.shape}")
+        elif new_head and row.key in of_head and tuple(file[found].shape) != row.shape:
+            absent.append(row.key)  # a head for other labels
         elif tuple(file[found].shape) != row.shape:
             problems.append(f"wrong shape: {found} is {tuple(file[found].shape)}, not {row.shape}")
         elif not file[found].is_floating_point():
@@ -268,9 +270,14 @@ def merge_layers(problems: list[str]) -> list[str]:
         template, layer = to_template(problem)
         layers.setdefault(template, []).append(layer)
     return [
-        template.replace("{}", found[0] if len(found) == 1 else f"{{{','.join(found)}}}", 1)
+        template.replace("{}", found[0] if len(found) == 1 else f"{{{shorten(found)}}}", 1)
         for template, found in layers.items()
     ]
+
+
+def shorten(numbers: list[str]) -> str:
+    """Return a few numbers as they are, many by their ends: "0,1,2", "0…31"."""
+    return ",".join(numbers) if len(numbers) < 4 else f"{numbers[0]}…{numbers[-1]}"
 
 
 def alias(model: Model, name: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from lmworks.base.errors import InputError
 
+MOST, MOST_LAYERS = 2**24, 2000  # beyond any published model; a file that claims more is damaged
 HIDDEN_ACTS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "relu")
 HEAD_ACTS = (*HIDDEN_ACTS, "tanh")
 
@@ -120,7 +121,9 @@ class Config:
         )
         for name in sizes.split():
             if not (self.vision and name == "vocab_size"):
-                require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+                most = MOST_LAYERS if name == "num_hidden_layers" else MOST
+                require(1 <= getattr(self, name) <= most, name, getattr(self, name), f"1 to {most:,}")
+        require(0 <= self.type_vocab_size <= MOST, "type_vocab_size", self.type_vocab_size, f"0 to {MOST:,}")
         grouped = self.num_attention_heads % self.num_key_value_heads == 0
         require(grouped, "num_key_value_heads", self.num_key_value_heads, f"a divisor of {self.num_attention_heads}")
         rotated = self.rotary_dim or self.head_dim

@@ -46,6 +46,8 @@ class AutoClass:
         require("torch", extra="torch")
         from lmworks.runtime.pretrained import Pretrained
 
+        if "torch_dtype" in settings:  # the older name
+            settings.setdefault("dtype", settings.pop("torch_dtype"))
         folder = find_folder(name_or_path, revision=revision)
         found = read_config(folder).model_type
         if cls.model_type not in (None, found):

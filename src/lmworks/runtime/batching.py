@@ -8,13 +8,13 @@ falls in changes nothing but the last digits of its answer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lmworks.base.errors import InputError
+from lmworks.base.errors import FormatError, InputError
 from lmworks.base.types import Batch
 from lmworks.tasks.base import Feature, collate
 
@@ -22,6 +22,9 @@ BATCH_TOKENS = 2048  # in a batch, padding included: larger ones are no faster o
 MAX_ROWS = 64
 MOST_PADDING = 1 / 8  # of a batch's tokens
 MOST_LEFT_OUT = 1 / 3  # the same, where the runtime does not compute it: larger batches, measured a tenth faster
+
+
+Reduce = Callable[[Feature, NDArray[Any]], NDArray[Any]]
 
 
 class Runs(Protocol):
@@ -32,13 +35,14 @@ class Runs(Protocol):
 
 def run_features(
     runtime: Runs, features: Sequence[Feature], *, output: str, pad_id: int = 0,
-    batch_tokens: int = BATCH_TOKENS, max_rows: int = MAX_ROWS,
+    batch_tokens: int = BATCH_TOKENS, max_rows: int = MAX_ROWS, reduce: Reduce | None = None,
 ) -> list[NDArray[Any]]:  # fmt: skip
     """Run features in batches; return one array each, in their order: (T, …) of its own length, or (O,) of a whole row.
 
     `output` names the runtime's array, "logits" or "hidden_states": of three dimensions (B, T, …) it holds something a
-    token and is cut to each feature's length; of two (B, O), something a row. All outputs are in memory at once: for
-    large ones (T, vocabulary), call this once a chunk of `in_chunks`. Raises InputError where the model lacks `output`.
+    token and is cut to each feature's length; of two (B, O), something a row. `reduce` makes each output small as soon
+    as its batch has run: (T, vocabulary) of many texts would fill the memory. Raises InputError where the model lacks
+    `output`, FormatError where its numbers are not finite.
     """
     outputs: list[NDArray[Any]] = [np.empty(0)] * len(features)
     padding = MOST_LEFT_OUT if getattr(runtime, "leaves_padding_out", False) else MOST_PADDING
@@ -53,7 +57,14 @@ def run_features(
             )
         for row, array in zip(rows, found[output], strict=True):
             per_token = array.ndim == 2 and "input_ids" in features[row].inputs
-            outputs[row] = array[: len(features[row])] if per_token else array
+            array = array[: len(features[row])] if per_token else array
+            if not np.isfinite(array).all():
+                raise FormatError(
+                    "the model's answers are not numbers",
+                    found="NaN or infinity",
+                    fix="check its weights: lmworks inspect",
+                )
+            outputs[row] = array if reduce is None else reduce(features[row], array)
     return outputs
 
 
@@ -77,17 +88,3 @@ def make_batches(
         real += lengths[row]
     if batch:
         yield batch
-
-
-def in_chunks(features: Sequence[Feature], *, tokens: int = 8 * BATCH_TOKENS) -> Iterator[list[Feature]]:
-    """Cut features, in their order, into chunks of about `tokens` tokens; those of one example stay together."""
-    chunk: list[Feature] = []
-    held = 0
-    for feature in features:
-        if chunk and held + len(feature) > tokens and feature.example != chunk[-1].example:
-            yield chunk
-            chunk, held = [], 0
-        chunk.append(feature)
-        held += len(feature)
-    if chunk:
-        yield chunk

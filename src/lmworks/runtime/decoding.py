@@ -27,7 +27,7 @@ class Decodes(Protocol):
 
     @property
     def eos_id(self) -> int | None: ...
-    def encode(self, text: str) -> list[int]: ...
+    def encode_prompt(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
@@ -178,7 +178,7 @@ def generate(
         raise InputError("a stop string is empty", fix="leave it out, or give the text to stop at")
     default = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     ends = default if eos_ids is None else [eos_ids] if isinstance(eos_ids, int) else eos_ids
-    ids = (tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)) or default
+    ids = (tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)) or default
     check_length(len(ids), runtime.max_length)
     tokens = min(max_tokens, runtime.max_length - len(ids) + 1)  # the last token is written, never read
     logits = cached_logits(runtime, ids, slot) if use_cache else uncached_logits(runtime, ids)

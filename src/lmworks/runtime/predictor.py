@@ -27,8 +27,7 @@ from lmworks.tasks.registry import check_task, find_task, make_task
 from lmworks.tokens.tokenizer import Tokenizer
 
 RUNTIMES = ("auto", "torch", "onnx")
-AT_ONCE = {"fill-mask": 32}  # examples whose outputs are held together; a vocabulary a token is large
-USUALLY = 1024
+AT_ONCE = 1024  # examples whose features and outputs are held together
 NUMBERED = re.compile(r"(text|example|image) (\d+)")  # where an error lies, counted from the first of those at once
 
 
@@ -80,11 +79,10 @@ class Predictor:
         if self.make is None:
             return [self.generate(prompt, **{**self.options, **options}) for prompt in examples]
         task = self.make(**{**self.options, **options}) if options or self.prepared is None else self.prepared
-        step = AT_ONCE.get(self.task, USUALLY)
         parts = []
-        for i in range(0, max(len(examples), 1), step):
+        for i in range(0, max(len(examples), 1), AT_ONCE):
             try:
-                parts.append(self.answer(task, examples[i : i + step]))
+                parts.append(self.answer(task, examples[i : i + AT_ONCE]))
             except InputError as error:
                 place = NUMBERED.fullmatch(error.where)
                 error.where = f"{place[1]} {int(place[2]) + i}" if place else error.where
@@ -97,7 +95,8 @@ class Predictor:
         """Encode, run and decode a few examples at once."""
         features = task.encode(examples)
         pad = 0 if self._tokenizer is None else self._tokenizer.pad_id or 0
-        outputs = run_features(self.runtime, features, output=task.output, pad_id=pad)
+        smaller = getattr(task, "reduce", None)  # large outputs are made small as they come
+        outputs = run_features(self.runtime, features, output=task.output, pad_id=pad, reduce=smaller)
         return task.decode(features, outputs, examples)
 
     @overload
@@ -140,6 +139,13 @@ def load(
     config = read_config(folder)
     task = task or find_task(read_kind(config))
     find_head(config, TASKS[task])  # an InputError where the family has no such head
+    if config.vision and task != "image-classification":
+        raise InputError(
+            f"this model reads images, not text: it cannot do {task}", where=str(folder),
+            fix="use image-classification, or AutoModel.from_pretrained(folder)(pixel_values) for its states",
+        )  # fmt: skip
+    if slots < 1:
+        raise InputError("there must be a slot", found=f"slots={slots}", expected="1 or more")
     tokenizer = None if config.vision else Tokenizer.from_pretrained(folder)
     engine = open_runtime(folder, runtime, dtype, slots, threads, head=TASKS[task])
     return make_predictor(engine, folder, config, task, tokenizer, options)

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmworks.base.files import read_json, write_json
+from lmworks.base.errors import InputError
 from lmworks.base.types import Answer
 from lmworks.models.checkpoint import load_model, save_model
+from lmworks.models.folder import write_folder
 from lmworks.models.heads import Model
 from lmworks.runtime.decoding import generate
 from lmworks.runtime.predictor import Predictor, make_predictor
@@ -24,22 +25,42 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+DTYPES = {
+    "auto": "", "fp32": "float32", "float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16",
+    "float16": "float16",
+}  # fmt: skip
+
+
 class Pretrained(Model):
     """A Model that was read from a folder: `model(input_ids, attention_mask, token_type_ids=…)` gives its numbers."""
 
     folder: Path
 
     @classmethod
-    def read(cls, folder: Path, kind: str, **settings: Any) -> Pretrained:
-        """Read a folder with the head `kind`, ready for inference."""
-        model = load_model(folder, kind, **settings)
+    def read(cls, folder: Path, kind: str, *, dtype: Any = "fp32", **settings: Any) -> Pretrained:
+        """Read a folder with the head `kind`, ready for inference; `dtype` "auto" keeps the file's."""
+        import torch
+
+        if isinstance(dtype, str):
+            if dtype not in DTYPES:
+                raise InputError(f"there is no dtype {dtype!r}", expected=", ".join(DTYPES))
+            dtype = getattr(torch, DTYPES[dtype]) if DTYPES[dtype] else None
+        model = load_model(folder, kind, dtype=dtype, **settings)
         model.__class__ = cls  # the same module with a few methods more
         assert isinstance(model, cls)
         model.folder = folder
         return model
 
-    def forward(self, inputs: Tensor, attention_mask: Tensor | None = None, **more: Any) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, *,
+        pixel_values: Tensor | None = None, **more: Any,
+    ) -> Tensor:  # fmt: skip
         """Return the head's numbers; choices (B, C, T) come as rows and go as (B, C)."""
+        inputs = input_ids if pixel_values is None else pixel_values
+        if inputs is None:
+            raise InputError("there is nothing to run", expected="input_ids or pixel_values")
+        if self.config.type_vocab_size == 0:
+            more.pop("token_type_ids", None)  # tokenizers give them to every model
         if self.kind == "MultipleChoice" and inputs.ndim == 3:
             mask = None if attention_mask is None else attention_mask.flatten(0, 1)
             flat = {name: value.flatten(0, 1) for name, value in more.items() if value is not None}
@@ -47,13 +68,11 @@ class Pretrained(Model):
         return super().forward(inputs, attention_mask, **more)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, model.safetensors and, where there are any, the tokenizer and the generation settings."""
-        save_model(self, folder)
-        settings = self.folder / "generation_config.json"
-        if settings.is_file():  # it may name more tokens that end a text than config.json
-            write_json(Path(folder) / settings.name, read_json(settings))
-        if not self.config.vision and any(self.folder.glob("*token*")):
-            Tokenizer.from_pretrained(self.folder).save(folder)
+        """Write a whole folder: weights, configs, tokenizer, and how it pools or reads images."""
+        if Path(folder).resolve() == self.folder.resolve():
+            save_model(self, folder)
+        else:
+            write_folder(self, self.folder, Path(folder))
 
     def predictor(self, **options: Any) -> Predictor:
         """Return what answers in words rather than numbers, with this module as it is now."""
@@ -83,6 +102,7 @@ class Pretrained(Model):
         repeat_last_n: int = 64,
         seed: int | None = None,
         eos_token_id: int | Sequence[int] | None = None,
+        do_sample: bool | None = None,
     ) -> Tensor:
         """Return the prompts (B, T) with what follows: (B, T + N), a row that ends early filled with its pad token.
 
@@ -90,6 +110,8 @@ class Pretrained(Model):
         """
         import torch
 
+        if do_sample is not None:  # transformers' switch; the temperature alone decides here
+            temperature = (temperature or 1.0) if do_sample else 0.0
         sampling = Sampling(
             temperature=temperature,
             top_k=top_k,
@@ -121,7 +143,7 @@ class Silent:
 
     eos_id = None
 
-    def encode(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str) -> list[int]:
         """Return no token."""
         return []
 

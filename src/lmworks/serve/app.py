@@ -247,7 +247,9 @@ def make_id() -> str:
 def serve(folder: str | Path, *, host: str = "127.0.0.1", port: int = 8000) -> None:
     """Serve a model folder until Ctrl-C. Raises InputError for a folder or an address that cannot be used."""
     uvicorn = require("uvicorn", extra="serve")
-    runtime = load(folder, "text-generation", runtime="onnx").runtime  # whatever is wrong with the folder is said before anything listens
+    runtime = load(
+        folder, "text-generation", runtime="onnx"
+    ).runtime  # whatever is wrong with the folder is said before anything listens
     listening = listen(host, port)
     app = make_app(folder, runtime)
     shown = f"[{host}]" if ":" in host else host

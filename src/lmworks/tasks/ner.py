@@ -12,9 +12,9 @@ Shapes: T tokens of an input, L labels; logits (T, L) for each input.
   tokens' mean probabilities, or that of its most certain token;
 - "tokens": every token with its label, special tokens too: a list of TokenLabel.
 
-Words are those of the tokenizer (its `word_ids`), cut at white space besides. Where a tokenizer marks no sub-words
-(GPT-2, RoBERTa), the pipeline takes everything between two spaces for a word, punctuation too: words="spaces" does so,
-but leaves a character of several tokens whole.
+Words: words="tokenizer" takes the tokenizer's own (its `word_ids`), cut at white space besides; "spaces" takes whatever
+stands between two spaces, punctuation too, and leaves a character of several tokens whole. "auto" does what the
+pipeline does: "spaces" where the tokenizer marks no sub-words (GPT-2, RoBERTa), else "tokenizer".
 
 An entity's `word` is what the tokenizer makes of its tokens ("ada"); text[start:end] is what the text says ("Ada").
 
@@ -42,7 +42,7 @@ from lmworks.tasks.classify import check_logits, choose_overlap
 from lmworks.tokens.tokenizer import Tokenizer
 
 Aggregation = Literal["none", "simple", "first", "average", "max", "tokens"]
-Words = Literal["tokenizer", "spaces"]
+Words = Literal["auto", "tokenizer", "spaces"]
 FAR = 1 << 30  # tokens between a token and a cut that does not exist
 
 
@@ -72,7 +72,7 @@ class TokenClassification:
         *,
         aggregation: Aggregation = "none",
         ignore_labels: Sequence[str] | None = None,
-        words: Words = "tokenizer",
+        words: Words = "auto",
         long: Long = "error",
         overlap: int | None = None,
     ) -> None:
@@ -83,7 +83,9 @@ class TokenClassification:
         """
         self.tokenizer, self.facts = tokenizer, facts
         self.aggregation = one_of(aggregation, get_args(Aggregation), "aggregation")
-        self.words = one_of(words, get_args(Words), "kind of words")
+        marked = bool(getattr(tokenizer.backend.model, "continuing_subword_prefix", None))
+        chosen = one_of(words, get_args(Words), "kind of words")
+        self.words = chosen if chosen != "auto" else "tokenizer" if marked else "spaces"
         self.long = one_of(long, get_args(Long), "way with long texts")
         self.overlap, self.unknown = choose_overlap(overlap, facts), tokenizer.unk_id
         known = list(dict.fromkeys([*facts.labels, *(kind_of(label) for label in facts.labels)]))

@@ -97,6 +97,10 @@ class Tokenizer:
         found: list[Any] = guard(lambda: run(whole, add_special_tokens=True), "the tokenizer failed on this text")
         return found
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of a text that is to be continued, after the tokens that the model expects at a start."""
+        return list(self.encode_inputs([text])[0].ids)
+
     def encode_windows(self, text: str, *, before: str | None = None, length: int, overlap: int) -> list[Any]:
         """Encode a text in windows of at most `length` tokens, special ones included, as `encode_inputs` does.
 

@@ -1,0 +1,58 @@
+"""A whole model folder: the weights and configs, and what belongs to them beside them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from lmworks.base.errors import FormatError
+from lmworks.base.files import confine, read_json, write_json
+from lmworks.models.checkpoint import save_model
+from lmworks.models.heads import Model
+from lmworks.tokens.tokenizer import Tokenizer
+
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
+GENERATION, MODULES = "generation_config.json", "modules.json"
+COPIED = (  # as they are, where they are
+    "preprocessor_config.json", "processor_config.json", "modules.json", "config_sentence_transformers.json",
+    "sentence_*_config.json", "tokenizer.model", "spiece.model", "sentencepiece*.model", "README*", "LICENSE*",
+    "NOTICE*",
+)  # fmt: skip
+
+
+def write_folder(model: Model, folder: Path, staged: Path) -> None:
+    """Write a model that was read from `folder`, its tokenizer, and copies of what belongs to it beside them."""
+    save_model(model, staged)
+    if (folder / GENERATION).is_file():  # it may know better than config.json where a text ends
+        written = read_json(staged / GENERATION) if (staged / GENERATION).is_file() else {}
+        write_json(staged / GENERATION, {**written, **read_json(folder / GENERATION)})
+    if has_tokenizer(folder):
+        Tokenizer.from_pretrained(folder).save(staged)
+    for pattern in COPIED:
+        for path in sorted(folder.glob(pattern)):
+            if path.is_file():
+                shutil.copyfile(path, staged / path.name)
+    for name in list_modules(folder):
+        source, target = confine(folder, name), confine(staged, name)
+        if source == folder.resolve():  # the network itself, which was written afresh
+            continue
+        for path in sorted([*source.glob("*.json"), *source.glob("*.safetensors")]):
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / path.name)
+
+
+def list_modules(folder: Path) -> list[str]:
+    """Return the folders of sentence-transformers' modules: ["1_Pooling"]."""
+    try:
+        found = json.loads((folder / MODULES).read_text(encoding="utf-8"))
+        return [str(module["path"]) for module in found if module.get("path")]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{MODULES} holds no list of modules", where=str(folder), found=str(error)) from None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Say whether a folder has a vocabulary."""
+    return any((folder / name).is_file() for name in VOCABULARIES)
