@@ -28,6 +28,7 @@ from lmworks.export import hf
 from lmworks.export.hf import export
 from lmworks.export.receipt import check_receipt
 from lmworks.models import checkpoint
+from lmworks.models import folder as folder_module
 
 ID = "input_ids"
 
@@ -245,7 +246,7 @@ def test_an_output_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Monkey
         checkpoint.save_model(model, place)
         rewrite(place, lambda t: {**t, "pooler.dense.bias": t["pooler.dense.bias"] + 1e-6})
 
-    monkeypatch.setattr(hf, "save_model", save)
+    monkeypatch.setattr(folder_module, "save_model", save)
     for out, overwrite in ((tmp_path / "new", False), (tmp_path / "out", True)):
         with pytest.raises(CheckFailed, match="not what was read"):
             export(tmp_path / "in", out, overwrite=overwrite)
@@ -274,7 +275,7 @@ def test_a_config_that_says_something_else_is_caught(tmp_path: Path, monkeypatch
         checkpoint.save_model(model, place)
         edit(place / "config.json", hidden_act="relu")
 
-    monkeypatch.setattr(hf, "save_model", save)
+    monkeypatch.setattr(folder_module, "save_model", save)
     with pytest.raises(CheckFailed, match="other answers"):
         export(tmp_path / "in", tmp_path / "out")
 

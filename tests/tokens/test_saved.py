@@ -159,3 +159,19 @@ def test_named_templates_survive(tmp_path: Path) -> None:
     ours.config["chat_template"] = [{"name": "../../outside", "template": "x"}]
     with pytest.raises(FormatError, match="cannot be a file's"):
         ours.save(tmp_path / "hostile")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("do_lower_case", False), ("strip_accents", True), ("tokenize_chinese_chars", False)]
+)
+def test_settings_beside_the_file_count(key: str, value: bool, tmp_path: Path) -> None:
+    """A tokenizer_config.json that was edited changes BERT's tokens here as it does in transformers."""
+    source = MINILM
+    for name in ("tokenizer.json", "vocab.txt", "config.json"):
+        shutil.copy(source / name, tmp_path / name)
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, key: value}))
+    text = "Zoë Müller lives in 東京 and LONDON"
+    expected = AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"]
+    assert Tokenizer.from_pretrained(tmp_path).encode_inputs([text])[0].ids == expected
+    assert Tokenizer.from_pretrained(source).encode_inputs([text])[0].ids != expected or key == "strip_accents"

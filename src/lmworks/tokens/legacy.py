@@ -10,6 +10,7 @@ config.json's `model_type`, else what the files show.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -275,3 +276,26 @@ def read_lines(path: Path) -> list[str]:
         return [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8").split("\n")]
     except UnicodeDecodeError as error:
         raise FormatError(f"{path.name} is not UTF-8", where=str(path.parent), found=str(error)) from None
+
+
+def agree(backend: Any, config: Mapping[str, Any]) -> None:
+    """Let what tokenizer_config.json says win over tokenizer.json, where the tokenizer's class does so in transformers.
+
+    BERT's classes know `do_lower_case`, `strip_accents` and `tokenize_chinese_chars`; GPT-2's and RoBERTa's know
+    `add_prefix_space`.
+    """
+    name = str(config.get("tokenizer_class", ""))
+    library = require("tokenizers", extra="text")
+    if "Bert" in name and isinstance(backend.normalizer, library.normalizers.BertNormalizer):
+        stated = {
+            "lowercase": config.get("do_lower_case"),
+            "strip_accents": config.get("strip_accents"),
+            "handle_chinese_chars": config.get("tokenize_chinese_chars"),
+        }
+        for setting, value in stated.items():
+            if isinstance(value, bool) and getattr(backend.normalizer, setting) != value:
+                setattr(backend.normalizer, setting, value)
+    prefix = config.get("add_prefix_space")
+    byte_level = isinstance(backend.pre_tokenizer, library.pre_tokenizers.ByteLevel)
+    if name.startswith(("GPT2", "Roberta")) and byte_level and isinstance(prefix, bool):
+        backend.pre_tokenizer.add_prefix_space = prefix

@@ -73,7 +73,9 @@ class Tokenizer:
             raise InputError(f"there is no model folder {folder}", fix="check the path")
         config = read_config(folder)
         if (folder / "tokenizer.json").is_file():
-            return cls.from_file(folder / "tokenizer.json", config=config)
+            found = cls.from_file(folder / "tokenizer.json", config=config)
+            guard(lambda: legacy.agree(found.backend, config), "tokenizer_config.json cannot be used", str(folder))
+            return found
         return cls.from_older_files(folder, config=config)
 
     def encode(self, text: str) -> list[int]:
