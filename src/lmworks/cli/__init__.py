@@ -149,6 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return refuse(from_os_error(error, f"lmworks {words[0]} failed" if words else "lmworks failed"))
     except RecursionError:
         return refuse(LmworksError("a file is nested too deeply"))
+    except UnicodeError as error:
+        if debug:
+            raise
+        return refuse(LmworksError("some text cannot be read or written", found=str(error), fix="use UTF-8"))
     except MemoryError:
         return refuse(LmworksError("out of memory", fix="choose a smaller --size, or halve --batch-size or --context"))
 
