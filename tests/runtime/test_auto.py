@@ -255,7 +255,7 @@ def test_a_text_begins_as_the_model_expects(tmp_path: Path) -> None:
     """A tokenizer's own start token comes before a prompt: the text is that of transformers' pipeline."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    vocabulary = {"<s>": 0, "unknown": 1, **{word: i + 2 for i, word in enumerate("a b c d e f g h i j k l m n".split())}}
+    vocabulary = {word: i for i, word in enumerate("<s> unknown a b c d e f g h i j k l m n".split())}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="unknown"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])

@@ -85,6 +85,11 @@ VERBS = {  # verb -> where it lives, what it does, two examples
         "Write a checkpoint, however old its files, in today's Hugging Face layout.",
         ("lmworks export my_checkpoint --to hf -o clean", "lmworks export my_checkpoint --dtype bf16 -o smaller"),
     ),
+    "merge": (
+        "lmworks.cli.merge:merge",
+        "Add an adapter (a PEFT folder) to its base for good, and show that the answers stay.",
+        ("lmworks merge my_adapter -o merged", "lmworks merge my_adapter --base org/name -o merged --json"),
+    ),
     "inspect": (
         "lmworks.cli.hub:inspect",
         "Describe a model folder: structure, parameters, files, tokenizer, labels, and what is wrong with it.",

@@ -56,10 +56,13 @@ def find_files(folder: Path) -> list[str]:
             )  # fmt: skip
         return sorted(set(names.values()))
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+    fix = "convert it to safetensors: a pickle can run code" if pickled else "fetch the whole checkpoint"
+    if (folder / "adapter_config.json").is_file():
+        fix = f"this is an adapter: put it into its base first, lmworks merge {folder} -o OUT"
     raise FormatError(
         "there are no weights that can be read safely",
         where=str(folder),
         found=", ".join(pickled) or "no weights",
         expected=f"{WEIGHTS} or {INDEX}",
-        fix="convert it to safetensors: a pickle can run code" if pickled else "fetch the whole checkpoint",
+        fix=fix,
     )

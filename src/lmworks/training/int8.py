@@ -58,7 +58,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply and add the bias: (…, I) -> (…, O)."""
-        y: Tensor = Product.apply(x, self.q, self.scale)
+        y: Tensor = Product.apply(x, self.q, self.scale)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias
 
 

@@ -4,8 +4,9 @@
     add_lora(model, targets=["c_attn", "mlp"])           published names, ours, parts of either, or patterns
     add_lora(model, targets="all-linear", dora=True)
 
-A matrix that is published fused (GPT-2's c_attn, ModernBERT's Wqkv and Wi) is several layers here. Its adapter has one A
-and a B as tall as all of them: they share A and hold a piece of B each, so that files and gradients are the same.
+A matrix that is published fused (GPT-2's c_attn, ModernBERT's Wqkv and Wi) is several layers here. Its adapter has one
+A and a B as tall as all of them: they share A and hold a piece of B each, so that files and gradients are the same.
+With dropout each of them drops inputs of its own, where peft drops the same for all.
 
 Shapes: I inputs, O outputs, R rank, V vocab_size, D hidden_size.
 """
@@ -13,8 +14,7 @@ Shapes: I inputs, O outputs, R rank, V vocab_size, D hidden_size.
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from lmworks.base.errors import InputError, did_you_mean
-from lmworks.models.checkpoint import BODY, HEAD, Row, alias, make_rows
 from lmworks.models.heads import Model
 from lmworks.training.int8 import Int8Linear
 from lmworks.training.lora_layers import (
@@ -35,20 +34,9 @@ from lmworks.training.lora_layers import (
     Whole,
     adapted_layers,
 )
+from lmworks.training.targets import EMBEDDING, PROJECTION, choose, is_embedding, whole_layers
 
 DEFAULT = "default"  # the name of an adapter, here as in peft
-ALL_LINEAR = "all-linear"
-USUAL = ("q_proj", "v_proj")  # as in peft, where the whole of a fused matrix is adapted
-USUAL_OF = {"phi": (*USUAL, "up_proj", "down_proj")}
-EMBEDDING, PROJECTION = f"{BODY}embeddings.tokens", f"{HEAD}project"
-
-
-class Site(NamedTuple):
-    """One published matrix, and the layers here that it holds."""
-
-    key: str  # "bert.encoder.layer.0.attention.self.query"
-    layers: tuple[str, ...]  # "transformer.layers.0.attention.q_proj"; several where it is fused
-    transposed: bool  # stored (in, out)
 
 
 class Count(NamedTuple):
@@ -68,30 +56,28 @@ def add_lora(
     `targets` are layers, under our names or the published ones, whole, in part ("query", "attention") or as a pattern;
     "all-linear"; None: queries and values. `whole` are layers of which a copy is trained as it is; None: the head of a
     task, as it is new there. `tokens` are ids whose embeddings are trained, and their rows of the projection. A is
-    drawn as peft draws it, uniform within 1 / sqrt(I), from a generator of its own; B is 0. Raises InputError for a
-    name that no layer has.
+    drawn as peft draws it, uniform within 1 / sqrt(I), from a generator of its own; B is 0 (an embedding's A is 0, its
+    B normal). Raises InputError for a name that no layer has.
     """
     check_numbers(rank, alpha, dropout)
+    remove_adapter(model, name)
     copied = whole_layers(model, whole)
     chosen = choose(model, targets, {*copied, *([EMBEDDING, PROJECTION] if tokens else [])})
     generator = torch.Generator().manual_seed(seed)
-    for site, layers in chosen:
-        a, width = None, None
+    for _, layers in chosen:
+        a: nn.Parameter | None = None  # of all parts of a fused matrix
         for layer in layers:
             frozen = frozen_matrix(model, layer)  # (O, I), (D, V)
             outputs, inputs = frozen.shape
-            if is_embedding(model, layer):  # zeros in A here, so that only the rows of a batch have a gradient
-                a = torch.zeros(rank, inputs)
-                b = torch.empty(outputs, rank).normal_(generator=generator)
-            else:
-                bound = inputs**-0.5
-                a = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator) if width is None else a
-                b = torch.zeros(outputs, rank)
-            shared = width if width is not None else nn.Parameter(a.to(frozen.device))
+            drawn, b = torch.zeros(rank, inputs), torch.zeros(outputs, rank)
+            if is_embedding(model, layer):
+                b.normal_(generator=generator)
+            elif a is None:
+                drawn.uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)
+            a = nn.Parameter(drawn.to(frozen.device)) if a is None else a
             magnitude = torch.linalg.norm(frozen.float(), dim=1) if dora else None
-            wrap(model, layer, name, LowRank(shared, b.to(frozen.device), alpha=alpha, dropout=dropout, rslora=rslora,
-                                             magnitude=magnitude))  # fmt: skip
-            width = shared
+            settings: dict[str, Any] = {"alpha": alpha, "dropout": dropout, "rslora": rslora}
+            wrap(model, layer, name, LowRank(a, b.to(frozen.device), magnitude=magnitude, **settings))
     copy_layers(model, copied, name)
     if tokens:
         train_rows(model, tokens, name)
@@ -110,112 +96,24 @@ def check_numbers(rank: int, alpha: float, dropout: float) -> None:
             raise InputError(f"no adapter can have this {what}", found=str(value), expected=expected)
 
 
-def published_rows(model: Model) -> list[Row]:
-    """Return the rows of the model's file, whether or not it carries adapters."""
-    return make_rows(Model(model.config, model.kind, model.spec, seed=None))
-
-
-def find_sites(model: Model) -> list[Site]:
-    """Return every matrix that an adapter may sit on, in the file's order; a tied projection too."""
-    sites = [
-        Site(row.key.removesuffix(".weight"), tuple(name.removesuffix(".weight") for name in row.names), row.transposed)
-        for row in published_rows(model)
-        if row.key.endswith(".weight") and len(row.shape) == 2
-    ]
-    tied = alias(model, "project.weight").removesuffix(".weight") if model.is_tied else ""
-    return [*sites, Site(tied, (PROJECTION,), False)] if tied else sites
-
-
-def choose(
-    model: Model, targets: str | Sequence[str] | None, excluded: Collection[str]
-) -> list[tuple[Site, tuple[str, ...]]]:
-    """Return the matrices that the targets name, each with the layers of it that are adapted."""
-    sites = [site for site in find_sites(model) if not excluded & set(site.layers)]
-    if targets is None:
-        wanted = USUAL_OF.get(model.config.model_type, USUAL)
-        return [(s, s.layers) for s in sites if any(matches(t, layer) for layer in s.layers for t in wanted)]
-    if targets == ALL_LINEAR:
-        vocabulary = {PROJECTION} if model.spec.outputs == "vocab" else set()
-        return [(s, s.layers) for s in sites if not (is_embedding(model, s.layers[0]) or vocabulary & set(s.layers))]
-    names = [targets] if isinstance(targets, str) else list(targets)
-    chosen, used = [], set()
-    for site in sites:
-        by_key = {t for t in names if matches(t, site.key)}
-        by_layer = {layer: {t for t in names if matches(t, layer)} for layer in site.layers}
-        layers = site.layers if by_key else tuple(layer for layer in site.layers if by_layer[layer])
-        used |= by_key.union(*by_layer.values())
-        if layers:
-            chosen.append((site, layers))
-    for target in names:
-        if target not in used:
-            raise no_such_layer(target, [path for site in sites for path in (site.key, *site.layers)])
-    if not chosen:
-        raise InputError("an adapter needs at least one layer", fix=f'name some, or choose "{ALL_LINEAR}"')
-    return chosen
-
-
-def matches(target: str, path: str) -> bool:
-    """Say whether a target is a path, whole parts of one, or a pattern for all of it."""
-    if f".{target}." in f".{path}.":
-        return True
-    try:
-        return re.fullmatch(target, path) is not None
-    except re.error:
-        return False
-
-
-def no_such_layer(target: str, paths: Sequence[str]) -> InputError:
-    """Return the error for a target that matches nothing."""
-    parts = sorted({part for path in paths for part in path.split(".") if not part.isdigit()})
-    return InputError(
-        f"no layer of this model is called {target!r}", expected=f"one of {', '.join(parts)}; or {ALL_LINEAR}",
-        fix=did_you_mean(target, parts).strip(),
-    )  # fmt: skip
-
-
-def whole_layers(model: Model, names: Sequence[str] | None) -> list[str]:
-    """Return the layers that are trained as copies; None: every layer of a task's head."""
-    owners = {
-        name.rpartition(".")[0]: row.key.rpartition(".")[0]
-        for row in reversed(published_rows(model))  # so that a weight's name wins over a bias that lies elsewhere
-        for name in row.names
-    }
-    if names is None:
-        answers = model.spec.outputs not in ("vocab", "none")
-        return [layer for layer in reversed(owners) if answers and layer.startswith(HEAD)]
-    if model.is_tied:
-        owners[PROJECTION] = alias(model, "project.weight").removesuffix(".weight")
-    found = []
-    for name in names:
-        layers = [layer for layer, key in owners.items() if matches(name, layer) or matches(name, key)]
-        if not layers:
-            raise no_such_layer(name, [*owners, *owners.values()])
-        found += layers
-    if model.is_tied and {EMBEDDING, PROJECTION} & set(found):
-        found += [EMBEDDING, PROJECTION]
-    return list(dict.fromkeys(found))
+def base_of(model: Model, layer: str) -> nn.Module:
+    """Return a layer without its adapters."""
+    module = model.get_submodule(layer)
+    return module.base if isinstance(module, Adapted) else module
 
 
 def frozen_matrix(model: Model, layer: str) -> Tensor:
     """Return the matrix (O, I) of a layer without its adapters; an embedding's (D, V)."""
-    module = model.get_submodule(layer)
-    weight = module.frozen if isinstance(module, Adapted) else module.weight
+    weight = base_of(model, layer).weight
     assert isinstance(weight, Tensor)
     return weight.detach().t() if is_embedding(model, layer) else weight.detach()
 
 
-def is_embedding(model: Model, layer: str) -> bool:
-    """Say whether a layer looks up rather than multiplies."""
-    module = model.get_submodule(layer)
-    return isinstance(module.base if isinstance(module, Adapted) else module, nn.Embedding)
-
-
 def wrap(model: Model, layer: str, name: str, adapter: nn.Module) -> None:
-    """Put an adapter on a layer; one of the same name is replaced."""
+    """Put an adapter on a layer, beside those of other names."""
     if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
         raise InputError("this cannot be the name of an adapter", found=name, expected="letters, digits and '_'")
-    module = model.get_submodule(layer)
-    base = module.base if isinstance(module, Adapted) else module
+    module, base = model.get_submodule(layer), base_of(model, layer)
     kind: type[Adapted[Any]] = (
         TokenRows if isinstance(adapter, Rows)
         else Whole if not isinstance(adapter, LowRank)
@@ -232,38 +130,46 @@ def wrap(model: Model, layer: str, name: str, adapter: nn.Module) -> None:
     module.adapters[name] = adapter.train(module.training)
 
 
-def copy_layers(model: Model, layers: Sequence[str], name: str, values: dict[str, Tensor] | None = None) -> None:
+def copy_layers(model: Model, layers: Sequence[str], name: str, values: Mapping[str, Tensor] | None = None) -> None:
     """Put trainable copies of layers on them, holding `values` by our names where they are given."""
     made: dict[str, nn.Module] = {}
     for layer in layers:
-        module = model.get_submodule(layer)
-        base = module.base if isinstance(module, Adapted) else module
-        twin = copy.deepcopy(base)
+        made[layer] = twin = copy.deepcopy(base_of(model, layer))
         for leaf, parameter in list(twin.named_parameters()):
             given = (values or {}).get(f"{layer}.{leaf}", parameter.detach())
             setattr(twin, leaf, nn.Parameter(given.to(parameter.device, torch.float32, copy=True)))
-        made[layer] = twin
-    if values is None and model.is_tied and {EMBEDDING, PROJECTION} <= made.keys():
-        made[PROJECTION].weight = made[EMBEDDING].weight
+    if model.is_tied and {EMBEDDING, PROJECTION} <= made.keys():
+        one, two = made[EMBEDDING], made[PROJECTION]
+        if torch.equal(one.weight, two.weight):  # type: ignore[arg-type]
+            two.weight = one.weight
     for layer, twin in made.items():
         wrap(model, layer, name, twin)
 
 
-def train_rows(model: Model, tokens: Sequence[int], name: str) -> None:
-    """Make the embeddings of some tokens trainable, and their rows of the projection to the vocabulary."""
+def train_rows(model: Model, tokens: Sequence[int], name: str, values: Mapping[str, Tensor] | None = None) -> None:
+    """Make the embeddings of some tokens trainable, and their rows of the projection to the vocabulary.
+
+    `values` (N, D) are by layer, where they are given; a layer that they leave out stays as it is.
+    """
     size = model.config.vocab_size
     wrong = [token for token in tokens if not 0 <= token < size]
     if wrong:
         raise InputError("the model has no such tokens", found=str(wrong[:5])[1:-1], expected=f"0 to {size - 1}",
                          fix="resize the embeddings first")  # fmt: skip
-    shared: Rows | None = None
-    for layer in (EMBEDDING, *([PROJECTION] if model.spec.outputs == "vocab" else [])):
-        if shared is None or not model.is_tied:
-            module = model.get_submodule(layer)
-            weight = module.frozen if isinstance(module, Adapted) else module.weight
-            assert isinstance(weight, Tensor)
-            shared = Rows(tokens, weight.detach()[list(tokens)].float(), size).to(weight.device)
-        wrap(model, layer, name, shared)
+    layers = [EMBEDDING, *([PROJECTION] if model.spec.outputs == "vocab" else [])]
+    given = values or {layer: frozen_rows(model, layer, tokens) for layer in layers}
+    made = {layer: Rows(tokens, rows.float().clone(), size) for layer, rows in given.items()}
+    if model.is_tied:
+        made[PROJECTION] = made[EMBEDDING]
+    for layer, rows in made.items():
+        wrap(model, layer, name, rows.to(frozen_matrix(model, layer).device))
+
+
+def frozen_rows(model: Model, layer: str, tokens: Sequence[int]) -> Tensor:
+    """Return the rows (N, D) of some tokens without any adapter."""
+    weight = base_of(model, layer).weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()[list(tokens)]
 
 
 def activate(model: Model, name: str | None) -> None:
@@ -304,6 +210,15 @@ def trainable_parameters(model: Model) -> Count:
     frozen = sum(module.q.numel() for module in model.modules() if isinstance(module, Int8Linear))
     total = sum(parameter.numel() for parameter in model.parameters())
     return Count(sum(p.numel() for p in model.parameters() if p.requires_grad), total + frozen)
+
+
+def remove_adapter(model: Model, name: str) -> None:
+    """Take one adapter off, in place, and leave the others."""
+    for layer, module in adapted_layers(model).items():
+        if name in module.adapters:
+            del module.adapters[name]
+            if not len(module.adapters):
+                put(model, layer, module.base)
 
 
 def unload(model: Model) -> Model:

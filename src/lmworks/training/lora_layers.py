@@ -42,14 +42,16 @@ class LowRank(nn.Module):
 
     def change(self) -> Tensor:
         """Return what is added to the matrix: s B A (O, I)."""
-        return self.scale * (self.B @ self.A)
+        change: Tensor = self.scale * (self.B @ self.A)
+        return change
 
     def factor(self, weight: Tensor) -> Tensor:
         """Return DoRA's factor of each output for the frozen matrix (O, I): (O,)."""
         assert self.magnitude is not None
         with torch.no_grad():
             norm = torch.linalg.norm(weight.to(self.A.dtype) + self.change(), dim=1)
-        return self.magnitude / norm
+        factor: Tensor = self.magnitude / norm
+        return factor
 
     def apply_to(self, weight: Tensor) -> Tensor:
         """Return the matrix (O, I) with the adapter in it, in the adapter's precision."""
@@ -66,7 +68,8 @@ class Adapted(nn.Module, Generic[T]):
 
     def current(self) -> T | None:
         """Return the active adapter, or None where this layer has none of that name."""
-        return self.adapters[self.active] if self.active in self.adapters else None  # type: ignore[return-value]
+        found: Any = self.adapters._modules.get(self.active)
+        return found  # type: ignore[no-any-return]
 
     @property
     def frozen(self) -> Tensor:
@@ -86,7 +89,7 @@ class Adapted(nn.Module, Generic[T]):
         return getattr(self.base, "bias", None)
 
     def merged(self) -> nn.Module:
-        """Return the plain layer that does what this one does; the tensors that were read from a file stay as they are."""
+        """Return the plain layer that does what this one does."""
         base: nn.Module = self.base
         if isinstance(base, Int8Linear):
             out, inner = base.q.shape

@@ -62,6 +62,7 @@ TASKS = {  # pipeline name -> the head that answers
     "text-generation": "CausalLM",
     "image-classification": "ImageClassification",
 }
+ADAPTED = "adapted_config.json"  # beside an adapter, where transformers would take a config.json for a whole model's
 LABELLED = ("SequenceClassification", "TokenClassification", "ImageClassification")
 
 
@@ -113,17 +114,17 @@ def read_kind(c: Config) -> str:
 
 
 def read_config(folder: str | Path) -> Config:
-    """Read `folder/config.json`; an error names the file. All of its keys survive in `Config.source`."""
+    """Read `folder/config.json`, or an adapter's own; an error names the file. All keys survive in `Config.source`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError("there is no such model folder", where=str(folder), fix="check the path")
-    hf = read_json(folder / "config.json")
+    path = folder / (ADAPTED if (folder / ADAPTED).is_file() else "config.json")
+    hf = read_json(path)
     try:
         return find_family(str(hf.get("model_type"))).config(hf)
     except LmworksError as error:
         kind = FormatError if isinstance(error, FormatError) else InputError
-        where = str(folder / "config.json")
-        raise kind(error.what, where=where, found=error.found, expected=error.expected, fix=error.fix) from None
+        raise kind(error.what, where=str(path), found=error.found, expected=error.expected, fix=error.fix) from None
 
 
 def write_config(c: Config, kind: str = "CausalLM") -> dict[str, Any]:
