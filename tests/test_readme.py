@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import re
 import shlex
@@ -52,20 +54,43 @@ def section(title: str, language: str) -> str:
     return found[1]
 
 
-COMMANDS = [line for line in section("Published checkpoints", "sh").splitlines() if line.startswith("lmworks ")]
+def commands(title: str) -> list[str]:
+    return [line for line in section(title, "sh").splitlines() if line.startswith("lmworks ")]
 
 
-@pytest.mark.parametrize("line", COMMANDS)
-def test_command(line: str, place: Path) -> None:
+COMMANDS = commands("Published checkpoints")
+
+
+def run(line: str, place: Path) -> str:
+    """Run a command of the README; return what it prints."""
     words = shlex.split(line, comments=True)
     done = subprocess.run(
-        [sys.executable, "-m", *words], cwd=place, capture_output=True, text=True, timeout=120,
+        [sys.executable, "-m", *words], cwd=place, capture_output=True, text=True, timeout=200,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
-    if "--search" in words:
-        assert "It snows." in done.stdout.splitlines()[0]
+    return done.stdout
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_command(line: str, place: Path) -> None:
+    out = run(line, place)
+    if "--search" in line:
+        assert "It snows." in out.splitlines()[0]
+
+
+def test_fine_tuning(place: Path, data_folder: Path) -> None:
+    """Real sentences, real weights: better than the majority, and the merged adapter answers like the adapter."""
+    rows = [row.split("\t") for row in (data_folder / "sst2" / "train.tsv").read_text().splitlines()]
+    for name, part in (("reviews.csv", rows[:240]), ("held_out.csv", rows[240:340])):
+        with (place / name).open("w", newline="") as file:
+            csv.writer(file).writerows([("text", "label"), *part])
+    outputs = [run(line, place) for line in commands("Fine-tuning")]
+    assert len(outputs) == 4
+    assert 0.5 < json.loads(outputs[1])["accuracy"] <= 1
+    scores = [json.loads(run(f"lmworks evaluate {name} held_out.csv --json", place)) for name in ("adapter", "merged")]
+    assert scores[0]["accuracy"] == scores[1]["accuracy"]
 
 
 def test_enough_commands() -> None:

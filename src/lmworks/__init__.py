@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lmworks.api import build, evaluate, generate, predict, search, train, verify
+    from lmworks.api import build, evaluate, finetune, generate, predict, search, train, verify
     from lmworks.base.errors import InputError, LmworksError
     from lmworks.base.report import Report
     from lmworks.runtime.auto import AutoClass
@@ -31,6 +31,7 @@ PUBLIC = {  # name -> module; imported at first use, so that `import lmworks` co
     "Report": "lmworks.base.report",
     "build": "lmworks.api",
     "evaluate": "lmworks.api",
+    "finetune": "lmworks.api",
     "generate": "lmworks.api",
     "load": "lmworks.runtime.predictor",
     "predict": "lmworks.api",
@@ -56,6 +57,7 @@ __all__ = [
     "Tokenizer",
     "build",
     "evaluate",
+    "finetune",
     "generate",
     "load",
     "predict",

@@ -2,6 +2,7 @@
 
 lmworks.build("texts/", "my_model")            text -> a verified model in a web page
 lmworks.train("texts/", "my_model")            text -> a tokenizer and a trained model
+lmworks.finetune("encoder", "reviews.csv", "out") a checkpoint and labelled data -> a model, or an adapter
 lmworks.generate("my_model", "Once upon")      an iterator over pieces of text
 lmworks.predict("my_classifier", ["I love it"])  what the checkpoint was made for: labels, entities, answers …
 lmworks.search("my_encoder", ["a query"], texts) the nearest texts in meaning
@@ -158,17 +159,48 @@ def search(
     return find(predictor(list(queries)), predictor(list(texts)), texts, top_k=top_k)
 
 
+def finetune(model: PathLike, train: PathLike, out: PathLike, **settings: Any) -> Report:
+    """Fine-tune a model on labelled data; the settings are those of `lmworks.finetuning.finetune`."""
+    from lmworks.finetuning import finetune as run
+
+    return run(model, train, out, **settings)
+
+
 def evaluate(
-    model: PathLike, texts: PathLike, *, column: str | None = None, runtime: str = "auto", dtype: str = "auto"
+    model: PathLike,
+    texts: PathLike,
+    *,
+    column: str | None = None,
+    label_column: str | None = None,
+    header: bool = True,
+    split: str | None = None,
+    runtime: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
 ) -> Report:
-    """Score every token of a text once, each with at least half of the model's context before it."""
+    """Score a model: a language model on a text, any other model, or an adapter, on labelled data.
+
+    A language model scores every token once, each with at least half of its context before it. `label_column`,
+    `header` and `split` say how labelled data is laid out. Raises InputError.
+    """
+    from lmworks.base.hub import find_folder
+    from lmworks.models.families import read_config, read_kind
+    from lmworks.tasks.registry import MAKERS, find_task
+
+    folder = find_folder(model, revision=revision)
+    task = find_task(read_kind(read_config(folder)))
+    if task in MAKERS and task not in ("feature-extraction", "fill-mask"):
+        from lmworks.finetuning import evaluate_task
+
+        layout: dict[str, Any] = {"label_column": label_column, "header": header, "split": split}
+        return evaluate_task(folder, texts, text_column=column, **layout)
     from lmworks.base.report import Table
     from lmworks.corpus import count_bytes, read_clean
     from lmworks.evaluation.perplexity import bits_per_byte, token_logprobs
     from lmworks.runtime.predictor import load
     from lmworks.tokens.batch import make_stream
 
-    predictor = load(model, "text-generation", runtime=runtime, dtype=dtype)
+    predictor = load(folder, "text-generation", runtime=runtime, dtype=dtype)
     tokenizer, engine = predictor.tokenizer, predictor.runtime
     documents = read_clean(Path(texts), column=column)
     stream = make_stream(tokenizer, [document.text for document in documents])

@@ -25,6 +25,14 @@ VERBS = {  # verb -> where it lives, what it does, two examples
         "Text to a tokenizer and a trained model, in the Hugging Face layout.",
         ("lmworks train books/ -o my_model", "lmworks train input.txt -o my_model --tokenizer char --steps 2000"),
     ),
+    "finetune": (
+        "lmworks.cli.finetune:finetune",
+        "Fine-tune a checkpoint on labelled data: all of it, its head, or a LoRA adapter.",
+        (
+            "lmworks finetune my_encoder reviews.csv --task text-classification -o my_classifier",
+            "lmworks finetune my_classifier more.jsonl --method lora --rank 8 -o my_adapter",
+        ),
+    ),
     "generate": (
         "lmworks.cli.predict:generate",
         "Continue a prompt; the text appears as it is made.",
@@ -72,8 +80,8 @@ VERBS = {  # verb -> where it lives, what it does, two examples
     ),
     "evaluate": (
         "lmworks.cli.predict:evaluate",
-        "Perplexity, bits per byte and next-token accuracy of a model on a text.",
-        ("lmworks evaluate my_model held_out.txt", "lmworks evaluate my_model held_out.txt --dtype int8 --json"),
+        "Score a model: perplexity on a text, or accuracy, F1 or exact match on labelled data.",
+        ("lmworks evaluate my_model held_out.txt", "lmworks evaluate my_classifier test.csv --json"),
     ),
     "verify": (
         "lmworks.cli.check:verify",
@@ -143,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return refuse(error)
     except KeyboardInterrupt:
-        resumable = words[:1] in (["build"], ["train"])
+        resumable = words[:1] in (["build"], ["train"], ["finetune"])
         return refuse(Interrupted("stopped", fix="run the same command with --resume" if resumable else ""))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

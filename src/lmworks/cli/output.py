@@ -14,6 +14,8 @@ from lmworks.base.report import Report
 Out = Annotated[Path, Parameter(name=["--out", "-o"], help="The folder to write.")]
 Overwrite = Annotated[bool, Parameter(help="Replace a model that is there already.", negative="")]
 Json = Annotated[bool, Parameter(help="Print the result as JSON.", negative="")]
+LabelColumn = Annotated[str | None, Parameter(help="The column of the labels, or its number without a header.")]
+Header = Annotated[bool, Parameter(help="Whether the first row names the columns.")]
 Model = Annotated[str, Parameter(help="A model folder, or the name of a model on the Hub.")]
 Revision = Annotated[str | None, Parameter(help="A branch, tag or commit of a model on the Hub.")]
 

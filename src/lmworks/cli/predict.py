@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from lmworks.base.errors import InputError
 from lmworks.cli.inputs import mend, read_stdin, read_whole
-from lmworks.cli.output import Json, Model, Revision, print_json, show
+from lmworks.cli.output import Header, Json, LabelColumn, Model, Revision, print_json, show
 
 Runtime = Annotated[Literal["auto", "torch", "onnx"], Parameter(help="What runs the model.")]
 
@@ -81,15 +81,33 @@ def generate(
 
 def evaluate(
     model: Model,
-    texts: Annotated[Path, Parameter(help="A file or folder of text.")],
+    texts: Annotated[Path, Parameter(help="A file or folder of text, or labelled data for a model with labels.")],
     /,
     *,
-    column: Annotated[str | None, Parameter(help="The column of csv, tsv or jsonl that holds the text.")] = None,
+    column: Annotated[
+        str | None,
+        Parameter(name=["--text-column", "--column"], help="The column of a table that holds the text."),
+    ] = None,
+    label_column: LabelColumn = None,
+    header: Header = True,
+    split: Annotated[str | None, Parameter(help="The part of a nested file to score on.")] = None,
     runtime: Runtime = "auto",
     dtype: Annotated[str, Parameter(help="fp32 or int8 (onnx), fp32 or bf16 (torch).")] = "auto",
+    revision: Revision = None,
     json: Json = False,
 ) -> int:
-    """Perplexity, bits per byte and next-token accuracy of a model on a text."""
+    """Score a language model on a text, or any other model, or an adapter, on labelled data."""
     from lmworks import api
 
-    return show(api.evaluate(model, texts, column=column, runtime=runtime, dtype=dtype), json=json)
+    report = api.evaluate(
+        model,
+        texts,
+        column=column,
+        label_column=label_column,
+        header=header,
+        split=split,
+        runtime=runtime,
+        dtype=dtype,
+        revision=revision,
+    )
+    return show(report, json=json)

@@ -144,6 +144,11 @@ def load(
             f"this model reads images, not text: it cannot do {task}", where=str(folder),
             fix="use image-classification, or AutoModel.from_pretrained(folder)(pixel_values) for its states",
         )  # fmt: skip
+    if task == "text-generation" and not config.causal:
+        raise InputError(
+            "this model reads both ways: it cannot write or score a text from left to right", where=str(folder),
+            found=f"{config.model_type}, is_decoder false", fix="use it for fill-mask or feature-extraction",
+        )  # fmt: skip
     if slots < 1:
         raise InputError("there must be a slot", found=f"slots={slots}", expected="1 or more")
     tokenizer = None if config.vision else Tokenizer.from_pretrained(folder)

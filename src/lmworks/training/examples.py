@@ -206,7 +206,8 @@ def unit(numbers: NDArray[np.uint64]) -> NDArray[np.float64]:
 
 def is_new(words: NDArray[Any]) -> NDArray[np.bool_]:
     """Tell of each token (B, T) whether a word begins with it."""
-    return np.diff(words, axis=1, prepend=-IGNORED) != 0
+    new: NDArray[np.bool_] = np.diff(words, axis=1, prepend=-IGNORED) != 0
+    return new
 
 
 def plain(value: Any) -> Any:

@@ -36,7 +36,10 @@ class History:
 class Log:
     """Writes metrics.jsonl from byte `start` on, and shows progress on `stream` (None: silent)."""
 
-    def __init__(self, folder: Path, *, start: int, step: int, steps: int, stream: TextIO | None) -> None:
+    def __init__(
+        self, folder: Path, *, start: int, step: int, steps: int, stream: TextIO | None, unit: str = "tokens"
+    ) -> None:
+        self.unit = unit
         self.path, self.step, self.steps, self.stream = folder / METRICS, step, steps, stream
         self.handle = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
         self.position = min(start, os.fstat(self.handle).st_size)
@@ -82,7 +85,7 @@ class Log:
         facts = f"loss {row['loss']:.4f}"
         if self.val_loss is not None:
             facts += f" · validation {self.val_loss:.4f}"
-        facts += f" · lr {row['lr']:.2g} · {row['tokens_per_second']:,.0f} tokens/s"
+        facts += f" · lr {row['lr']:.2g} · {row['tokens_per_second']:,.0f} {self.unit}/s"
         if self.bar is not None:
             self.bar.update(self.task, completed=step, facts=facts)
         elif now - self.shown >= EVERY_SECONDS or step == self.steps:

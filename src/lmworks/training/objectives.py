@@ -28,6 +28,8 @@ LEAST = -80.0  # below this log-probability, exp() in float32 is no longer exact
 class Objective(Protocol):
     """A loss that is a sum over a batch."""
 
+    unit: str  # what its terms are: "tokens", "labels" …
+
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the sum of the loss over the batch, in nats, as a float32 scalar."""
 
@@ -41,6 +43,8 @@ class CausalLoss:
     That is the next token of a causal model, or the hidden one of a masked model: only those that are scored go
     through the head.
     """
+
+    unit = "tokens"
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the summed loss over the labels that are not -100."""
@@ -80,6 +84,8 @@ class ClassLoss:
     alike (Szegedy et al. 2016).
     """
 
+    unit = "labels"
+
     def __init__(self, *, weights: Sequence[float] | None = None, smoothing: float = 0.0) -> None:
         self.weights, self.smoothing = weights, smoothing
 
@@ -104,6 +110,8 @@ class ClassLoss:
 class BinaryLoss:
     """Cross-entropy of each label by itself, for labels that may hold at once: labels (B, L) of 0 and 1."""
 
+    unit = "labels"
+
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the loss summed over rows and labels."""
         return F.binary_cross_entropy_with_logits(predict(model, batch), batch["labels"], reduction="sum")
@@ -115,6 +123,8 @@ class BinaryLoss:
 
 class SquaredLoss:
     """Squared error of one number a row: logits (B, 1), labels (B,)."""
+
+    unit = "rows"
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the summed squared error."""
@@ -131,6 +141,8 @@ class SpanLoss:
     Padding is no place where a span could be: unlike transformers' loss, this one does not depend on how much of it
     shares the batch.
     """
+
+    unit = "spans"
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the summed loss of logits (B, T, 2)."""

@@ -287,7 +287,8 @@ class Trainer:
     def open_log(self) -> Log:
         """Continue metrics.jsonl where the state says."""
         s = self.state
-        return Log(self.folder, start=s.metrics_bytes, step=s.step, steps=self.config.steps, stream=self.stream)
+        unit, steps = self.objective.unit, self.config.steps
+        return Log(self.folder, start=s.metrics_bytes, step=s.step, steps=steps, stream=self.stream, unit=unit)
 
     def save_is_due(self) -> bool:
         """Tell whether this step ends with a checkpoint."""

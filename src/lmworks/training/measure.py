@@ -1,0 +1,60 @@
+"""What a predictor says of labelled examples, in the words of the references, and the task's metrics by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lmworks.evaluation.metrics import score
+from lmworks.runtime.predictor import Predictor
+from lmworks.text.labelled import Labelled
+from lmworks.training.rows import join_words
+
+LIKELY = 0.5  # from this score on, one of several labels holds
+MAIN = {  # the number by which weights are chosen; for the other tasks the loss
+    "text-classification": "accuracy",
+    "image-classification": "accuracy",
+    "token-classification": "f1",
+    "question-answering": "f1",
+}
+
+
+def measure(predictor: Predictor, data: Labelled, *, problem: str | None = None, **options: Any) -> dict[str, float]:
+    """Return the metrics of a predictor's answers: accuracy, f1, precision, recall, exact_match, mse …"""
+    said = answer(predictor, data, problem=problem, **options)
+    return score(data.task, said, data.references, labels=data.labels)
+
+
+def answer(predictor: Predictor, data: Labelled, *, problem: str | None = None, **options: Any) -> list[Any]:
+    """Return a label, tuple of labels, number, tuple of tags or answer for each example, as its reference is."""
+    if data.task == "token-classification":
+        return tag_words(predictor, data.examples, **options)
+    if data.task == "question-answering":
+        unanswerable = any(not answers for answers in data.references)
+        found = predictor(list(data.examples), **({"no_answer": True} if unanswerable else {}), **options)
+        return [one.text for one in found]
+    ranked = predictor(list(data.examples), **options)
+    if problem == "regression":
+        return [labels[0].score for labels in ranked]
+    if problem == "multi_label_classification":
+        return [tuple(label.label for label in labels if label.score >= LIKELY) for labels in ranked]
+    return [labels[0].label for labels in ranked]
+
+
+def tag_words(predictor: Predictor, sentences: Sequence[Sequence[str]], **options: Any) -> list[tuple[str, ...]]:
+    """Return the tag of each word: that of its first token; "O" for a word that the tokenizer, or a cut, left out."""
+    texts = [join_words(words) for words in sentences]
+    found = predictor([text for text, _ in texts], aggregation="tokens", **options)
+    tags = []
+    for (_, spans), tokens in zip(texts, found, strict=True):
+        row, word = ["O"] * len(spans), 0
+        seen = [False] * len(spans)
+        for token in tokens:
+            if not token.attends or token.start == token.end:
+                continue
+            while word < len(spans) - 1 and spans[word][1] <= token.start:
+                word += 1
+            if token.start < spans[word][1] and spans[word][0] < token.end and not seen[word]:
+                row[word], seen[word] = token.label, True
+        tags.append(tuple(row))
+    return tags

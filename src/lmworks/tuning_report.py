@@ -1,0 +1,206 @@
+"""What a fine-tuning run says before it starts and when it is done: cost, scores beside baselines, curves, advice."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lmworks.base.chart import Chart
+from lmworks.base.report import Cell, Report, Table
+from lmworks.base.threads import cpu_count
+from lmworks.estimate import BYTES_AN_ACTIVATION, FIXED_MEMORY
+from lmworks.evaluation.metrics import class_scores, entity_scores, score
+from lmworks.text.labelled import Labelled
+
+if TYPE_CHECKING:
+    from lmworks.training.finetune import Setup, Tuned
+    from lmworks.training.trainer import TrainResult
+    from lmworks.training.tuning import Tuning
+
+MEASURED, PARTS = 3, 4  # batches that are timed, and of each one part of so many
+OVERHEAD = 1.15  # of validation, saving and the optimizer
+TOKEN_TASKS = ("token-classification",)
+
+
+def make_report(
+    tuned: Tuned, setup: Setup, data: Labelled, held_out: Labelled, baselines: Mapping[str, dict[str, float]],
+    tuning: Tuning, *, task: str, name: str, out: Path,
+) -> Report:  # fmt: skip
+    """Return the report of a run that is done."""
+    from math import exp
+
+    from lmworks.training.lora import trainable_parameters
+    from lmworks.training.measure import answer
+
+    result, labels = tuned.result, setup.model.config.labels if data.labels else ()
+    rows: list[dict[str, Any]] = []
+    if data.references[0] is None:
+        metrics = {} if result.best_loss is None else {"perplexity": exp(result.best_loss)}
+    else:
+        said = answer(setup.predictor, held_out, problem=setup.problem)
+        metrics = score(held_out.task, said, held_out.references, labels=labels)
+        rows = class_rows(held_out.task, said, held_out.references, labels)
+    trainable, total = trainable_parameters(setup.model)
+    values: dict[str, Any] = {
+        "out": str(out), "model": name, "task": task, "method": tuning.method, "new_head": tuned.new_head,
+        "labels": list(labels), "parameters": total, "trainable": trainable,
+        "train_examples": len(data), "validation_examples": len(held_out),
+        **metrics, "metrics": metrics, "baselines": {key: dict(value) for key, value in baselines.items()},
+        "classes": rows, "validation_loss": result.best_loss, "steps": result.steps, "best_step": result.best_step,
+        "stopped_early": result.stopped_early, "overfitting": overfits(result), "history": result.history.measured,
+        "train_seconds": round(result.seconds, 1), "dtype": result.dtype, "settings": asdict(tuning),
+    }  # fmt: skip
+    scored = {"this model": metrics, **baselines}
+    facts: tuple[tuple[Cell, ...], ...] = (
+        ("base", name),
+        ("method", tuning.method + (", new head" if tuned.new_head else ", the checkpoint's own head")),
+        ("parameters", f"{total:,}, {trainable / total:.1%} of them trained"),
+        ("data", f"{len(data):,} examples, {len(held_out):,} held out"),
+        ("training", f"{result.steps:,} steps in {result.seconds:.0f} s, best at step {result.best_step:,}"),
+        ("precision while training", result.dtype),
+    )
+    return Report(
+        f"{Path(name).name} fine-tuned for {task}",
+        values,
+        tables=(
+            metric_table("On the held-out examples", scored),
+            *class_table(rows),
+            Table("The run", ("what", "value"), facts),
+        ),
+        charts=(loss_chart(tuned),),
+        notes=tuple(make_notes(tuned, metrics, baselines, values["overfitting"])),
+    )  # fmt: skip
+
+
+def make_notes(
+    tuned: Tuned, metrics: Mapping[str, float], baselines: Mapping[str, dict[str, float]], overfitting: bool
+) -> list[str]:
+    """Say in sentences whether it was worth it, and whether training went too far."""
+    from lmworks.training.measure import MAIN
+
+    notes, result = [], tuned.result
+    main = next((name for name in dict.fromkeys((*MAIN.values(), "spearman")) if name in metrics), None)
+    for name, scores in baselines.items():
+        if main in scores and main is not None:
+            better = "better than" if metrics[main] > scores[main] else "NOT better than"
+            notes.append(f"{main} {metrics[main]:.4f} is {better} {name} ({scores[main]:.4f}).")
+    if overfitting:
+        notes.append(
+            "Overfitting: the validation loss rose while the training loss went on falling. The weights of step "
+            f"{result.best_step:,}, which scored best, were kept. Fewer epochs, a lower lr, a higher weight decay or "
+            "more data would help."
+        )
+    elif result.best_step == result.steps:
+        notes.append("The last weights were the best: more epochs may bring more.")
+    return notes
+
+
+def overfits(result: TrainResult) -> bool:
+    """Tell whether the validation loss ended above its lowest point while the training loss went on falling."""
+    validation = result.history.validation
+    if len(validation) < 2:
+        return False
+    lowest, loss = min(validation, key=lambda point: point[1])
+    early = [value for step, value in result.history.train if step <= lowest]
+    late = [value for step, value in result.history.train if step > lowest]
+    rose = validation[-1][1] > loss * 1.01
+    return bool(rose and early and late and np.mean(late) < np.mean(early))
+
+
+def metric_table(title: str, scored: Mapping[str, Mapping[str, float]]) -> Table:
+    """Return one row a model and one column a metric."""
+    names = list(dict.fromkeys(name for metrics in scored.values() for name in metrics))
+    rows = tuple((who, *(metrics.get(name) for name in names)) for who, metrics in scored.items())
+    return Table(title, ("model", *names), rows)
+
+
+def class_rows(
+    task: str, said: Sequence[Any], references: Sequence[Any], labels: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return precision, recall, f1 and support of each class, or kind of entity; none for numbers and answers."""
+    if task in TOKEN_TASKS:
+        return entity_scores(said, references).table()
+    if not labels or isinstance(references[0], float):
+        return []
+    return class_scores(said, references, labels=labels).table()
+
+
+def class_table(rows: Sequence[dict[str, Any]]) -> tuple[Table, ...]:
+    """Return the classes as a table, the worst first; nothing where there are none."""
+    if not rows:
+        return ()
+    ordered = sorted(rows, key=lambda row: row["f1"])
+    return (Table("By class", tuple(rows[0]), tuple(tuple(row.values()) for row in ordered)),)
+
+
+def loss_chart(tuned: Tuned) -> Chart:
+    """Return training and validation loss over steps."""
+    history = tuned.result.history
+    series = (
+        ("training", tuple((float(step), loss) for step, loss in history.train)),
+        ("validation", tuple((float(step), loss) for step, loss in history.validation)),
+    )
+    return Chart("Loss while training", "step", "loss", series)
+
+
+def estimate(setup: Setup, tuning: Tuning, task: str) -> Report:
+    """Return parameters, memory, time and disk of a run; a few batches are timed, nothing is written."""
+    from lmworks.training.lora import trainable_parameters
+    from lmworks.training.state import COPIES, SMALL_FILES
+
+    config, data = setup.model.config, setup.data
+    trainable, total = trainable_parameters(setup.model)
+    seconds, tokens = time_batches(setup)
+    seconds *= data.steps * OVERHEAD
+    widest = max((len(rows) * max(len(data.rows[i].feature) for i in rows) for rows in data.plan), default=0)
+    states = 2 if tuning.method == "head" else config.num_hidden_layers  # what is kept for the backward pass
+    activations = widest // tuning.accumulation * states * config.hidden_size * BYTES_AN_ACTIVATION
+    memory = FIXED_MEMORY + 4 * total + 12 * trainable + activations
+    disk = COPIES * 4 * (total + trainable) + SMALL_FILES
+    values = {
+        "task": task, "method": tuning.method, "parameters": total, "trainable": trainable,
+        "trainable_share": trainable / total, "train_rows": len(data.rows), "validation_rows": len(data.held_out),
+        "steps": data.steps, "memory_bytes": memory, "disk_bytes": disk, "train_seconds": round(seconds),
+        "tokens_per_second": round(tokens), "threads": cpu_count(), "labels": list(config.labels),
+        "settings": asdict(tuning),
+    }  # fmt: skip
+    rows: tuple[tuple[Cell, ...], ...] = (
+        ("parameters", f"{total:,}, {trainable / total:.2%} of them trained: {trainable:,}"),
+        ("data", f"{len(data.rows):,} rows to train on, {len(data.held_out):,} held out"),
+        ("memory", f"about {memory / 1e9:.1f} GB"),
+        ("disk", f"at most {disk / 1e6:,.0f} MB while it runs"),
+        ("time", f"about {max(1, round(seconds / 60))} min: {data.steps:,} steps on {cpu_count()} threads"),
+    )
+    return Report("What this run would cost", values, tables=(Table("Estimate", ("what", "value"), rows),))
+
+
+def time_batches(setup: Setup) -> tuple[float, float]:
+    """Return the seconds of a forward and backward pass of a batch, and tokens (pictures) a second.
+
+    A part of each of a few batches is timed.
+    """
+    import torch
+
+    from lmworks.training.data import split
+
+    data, spent, seen = setup.data, 0.0, 0
+    setup.model.train()
+    for number in range(MEASURED + 1):
+        whole = data.batch(number * data.steps // (MEASURED + 1))
+        batch = next(split(whole, PARTS))
+        rows, of = (len(next(iter(part.values()))) for part in (batch, whole))
+        tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+        began = time.perf_counter()
+        with torch.random.fork_rng(devices=[]):
+            setup.objective(setup.model, tensors).backward()  # type: ignore[no-untyped-call]
+        if number:  # the first warms up
+            spent += (time.perf_counter() - began) * of / rows
+            seen += whole["input_ids"].size if "input_ids" in whole else of
+    setup.model.zero_grad(set_to_none=True)
+    setup.model.eval()
+    return spent / MEASURED, seen / spent
