@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers as t
 
-from lmworks.base.errors import InputError
+from lmworks.base.errors import FormatError, InputError
 from lmworks.models.checkpoint import load_model, save_model
-from lmworks.models.resize import check_tokens, fit_tokenizer, resize_tokens
+from lmworks.models.resize import fit_tokenizer, resize_tokens
 from lmworks.tokens.tokenizer import Tokenizer
 
 SIZES: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -71,8 +71,8 @@ def test_new_tokens_start_as_what_they_were_cut_into(tmp_path: Path) -> None:
     reference.save_pretrained(tmp_path)
     model, new, old = load_model(folder), Tokenizer.from_pretrained(tmp_path), Tokenizer.from_pretrained(folder)
     before = model.config.vocab_size
-    with pytest.raises(InputError) as error:
-        check_tokens(model, new, where="here")
+    with pytest.raises(FormatError) as error:
+        new.check_fits(before, where="here")
     assert str(new.vocab_size) in error.value.found and str(before) in error.value.expected  # C5: both are named
     message = fit_tokenizer(model, new, old)
     assert f"from {before} to {new.vocab_size}" in message
@@ -81,7 +81,7 @@ def test_new_tokens_start_as_what_they_were_cut_into(tmp_path: Path) -> None:
     for i, word in enumerate(w for w in words if w not in plain.get_vocab()):
         pieces = plain(word, add_special_tokens=False)["input_ids"]
         assert torch.allclose(rows[before + i], rows[pieces].mean(0), atol=1e-6), word
-    check_tokens(model, new)
+    new.check_fits(model.config.vocab_size)
     assert fit_tokenizer(model, new, old) == "" and model.config.vocab_size == new.vocab_size
 
 

@@ -17,7 +17,6 @@ from lmworks.export.probe import make_probes
 from lmworks.export.receipt import write_receipt
 from lmworks.models.checkpoint import load_model
 from lmworks.models.folder import write_folder
-from lmworks.models.resize import check_tokens
 from lmworks.tokens.tokenizer import Tokenizer
 from lmworks.training.adapter_files import open_adapter
 from lmworks.training.lora import merge_lora
@@ -42,7 +41,7 @@ def merge(
         raise InputError("the output would replace what is merged", where=str(out), fix="choose another -o")
     check_output(out, overwrite=overwrite, need_bytes=sum(p.numel() for p in model.parameters()) * 4)
     if holder is not None and not model.config.vision:
-        check_tokens(model, Tokenizer.from_pretrained(holder), where=str(holder))
+        Tokenizer.from_pretrained(holder).check_fits(model.config.vocab_size, where=str(holder))
     probes = make_probes(holder or opened.base, model.config)
     rows = [row for group in probes.values() for row in group]
     before = [next(answer(model, [row], left=False))["numbers"] for row in rows]

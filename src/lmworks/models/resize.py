@@ -74,15 +74,3 @@ def sub_tokens(new: Tokenizer, old: Tokenizer, start: int) -> dict[int, list[int
     """Return what the old tokenizer makes of every token from id `start` on: {30522: [8840, 2102]}."""
     texts = {token: new.decode([token], skip_special_tokens=False) for token in range(start, new.vocab_size)}
     return {token: [i for i in old.encode(text) if i != old.unk_id] for token, text in texts.items()}
-
-
-def check_tokens(model: Model, tokenizer: Tokenizer, *, where: str = "") -> None:
-    """Raise InputError where the tokenizer has more tokens than the model has rows; fewer are usual."""
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise InputError(
-            "the tokenizer has more tokens than the model",
-            where=where,
-            found=f"{tokenizer.vocab_size} tokens in the tokenizer",
-            expected=f"at most the {model.config.vocab_size} rows of the embedding",
-            fix="use the tokenizer of this model, or give it rows for the new tokens: fit_tokenizer(model, tokenizer)",
-        )

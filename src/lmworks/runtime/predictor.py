@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
 
-from lmworks.base.errors import FormatError, InputError
+from lmworks.base.errors import InputError
 from lmworks.base.files import read_json
 from lmworks.base.hub import find_folder
 from lmworks.base.optional import require
@@ -160,13 +160,8 @@ def make_predictor(
     engine: Runtime, folder: Path, config: Config, task: str, tokenizer: Tokenizer | None, options: dict[str, Any]
 ) -> Predictor:
     """Put the parts of a predictor together."""
-    if tokenizer is not None and tokenizer.vocab_size > engine.vocab_size:
-        raise FormatError(
-            "the tokenizer does not belong to this model",
-            where=str(folder),
-            found=f"{tokenizer.vocab_size} tokens in the tokenizer",
-            expected=f"at most the model's {engine.vocab_size}",
-        )
+    if tokenizer is not None:
+        tokenizer.check_fits(engine.vocab_size, where=str(folder))
     if task == "text-generation":
         assert tokenizer is not None
         return Predictor(engine, tokenizer, eos_ids=read_eos_ids(folder, tokenizer), options=options)

@@ -78,6 +78,17 @@ class Tokenizer:
             return found
         return cls.from_older_files(folder, config=config)
 
+    def check_fits(self, rows: int, *, where: str = "") -> None:
+        """Raise FormatError where there are more tokens than the embedding has rows; fewer are usual."""
+        if self.vocab_size > rows:
+            raise FormatError(
+                "the tokenizer does not belong to this model: it has more tokens than the embedding",
+                where=where,
+                found=f"{self.vocab_size} tokens in the tokenizer",
+                expected=f"at most {rows}, the rows of the embedding",
+                fix="use the tokenizer that the model was trained with",
+            )
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text: "a b" -> [64, 275]. A lone surrogate counts as U+FFFD."""
         return self.encode_batch([text])[0]

@@ -20,7 +20,7 @@ from typing import TextIO
 
 import torch
 
-from lmworks.base.errors import FormatError, InputError, LmworksError, did_you_mean
+from lmworks.base.errors import InputError, LmworksError, did_you_mean
 from lmworks.models.checkpoint import draw_head, load_model, make_empty, published
 from lmworks.models.families import TASKS, read_config, read_kind
 from lmworks.models.heads import Model
@@ -232,15 +232,7 @@ def choose_parameters(model: Model, tuning: Tuning) -> None:
 def read_tokenizer(folder: Path, model: Model) -> Tokenizer:
     """Read the model's tokenizer; raise FormatError where it has tokens that the embedding lacks."""
     tokenizer = Tokenizer.from_pretrained(folder)
-    size = model.config.vocab_size
-    if tokenizer.vocab_size > size:
-        raise FormatError(
-            "the tokenizer and the model's embedding differ in size",
-            where=str(folder),
-            found=f"{tokenizer.vocab_size} tokens in the tokenizer",
-            expected=f"at most {size}, the rows of the embedding",
-            fix="put the tokenizer that the model was trained with into the folder",
-        )
+    tokenizer.check_fits(model.config.vocab_size, where=str(folder))
     return tokenizer
 
 
