@@ -93,7 +93,7 @@ def run(
 
     check_output(out, overwrite=overwrite, need_bytes=disk_needed(settings))
     with run_folder(out, resume=resume, overwrite=overwrite) as folder:
-        check_same_run(folder, settings, corpus)
+        check_same_run(folder, settings.to_dict(), corpus.sha256)
         trained = train_in(folder, settings, corpus)
         certificate = None if runtimes is None else publish(folder, trained, runtimes=runtimes)
         report = make_report(trained, out, certificate)

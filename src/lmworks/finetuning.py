@@ -20,7 +20,7 @@ from lmworks.base.hub import find_folder
 from lmworks.base.optional import require
 from lmworks.base.report import Report
 from lmworks.models.families import read_config, read_kind
-from lmworks.run import RUN_FILE, run_folder
+from lmworks.run import check_same_run, run_folder
 from lmworks.tasks.base import Long
 from lmworks.tasks.registry import find_task
 from lmworks.text.labelled import Labelled, check_labels, read_labelled
@@ -85,7 +85,8 @@ def finetune(
         with hold(partial):  # before anything in it is touched: another process may be at work there
             pass
     with run_folder(out, resume=resume, overwrite=overwrite) as run, hold(run):
-        check_same_run(run, {"model": str(model), "task": task, **asdict(tuning)}, fingerprint(data, held_out))
+        settings = {"model": str(model), "task": task, **as_json(asdict(tuning))}
+        check_same_run(run, settings, fingerprint(data, held_out))
         setup = set_up(folder, data, held_out, task=task, tuning=tuning)
         (run / "training").mkdir(exist_ok=True)
         baselines = find_baselines(run / "training" / BASELINES, setup, data, held_out)
@@ -185,24 +186,9 @@ def fingerprint(*parts: Labelled) -> str:
     return digest.hexdigest()
 
 
-def check_same_run(folder: Path, settings: dict[str, Any], data: str) -> None:
-    """Record what this run is made from, or, on resume, refuse settings or data that differ."""
-    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
-    path = folder / RUN_FILE
-    if not path.exists():
-        write_json(path, {"settings": settings, "data_sha256": data})
-        return
-    before = read_json(path)
-    changed = [name for name, value in settings.items() if before["settings"].get(name) != value]
-    if changed:
-        raise InputError(
-            "a resumed run must keep its settings",
-            found=", ".join(f"{name}={settings[name]}" for name in changed),
-            expected=", ".join(f"{name}={before['settings'].get(name)}" for name in changed),
-            fix="repeat the first command with --resume, or start again with --overwrite",
-        )
-    if before["data_sha256"] != data:
-        raise InputError("the data have changed since this run began", where=str(folder), fix="start with --overwrite")
+def as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings as they come back from a file: lists for tuples."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
 def find_baselines(path: Path, setup: Setup, data: Labelled, held_out: Labelled) -> dict[str, dict[str, float]]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lmworks.base.errors import FormatError, InputError
 from lmworks.base.files import check_output, put_in_place, read_json, write_json
@@ -122,20 +122,20 @@ def is_started(partial: Path) -> bool:
     return found is not None and found[1].step > 0
 
 
-def check_same_run(folder: Path, settings: Settings, corpus: Corpus) -> None:
+def check_same_run(folder: Path, settings: dict[str, Any], data_sha256: str) -> None:
     """Record what this run is made from, or, on resume, refuse settings or data that differ."""
-    knobs, path = settings.to_dict(), folder / RUN_FILE
+    path = folder / RUN_FILE
     if not path.exists():
-        write_json(path, {"settings": knobs, "data_sha256": corpus.sha256})
+        write_json(path, {"settings": settings, "data_sha256": data_sha256})
         return
     before = read_json(path)
-    if before.get("data_sha256") != corpus.sha256:
-        raise InputError("the text has changed since this run began", where=str(folder), fix="start with --overwrite")
-    changed = [name for name, value in knobs.items() if before["settings"].get(name) != value]
+    if before.get("data_sha256") != data_sha256:
+        raise InputError("the data has changed since this run began", where=str(folder), fix="start with --overwrite")
+    changed = [name for name, value in settings.items() if before["settings"].get(name) != value]
     if changed:
         raise InputError(
             "a resumed run must keep its settings",
-            found=", ".join(f"{name}={knobs[name]}" for name in changed),
+            found=", ".join(f"{name}={settings[name]}" for name in changed),
             expected=", ".join(f"{name}={before['settings'].get(name)}" for name in changed),
             fix="repeat the first command with --resume, or start again with --overwrite",
         )
