@@ -32,7 +32,8 @@ def our_step(folder: Path) -> Callable[[], None]:
     from lmworks.training.data import TokenWindows
     from lmworks.training.log import Log
     from lmworks.training.objectives import CausalLoss
-    from lmworks.training.trainer import TrainConfig, Trainer
+    from lmworks.training.train_config import TrainConfig
+    from lmworks.training.trainer import Trainer
 
     config = gpt2.new(
         vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,

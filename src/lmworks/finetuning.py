@@ -275,8 +275,9 @@ def evaluate_task(
             f"{task} has no labels to compare with", fix="lmworks evaluate MODEL TEXT gives its perplexity"
         )
     require("torch", extra="torch")
-    from lmworks.training.finetune import open_predictor, problem_type
+    from lmworks.training.finetune import open_predictor
     from lmworks.training.measure import answer
+    from lmworks.training.supervision import problem_type
 
     receipt = read_json(folder / "lmworks.json") if (folder / "lmworks.json").is_file() else {}
     settings = receipt.get("settings", {}) if receipt.get("task") == task else {}

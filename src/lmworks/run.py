@@ -25,7 +25,7 @@ from lmworks.settings import Settings
 if TYPE_CHECKING:
     from lmworks.models.heads import CausalLM
     from lmworks.tokens.tokenizer import Tokenizer
-    from lmworks.training.trainer import TrainConfig, TrainResult
+    from lmworks.training.train_config import TrainConfig, TrainResult
 
 FIXED_BYTES = 60_000_000  # the page's library and WASM, reports
 RUN_FILE = "run.json"  # the settings and the corpus of a run, checked on resume
@@ -257,7 +257,7 @@ def make_prompts(corpus: Corpus, tokenizer: Tokenizer, longest: int, *, count: i
 
 def train_config(settings: Settings) -> TrainConfig:
     """Translate the settings for the training loop."""
-    from lmworks.training.trainer import TrainConfig
+    from lmworks.training.train_config import TrainConfig
 
     s = settings
     assert s.steps and s.lr and s.eval_every  # resolve() filled them

@@ -19,7 +19,7 @@ from lmworks.text.labelled import Labelled
 
 if TYPE_CHECKING:
     from lmworks.training.finetune import Setup, Tuned
-    from lmworks.training.trainer import TrainResult
+    from lmworks.training.train_config import TrainResult
     from lmworks.training.tuning import Tuning
 
 MEASURED, PARTS = 3, 4  # batches that are timed, and of each one part of so many

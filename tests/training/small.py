@@ -13,7 +13,8 @@ from lmworks.models.families import gpt2, llama
 from lmworks.models.heads import NEXT_TOKEN, CausalLM, Head
 from lmworks.training.data import TokenWindows
 from lmworks.training.objectives import CausalLoss
-from lmworks.training.trainer import TrainConfig, Trainer
+from lmworks.training.train_config import TrainConfig
+from lmworks.training.trainer import Trainer
 
 VOCAB, CONTEXT, BATCH = 23, 12, 8
 FIXED = {"dtype": "fp32", "compile": "never"}  # nothing is measured

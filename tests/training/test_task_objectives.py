@@ -18,7 +18,8 @@ from lmworks.tasks.base import Feature
 from lmworks.training.data import IGNORED, split
 from lmworks.training.examples import Examples, Row
 from lmworks.training.objectives import BinaryLoss, CausalLoss, ClassLoss, Objective, SpanLoss, SquaredLoss
-from lmworks.training.trainer import TrainConfig, Trainer
+from lmworks.training.train_config import TrainConfig
+from lmworks.training.trainer import Trainer
 
 ROWS, LONGEST, VOCAB, LABELS = 5, 11, 61, 3
 TINY = {

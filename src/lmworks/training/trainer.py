@@ -12,9 +12,9 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from lmworks.base.errors import Interrupted, TrainingError, from_os_error
 from lmworks.base.types import Batch
 from lmworks.training.data import DataSource, draw, split
 from lmworks.training.interrupt import StopRequest
-from lmworks.training.log import History, Log, read_history
+from lmworks.training.log import Log, read_history
 from lmworks.training.machine import (
     as_written,
     autocast,
@@ -36,7 +36,7 @@ from lmworks.training.machine import (
 )
 from lmworks.training.objectives import Objective
 from lmworks.training.optim import make_adamw, set_learning_rate
-from lmworks.training.schedule import Shape, learning_rate
+from lmworks.training.schedule import learning_rate
 from lmworks.training.state import (
     BEST,
     State,
@@ -52,57 +52,10 @@ from lmworks.training.state import (
     save_best,
     save_checkpoint,
 )
+from lmworks.training.train_config import TrainConfig, TrainResult
 
 SAVE_SECONDS = 120.0  # a kill loses at most this much work
 EVAL_SHARE = 0.15  # scored tokens of a validation per trained token: about a tenth of the time
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How to train; together with the model and the data it decides every bit of the result.
-
-    `accumulation` is the number of parts in which a batch is computed. `patience` counts validations without
-    improvement (0: never stop early). `eval_tokens` None scores as many held-out tokens as keep validation cheap.
-    `criterion` says which weights are the best: those with the lowest "loss", or the highest of what is measured.
-    """
-
-    steps: int
-    lr: float
-    min_lr: float = 0.0
-    warmup: int = 0
-    schedule: Shape = "cosine"
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.99
-    max_grad_norm: float = 1.0
-    accumulation: int = 1
-    eval_every: int = 100
-    eval_tokens: int | None = None
-    save_every: int | None = None  # steps; None: with every validation, and every two minutes
-    patience: int = 0
-    criterion: str = "loss"
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: Literal["auto", "always", "never"] = "auto"
-    seed: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """What came out. Losses are in nats per scored token; `seconds` counts all sittings of a resumed run."""
-
-    steps: int
-    tokens: int
-    seconds: float
-    dtype: str
-    best_step: int
-    best_loss: float | None
-    stopped_early: bool
-    history: History = field(repr=False)
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Scored training tokens per second, validation and saving included."""
-        return self.tokens / max(self.seconds, 1e-9)
 
 
 class Trainer:
