@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-SCRIPTS = ("startup", "cold", "load", "full_size", "encode", "decode", "train_step")
-PACKAGES = ("lmworks", "torch", "transformers", "onnxruntime", "tokenizers", "numpy")
+SCRIPTS = ("startup", "cold", "load", "full_size", "encode", "decode", "train_step", "lora")
+PACKAGES = ("lmworks", "torch", "transformers", "peft", "onnxruntime", "tokenizers", "numpy")
 
 
 def processor() -> str:

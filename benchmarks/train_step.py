@@ -11,15 +11,14 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+from turns import serve, take_turns
+
 VOCAB, LAYERS, WIDTH, HEADS, CONTEXT, BATCH = 8192, 6, 384, 6, 256, 16
-WARM_UP, ROUNDS, STREAM = 3, 15, 500_000
+ROUNDS, STREAM = 15, 500_000
 PEERS = ("fp32", "bf16", "bf16 compiled")
 
 
@@ -117,16 +116,9 @@ def peer_step(setting: str) -> Callable[[], None]:
 
 
 def work(what: str) -> None:
-    """Serve one setting: for every line on standard input make a step and print its seconds."""
+    """Serve one setting."""
     with tempfile.TemporaryDirectory() as folder:
-        step = our_step(Path(folder)) if what == "ours" else peer_step(what)
-        for _ in range(WARM_UP):
-            step()
-        print("ready", flush=True)
-        for _ in sys.stdin:
-            start = time.perf_counter()
-            step()
-            print(time.perf_counter() - start, flush=True)
+        serve(our_step(Path(folder)) if what == "ours" else peer_step(what))
 
 
 def main() -> None:
@@ -142,25 +134,8 @@ def main() -> None:
         return
     compiler = not options.eager and (shutil.which("g++") or shutil.which("clang++"))
     settings = ["ours", *(p for p in PEERS if compiler or "compiled" not in p)]
-    workers = {
-        name: subprocess.Popen(
-            [sys.executable, __file__, "--work", name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        for name in settings
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in settings}
-    for worker in workers.values():
-        assert worker.stdout is not None
-        if worker.stdout.readline().strip() != "ready":
-            raise SystemExit("a setting could not start; see above")
-    for _ in range(options.rounds):
-        for name, worker in workers.items():
-            assert worker.stdin is not None
-            assert worker.stdout is not None
-            print("step", file=worker.stdin, flush=True)
-            seconds[name].append(float(worker.stdout.readline()))
-    for worker in workers.values():
-        worker.communicate()
+    turns = take_turns(__file__, settings, rounds=options.rounds)
+    seconds = {name: taken.seconds for name, taken in turns.items()}
     speed = {name: BATCH * CONTEXT / statistics.median(times) for name, times in seconds.items()}
     best = max(settings[1:], key=lambda name: speed[name])
     rows = []

@@ -1,0 +1,208 @@
+"""Fine-tune MiniLM on real data by the command line, beside peers and baselines; each figure is kept as it comes.
+
+    LMWORKS_DATA=… python benchmarks/finetuning/run.py [--only sst2 …] [--seeds 3] [--work FOLDER]
+
+results.jsonl in the work folder holds one line a run; what is there is not run again. RESULTS.md beside this file is
+written from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import prepare
+
+HERE = Path(__file__).parent
+Row = dict[str, Any]
+
+
+@dataclass
+class Studies:
+    """Runs what is not known yet, and remembers it."""
+
+    data: Path
+    work: Path
+    seeds: int
+
+    def __post_init__(self) -> None:
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.path = self.work / "results.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.rows: dict[str, Row] = {row["name"]: row for row in map(json.loads, lines)}
+        self.model = prepare.minilm(self.work)
+
+    def once(self, name: str, run: Callable[[], Row]) -> Row:
+        """Return the figures of a run, from the file if they are there."""
+        if name not in self.rows:
+            self.rows[name] = {"name": name, **run()}
+            with self.path.open("a") as file:
+                file.write(json.dumps(self.rows[name]) + "\n")
+            print(json.dumps(self.rows[name]), flush=True)
+        return self.rows[name]
+
+    def tune(
+        self, name: str, train: Path, test: list[str], *options: str, seed: int = 0, base: Path | None = None
+    ) -> Row:
+        """Fine-tune and score by the command line."""
+
+        def run() -> Row:
+            out = self.work / name
+            shutil.rmtree(out, ignore_errors=True)
+            report = lmworks("finetune", str(base or self.model), str(train), *options, "--seed", str(seed),
+                             "--overwrite", "-o", str(out))  # fmt: skip
+            scores = lmworks("evaluate", str(out), *test)
+            keep = ("metrics", "baselines", "train_seconds", "steps", "best_step", "dtype", "trainable", "parameters")
+            return {"test": scores["metrics"], **{key: report[key] for key in keep}}
+
+        return self.once(f"{name}-{seed}", run)
+
+    def peer(self, name: str, *options: str, seed: int = 0) -> Row:
+        """Fine-tune with the HF Trainer."""
+
+        def run() -> Row:
+            done = subprocess.run(
+                [sys.executable, str(HERE / "peer.py"), *options, "--seed", str(seed), "--model", str(self.model)],
+                check=True, stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            row: Row = json.loads(done.stdout.splitlines()[-1])
+            return {"test": {"accuracy": row["accuracy"]}, "train_seconds": row["seconds"]}
+
+        return self.once(f"{name}-{seed}", run)
+
+
+def lmworks(*arguments: str) -> Row:
+    """Run a verb; return what --json prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lmworks", *arguments, "--json"], check=True, stdout=subprocess.PIPE, text=True
+    )
+    report: Row = json.loads(done.stdout)
+    return report
+
+
+def sst2(s: Studies) -> None:
+    """Full and LoRA fine-tuning with the same settings as the peer, seed by seed in turn."""
+    folder, test = s.data / "sst2", [str(s.data / "sst2" / "test.tsv"), "--no-header"]
+    s.once("sst2-bag-of-words", lambda: bag_of_words(folder))
+    same = ["--epochs", "3", "--batch-size", "16"]
+    ours = [*same, "--no-header", "--task", "text-classification", "--validation", str(folder / "dev.tsv")]
+    theirs = [*same, "--train", str(folder / "train.tsv"), "--test", str(folder / "test.tsv")]
+    for seed in range(s.seeds):
+        for method, lr in (("full", "5e-5"), ("lora", "5e-4")):
+            options = ["--method", method, "--lr", lr]
+            s.tune(f"sst2-{method}", folder / "train.tsv", test, *ours, *options, seed=seed)
+            s.peer(f"sst2-{method}-trainer", *theirs, *options, "--bf16", seed=seed)
+        if seed == 0:  # as it comes: fp32
+            s.peer("sst2-full-trainer-fp32", *theirs, "--method", "full", "--lr", "5e-5", seed=seed)
+            s.tune("sst2-head", folder / "train.tsv", test, *ours, "--method", "head", seed=seed)
+
+
+def bag_of_words(folder: Path) -> Row:
+    """Logistic regression on tf-idf of words and pairs of words."""
+    from peer import read
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    train, test = read(folder / "train.tsv"), read(folder / "test.tsv")
+    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(C=10, max_iter=1000))
+    model.fit(*zip(*train, strict=True))
+    return {"test": {"accuracy": float(model.score(*zip(*test, strict=True)))}}
+
+
+def clinc(s: Studies) -> None:
+    """150 intents, in scope."""
+    path = s.data / "clinc150" / "data_full.json"
+    for seed in range(s.seeds):
+        s.tune("clinc150", path, [str(path), "--split", "test"], "--task", "text-classification",
+               "--split", "train,val", "--epochs", "5", "--lr", "2e-4", "--batch-size", "32", seed=seed)  # fmt: skip
+
+
+def wnut(s: Studies) -> None:
+    """Emerging entities, six kinds."""
+    folder = s.data / "wnut17"
+    for seed in range(s.seeds):
+        s.tune("wnut17", folder / "train.conll", [str(folder / "test.conll")], "--task", "token-classification",
+               "--validation", str(folder / "dev.conll"), "--epochs", "6", "--lr", "2e-4", seed=seed)  # fmt: skip
+
+
+def ag_news(s: Studies) -> None:
+    """Ten thousand news with four topics, against a published bag of words that saw 120,000."""
+    train, test = prepare.ag_news(s.data / "ag_news", s.work)
+    for seed in range(s.seeds):
+        s.tune("ag-news", train, [str(test), "--long", "truncate"], "--task", "text-classification", "--epochs", "2",
+               "--lr", "1e-4", "--long", "truncate", "--max-length", "128", seed=seed)  # fmt: skip
+
+
+def qa(s: Studies) -> None:
+    """Questions on single sentences; tested on whole paragraphs of SQuAD."""
+    train, test = prepare.qamr(s.data / "qamr", s.work), s.data / "xquad" / "xquad.en.json"
+    for seed in range(s.seeds):
+        s.tune("qamr-xquad", train, [str(test)], "--task", "question-answering", "--epochs", "3", "--lr", "1e-4",
+               "--batch-size", "32", seed=seed)  # fmt: skip
+    s.once("xquad-random-spans", lambda: random_spans(test))
+
+
+def random_spans(path: Path) -> Row:
+    """Spans as long as the right answer, from anywhere."""
+    from lmworks.text.labelled import read_labelled
+    from lmworks.training.baseline import majority
+
+    data = read_labelled(path, "question-answering")
+    return {"test": majority(data, data)}
+
+
+STUDIES = {"sst2": sst2, "clinc150": clinc, "wnut17": wnut, "ag-news": ag_news, "qamr": qa}
+
+
+def main() -> int:
+    """Run the studies, then write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=STUDIES, action="append")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--work", type=Path, default=Path("build") / "finetuning")
+    a = parser.parse_args()
+    if "LMWORKS_DATA" not in os.environ:
+        print("set LMWORKS_DATA to the folder of the data sets", file=sys.stderr)
+        return 2
+    studies = Studies(Path(os.environ["LMWORKS_DATA"]), a.work, a.seeds)
+    for name in a.only or STUDIES:
+        began = time.monotonic()
+        STUDIES[name](studies)
+        print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    (HERE / "RESULTS.md").write_text(table(list(studies.rows.values())), encoding="utf-8")
+    return 0
+
+
+def table(rows: list[Row]) -> str:
+    """Return one line a study: mean and spread of each test metric over the seeds, and the seconds."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["name"].rstrip("0123456789").rstrip("-"), []).append(row)
+    lines = ["| study | seeds | on the test data: mean (standard deviation) | training, s |", "|--|--|--|--|"]
+    for name, group in groups.items():
+        scores = ", ".join(spread(metric, [row["test"][metric] for row in group]) for metric in group[0]["test"])
+        seconds = [row["train_seconds"] for row in group if "train_seconds" in row]
+        lines.append(f"| {name} | {len(group)} | {scores} | {statistics.mean(seconds):.0f} |" if seconds else
+                     f"| {name} | {len(group)} | {scores} | |")  # fmt: skip
+    return "# Fine-tuning on real data\n\nWritten by `benchmarks/finetuning/run.py`.\n\n" + "\n".join(lines) + "\n"
+
+
+def spread(name: str, values: list[float]) -> str:
+    """Return "accuracy 0.873 (0.004)"."""
+    deviation = f" ({statistics.stdev(values):.4f})" if len(values) > 1 else ""
+    return f"{name} {statistics.mean(values):.4f}{deviation}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
