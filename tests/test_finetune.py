@@ -288,7 +288,10 @@ def test_running_out_of_memory_says_what_to_halve(languages: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("method", "kills"),
-    [("full", 3), ("lora", 2), *(pytest.param(m, 14, marks=pytest.mark.slow) for m in ("full", "head", "lora"))],
+    [
+        *(("full", 3), ("lora", 2), ("adapter", 1), ("prefix", 1)),
+        *(pytest.param(m, 14, marks=pytest.mark.slow) for m in ("full", "head", "lora", "adapter", "prefix")),
+    ],
 )
 def test_killed_runs_end_with_the_same_bits(languages: Path, tmp_path: Path, method: str, kills: int) -> None:
     """C26: weights, adapter, scores and loss log equal those of a run that nobody killed."""
@@ -397,7 +400,8 @@ def change(path: Path, number: int, label: str) -> None:
     [
         ({"method": "lorra"}, "did you mean"),
         ({"task": "text-clasification"}, "did you mean"),
-        ({"task": None}, "no fine-tuning for the task"),
+        ({"task": None}, "no head that says what to learn"),
+        ({"task": "multiple-choice"}, "no fine-tuning for the task"),
         ({"task": "text-generation"}, "sees what follows a word"),
         ({"lr": 0.0}, "--lr is out of range"),
         ({"epochs": 0}, "--epochs is out of range"),

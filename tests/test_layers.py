@@ -30,8 +30,15 @@ LAYERS = [
     {"settings", "corpus"},
     {"run"},
     {"estimate", "summary"},
+    {"few_shot"},
     {"publish", "tuning_report"},
     {"inspection", "doctor", "finetuning"},
+    {"search_space"},
+    {"search_study"},
+    {"search_report"},
+    {"search_plan"},
+    {"searching"},
+    {"distilling"},
     {"api"},
     {"cli"},
     {"__main__"},
@@ -43,7 +50,7 @@ TORCH_FREE_FILES = ("models/config.py", "models/ngram.py", "__init__.py")
 WITH_TORCH = ("runtime/torch_runtime.py",)
 LAZY_ONLY = ("torch", "onnx", "onnxruntime", "tokenizers", "fastapi", "uvicorn", "transformers")
 ORACLES = {"transformers", "peft", "optimum", "nltk", "openai", "playwright", "seqeval", "torchvision", "accelerate"}
-LONGEST, LONGEST_FAMILY, BUDGET = 350, 80, 24_000
+LONGEST, LONGEST_FAMILY, BUDGET = 350, 80, 32_000
 
 
 def imports(path: Path, *, top_level: bool = False) -> set[str]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
+from lmworks.base.launch import end
 from lmworks.cli import main
 
-sys.exit(main())
+end(main())

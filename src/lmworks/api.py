@@ -22,7 +22,9 @@ from lmworks.settings import Settings
 
 if TYPE_CHECKING:
     from lmworks.base.types import Match
+    from lmworks.evaluation.prompting import Prompting
     from lmworks.runtime.decoding import TextStream
+    from lmworks.runtime.predictor import Predictor
 
 RUNTIMES = ("torch", "onnx", "node", "browser")
 PathLike = str | Path
@@ -75,30 +77,39 @@ def run(
 ) -> Report:
     """Train, and, when `runtimes` are given, export and verify as well."""
     from lmworks.base.files import check_output
+    from lmworks.base.optional import require
     from lmworks.corpus import read_corpus
 
-    settings, out = settings or Settings(), Path(out)
-    settings.check()
-    check_output(out, overwrite=overwrite)
-    path = None if texts is None else Path(texts)
-    corpus = read_corpus(path, column=column, validation=settings.validation, seed=settings.seed)
-    settings = settings.resolve(corpus.train_bytes)
+    require("torch", extra="torch")
+    from lmworks.training.distributed import find_ranks
+
+    ranks = find_ranks()
+    with ranks.together():
+        settings, out = settings or Settings(), Path(out)
+        settings.check()
+        check_output(out, overwrite=overwrite)
+        path = None if texts is None else Path(texts)
+        corpus = read_corpus(path, column=column, validation=settings.validation, seed=settings.seed)
+        settings = settings.resolve(corpus.train_bytes)
     if dry_run:
         from lmworks.estimate import estimate
 
         return estimate(corpus, settings)
     from lmworks.publish import finish, publish
-    from lmworks.run import check_same_run, disk_needed, run_folder, train_in
+    from lmworks.run import Trained, check_same_run, disk_needed, run_folder, train_in
     from lmworks.summary import make_report
 
-    check_output(out, overwrite=overwrite, need_bytes=disk_needed(settings))
-    with run_folder(out, resume=resume, overwrite=overwrite) as folder:
-        check_same_run(folder, settings.to_dict(), corpus.sha256)
-        trained = train_in(folder, settings, corpus)
+    def report_on(trained: Trained) -> Report:
         certificate = None if runtimes is None else publish(folder, trained, runtimes=runtimes)
         report = make_report(trained, out, certificate)
         finish(folder, trained, report)
-    return report
+        return report
+
+    ranks.once(lambda: check_output(out, overwrite=overwrite, need_bytes=disk_needed(settings)))
+    with ranks.on_first(run_folder(out, resume=resume, overwrite=overwrite)) as folder:
+        ranks.once(lambda: check_same_run(folder, settings.to_dict(), corpus.sha256))
+        trained = train_in(folder, settings, corpus)
+        return ranks.once(lambda: report_on(trained))
 
 
 def generate(
@@ -117,9 +128,7 @@ def generate(
     revision: str | None = None,
 ) -> TextStream:
     """Continue a prompt: an iterator over pieces of text that never end inside a character; then `.result`."""
-    from lmworks.runtime.predictor import load
-
-    return load(model, "text-generation", runtime=runtime, dtype=dtype, revision=revision).generate(
+    return open_model(model, "text-generation", runtime=runtime, dtype=dtype, revision=revision).generate(
         prompt,
         stream=True,
         max_tokens=max_tokens,
@@ -137,9 +146,28 @@ def predict(
     revision: str | None = None, **options: Any,
 ) -> Any:  # fmt: skip
     """Answer a list of examples: one answer each. `task` None: what the checkpoint was made for; its options follow."""
+    return open_model(model, task, runtime=runtime, dtype=dtype, revision=revision, **options)(list(examples))
+
+
+def open_model(
+    model: PathLike, task: str | None = None, *, runtime: str = "auto", dtype: str = "auto",
+    revision: str | None = None, code: Sequence[str] = (), **options: Any,
+) -> Predictor:  # fmt: skip
+    """Open a model, or an adapter's folder together with its base, which torch alone runs."""
+    from lmworks.base.hub import find_folder
     from lmworks.runtime.predictor import load
 
-    return load(model, task, runtime=runtime, dtype=dtype, revision=revision, **options)(list(examples))
+    folder = find_folder(model, revision=revision)
+    if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
+        return load(model, task, runtime=runtime, dtype=dtype, revision=revision, code=code, **options)
+    from lmworks.base.optional import require
+
+    require("torch", extra="torch")
+    from lmworks.training.finetune import open_adapted
+
+    if runtime not in ("auto", "torch"):
+        raise InputError("an adapter runs in torch only", found=runtime, fix="--runtime torch")
+    return open_adapted(folder, task, dtype="fp32" if dtype == "auto" else dtype, **options)
 
 
 def search(
@@ -152,16 +180,29 @@ def search(
     **options: Any,
 ) -> list[list[Match]]:
     """Return for each query the texts that are nearest in meaning: by the cosine of their sentence embeddings."""
-    from lmworks.runtime.predictor import load
     from lmworks.tasks.embed import search as find
 
-    predictor = load(model, "feature-extraction", dtype=dtype, **options)
+    predictor = open_model(model, "feature-extraction", dtype=dtype, **options)
     return find(predictor(list(queries)), predictor(list(texts)), texts, top_k=top_k)
 
 
 def finetune(model: PathLike, train: PathLike, out: PathLike, **settings: Any) -> Report:
     """Fine-tune a model on labelled data; the settings are those of `lmworks.finetuning.finetune`."""
     from lmworks.finetuning import finetune as run
+
+    return run(model, train, out, **settings)
+
+
+def distill(teacher: PathLike, train: PathLike, out: PathLike, **settings: Any) -> Report:
+    """Teach a smaller model what a larger one says; the settings are those of `lmworks.distilling.distill`."""
+    from lmworks.distilling import distill as run
+
+    return run(teacher, train, out, **settings)
+
+
+def tune(model: PathLike, train: PathLike, out: PathLike, **settings: Any) -> Report:
+    """Search the knobs of `finetune`; the settings are those of `lmworks.searching.tune`."""
+    from lmworks.searching import tune as run
 
     return run(model, train, out, **settings)
 
@@ -177,11 +218,14 @@ def evaluate(
     runtime: str = "auto",
     dtype: str = "auto",
     revision: str | None = None,
+    code: Sequence[str] = (),
+    prompt: Prompting | None = None,
 ) -> Report:
     """Score a model: a language model on a text, any other model, or an adapter, on labelled data.
 
     A language model scores every token once, each with at least half of its context before it. `label_column`,
-    `header` and `split` say how labelled data is laid out. Raises InputError.
+    `header` and `split` say how labelled data is laid out; `code` is that of layers of its maker's own. With
+    `prompt` a language model says labels. Raises InputError.
     """
     from lmworks.base.hub import find_folder
     from lmworks.models.families import read_config, read_kind
@@ -189,18 +233,23 @@ def evaluate(
 
     folder = find_folder(model, revision=revision)
     task = find_task(read_kind(read_config(folder)))
-    if task in MAKERS and task not in ("feature-extraction", "fill-mask"):
+    layout: dict[str, Any] = {"label_column": label_column, "header": header, "split": split}
+    if prompt is not None and prompt.template is not None:
+        from lmworks.few_shot import evaluate_prompts
+
+        return evaluate_prompts(folder, texts, prompt, text_column=column, runtime=runtime, dtype=dtype, **layout)
+    if prompt is not None and (prompt.shots or prompt.train or prompt.words):
+        raise InputError("examples are shown in a prompt", fix="--template 'Text: {text}\\nLabel: {label}'")
+    if task in MAKERS and task != "fill-mask":
         from lmworks.finetuning import evaluate_task
 
-        layout: dict[str, Any] = {"label_column": label_column, "header": header, "split": split}
-        return evaluate_task(folder, texts, text_column=column, **layout)
+        return evaluate_task(folder, texts, text_column=column, code=code, **layout)
     from lmworks.base.report import Table
     from lmworks.corpus import count_bytes, read_clean
     from lmworks.evaluation.perplexity import bits_per_byte, token_logprobs
-    from lmworks.runtime.predictor import load
     from lmworks.tokens.batch import make_stream
 
-    predictor = load(folder, "text-generation", runtime=runtime, dtype=dtype)
+    predictor = open_model(folder, "text-generation", runtime=runtime, dtype=dtype, code=code)
     tokenizer, engine = predictor.tokenizer, predictor.runtime
     documents = read_clean(Path(texts), column=column)
     stream = make_stream(tokenizer, [document.text for document in documents])

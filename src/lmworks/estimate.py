@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +16,11 @@ from lmworks.base.threads import cpu_count
 from lmworks.corpus import Corpus
 from lmworks.run import disk_needed, make_network, train_config
 from lmworks.settings import Settings
+from lmworks.training.train_config import count_moments
 
 WARM_UP_STEPS, MEASURED_STEPS = 2, 4
-BYTES_A_PARAMETER = 16  # weight, gradient and two moments of AdamW, float32 each
+BYTES_A_PARAMETER = 8  # weight and gradient, float32 each
+BYTES_A_MOMENT = 4  # what the optimizer remembers of a parameter
 BYTES_AN_ACTIVATION = 34 * 4  # kept for the backward pass, for each token, layer and unit of width
 FIXED_MEMORY = 350_000_000  # the interpreter with torch
 
@@ -27,10 +30,14 @@ def estimate(corpus: Corpus, settings: Settings) -> Report:
     from lmworks.models.heads import CausalLM
 
     tokens = (settings.batch_size or 0) * (settings.context or 0)
-    activations = tokens // settings.accumulation * (settings.layers or 0) * (settings.hidden_size or 0)
+    layers = 1 if settings.gradient_checkpointing else settings.layers or 0  # of which all is kept at once
+    activations = tokens // settings.accumulation * layers * (settings.hidden_size or 0)
+    moments = count_moments(settings.optimizer, settings.momentum)
     network = CausalLM(make_network(settings, vocab_size=settings.vocab_size or 0), seed=None)
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    memory = FIXED_MEMORY + parameters * BYTES_A_PARAMETER + activations * BYTES_AN_ACTIVATION
+    memory = (
+        FIXED_MEMORY + parameters * (BYTES_A_PARAMETER + moments * BYTES_A_MOMENT) + activations * BYTES_AN_ACTIVATION
+    )
     seconds = measure_step(settings) * (settings.steps or 0)
     disk = disk_needed(settings)
     values = {
@@ -61,6 +68,7 @@ def measure_step(settings: Settings) -> float:
     """Return the seconds of one optimizer step of such a network on random tokens: the best of a few."""
     from lmworks.models.heads import CausalLM
     from lmworks.training.data import TokenWindows
+    from lmworks.training.distributed import Ranks
     from lmworks.training.objectives import CausalLoss
     from lmworks.training.trainer import Trainer
 
@@ -71,7 +79,8 @@ def measure_step(settings: Settings) -> float:
     model = CausalLM(make_network(quick, vocab_size=quick.vocab_size or 0))
     with TemporaryDirectory() as folder:
         config = train_config(quick)
-        Trainer(model, objective=CausalLoss(), data=data, config=config, folder=folder, stream=None).fit()
+        alone: dict[str, Any] = {"folder": folder, "stream": None, "ranks": Ranks()}
+        Trainer(model, objective=CausalLoss(), data=data, config=config, **alone).fit()
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     times = [row["seconds"] for row in rows if "loss" in row]
     return float(min(after - before for before, after in pairwise(times[WARM_UP_STEPS - 1 :])))

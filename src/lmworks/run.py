@@ -178,10 +178,12 @@ def train_in(folder: Path, settings: Settings, corpus: Corpus) -> Trained:
     from lmworks.runtime.torch_runtime import TorchRuntime
     from lmworks.tokens.batch import make_stream
     from lmworks.training.data import TokenWindows
+    from lmworks.training.distributed import find_ranks
     from lmworks.training.objectives import CausalLoss
     from lmworks.training.trainer import Trainer
 
-    tokenizer = make_tokenizer(folder, settings, corpus)
+    ranks = find_ranks()
+    tokenizer = ranks.once(lambda: make_tokenizer(folder, settings, corpus))
     train = make_stream(tokenizer, [document.text for document in corpus.train])
     held_out = make_stream(tokenizer, [document.text for document in corpus.validation])
     eos, pad = tokenizer.eos_id, tokenizer.pad_id
@@ -194,11 +196,13 @@ def train_in(folder: Path, settings: Settings, corpus: Corpus) -> Trained:
     )
     config = train_config(settings)
     result = Trainer(model, objective=CausalLoss(), data=data, config=config, folder=folder / "training").fit()
-    save_model(model, folder)
+    ranks.once(lambda: save_model(model, folder))
     runtime = TorchRuntime(model)
     known = tokenizer.is_lossless or all(tokenizer.knows(document.text) for document in corpus.validation)
-    scores = score(runtime, train, held_out, tokenizer, settings, corpus.validation_bytes if known else None)
-    return Trained(settings, corpus, tokenizer, model, result, scores, sample(runtime, tokenizer, corpus, settings))
+    n_bytes = corpus.validation_bytes if known else None
+    scores = ranks.once(lambda: score(runtime, train, held_out, tokenizer, settings, n_bytes))
+    samples = ranks.once(lambda: sample(runtime, tokenizer, corpus, settings))
+    return Trained(settings, corpus, tokenizer, model, result, scores, samples)
 
 
 def score(
@@ -267,9 +271,16 @@ def train_config(settings: Settings) -> TrainConfig:
         lr=s.lr,
         min_lr=s.min_lr or 0.0,
         warmup=s.warmup or 0,
+        schedule=s.schedule,
+        decay=s.decay,
+        optimizer=s.optimizer,
         weight_decay=s.weight_decay,
+        momentum=s.momentum,
         beta2=s.beta2,
         max_grad_norm=s.max_grad_norm,
+        clip_value=s.clip_value,
+        gradient_checkpointing=s.gradient_checkpointing,
+        balance=s.balance_ranks,
         eval_every=s.eval_every,
         patience=s.patience,
         dtype=s.dtype,

@@ -6,14 +6,17 @@ A knob left at None takes the value of its `--size`.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lmworks.base.errors import InputError, did_you_mean
 
 Size = Literal["tiny", "small", "base"]
 Family = Literal["llama", "gpt2"]
 TokenizerKind = Literal["bpe", "char"]
-Dtype = Literal["auto", "fp32", "bf16"]
+Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+Schedule = Literal["cosine", "linear", "constant", "wsd"]
+Balance = Literal["auto", "always", "never"]
+OptimizerName = Literal["adamw", "adam", "sgd"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,17 +50,31 @@ class Settings:
     lr
         Highest learning rate.
     min_lr
-        Learning rate at the end of the cosine.
+        Learning rate at the end of the schedule.
     warmup
         Steps of linear warm-up.
+    schedule
+        How the rate goes on after the warm-up: cosine, linear, constant, or wsd (stable, then linear).
+    decay
+        Share of the steps in which the schedule wsd falls.
+    optimizer
+        adamw, adam (its weight decay is part of the gradient) or sgd.
     weight_decay
-        AdamW's decay of the matrices; vectors are not decayed.
+        Decay of the matrices; vectors are not decayed.
+    momentum
+        Of sgd.
     beta2
-        AdamW's second moment.
+        Of adamw and adam: how long squared gradients are remembered.
     dropout
         Probability of dropping an activation while training.
     max_grad_norm
-        Clip the global norm of the gradient at this.
+        Clip the global norm of the gradient at this; 0 is off.
+    clip_value
+        Clip every number of the gradient at this instead; 0 is off.
+    gradient_checkpointing
+        Save memory by computing each layer again for its gradient: about a third more time.
+    balance_ranks
+        Under torchrun, more rows to faster devices: if they are unlike (auto), always or never.
     eval_every
         Steps between validations.
     patience
@@ -84,10 +101,17 @@ class Settings:
     lr: float | None = None
     min_lr: float | None = None
     warmup: int | None = None
+    schedule: Schedule = "cosine"
+    decay: float = 0.2
+    optimizer: OptimizerName = "adamw"
     weight_decay: float = 0.1
+    momentum: float = 0.9
     beta2: float = 0.99
     dropout: float | None = None
     max_grad_norm: float = 1.0
+    clip_value: float = 0.0
+    gradient_checkpointing: bool = False
+    balance_ranks: Balance = "auto"
     eval_every: int | None = None
     patience: int = 0
     validation: float = 0.1
@@ -116,6 +140,10 @@ class Settings:
                 raise InputError(
                     f"--{name.replace('_', '-')} is out of range", found=f"{value}", expected=f"{low} to {high}"
                 )
+        for name, kind in CHOICES.items():
+            if getattr(self, name) not in get_args(kind):
+                found, expected = str(getattr(self, name)), ", ".join(get_args(kind))
+                raise InputError(f"there is no such {name}", found=found, expected=expected)
         if self.hidden_size and self.heads and (self.hidden_size % self.heads or self.hidden_size // self.heads % 2):
             raise InputError(
                 "--hidden-size must be an even multiple of --heads",
@@ -156,6 +184,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+CHOICES = {"schedule": Schedule, "optimizer": OptimizerName, "dtype": Dtype, "balance_ranks": Balance}
 RANGES: dict[str, tuple[float, float]] = {
     "vocab_size": (260, 200_000),
     "hidden_size": (8, 16_384),
@@ -168,10 +197,13 @@ RANGES: dict[str, tuple[float, float]] = {
     "lr": (1e-8, 10.0),
     "min_lr": (0.0, 10.0),
     "warmup": (0, 10**9),
+    "decay": (0.0, 1.0),
     "weight_decay": (0.0, 10.0),
+    "momentum": (0.0, 0.9999),
     "beta2": (0.0, 1.0),
     "dropout": (0.0, 0.95),
-    "max_grad_norm": (1e-6, 1e9),
+    "max_grad_norm": (0.0, 1e9),
+    "clip_value": (0.0, 1e9),
     "eval_every": (1, 10**9),
     "patience": (0, 10**6),
     "validation": (0.001, 0.5),

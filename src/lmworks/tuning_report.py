@@ -15,6 +15,7 @@ from lmworks.base.report import Cell, Report, Table
 from lmworks.base.threads import cpu_count
 from lmworks.estimate import BYTES_AN_ACTIVATION, FIXED_MEMORY
 from lmworks.evaluation.metrics import class_scores, entity_scores, score
+from lmworks.few_shot import spread, spread_tables
 from lmworks.text.labelled import Labelled
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def make_report(
     """Return the report of a run that is done."""
     from math import exp
 
+    from lmworks.training.forgetting import forgetting_table
     from lmworks.training.lora import trainable_parameters
     from lmworks.training.measure import answer
 
@@ -54,6 +56,9 @@ def make_report(
         "classes": rows, "validation_loss": result.best_loss, "steps": result.steps, "best_step": result.best_step,
         "stopped_early": result.stopped_early, "overfitting": overfits(result), "history": result.history.measured,
         "train_seconds": round(result.seconds, 1), "dtype": result.dtype, "settings": asdict(tuning),
+        "draws": list(tuned.draws), "spread": spread(tuned.draws) if tuned.draws else {},
+        "added_tokens": added_facts(setup), "before": tuned.before, "after": tuned.after,
+        "domains": {who: {"before": first, "after": last} for who, (first, last) in tuned.domains.items()},
     }  # fmt: skip
     scored = {"this model": metrics, **baselines}
     facts: tuple[tuple[Cell, ...], ...] = (
@@ -63,13 +68,18 @@ def make_report(
         ("data", f"{len(data):,} examples, {len(held_out):,} held out"),
         ("training", f"{result.steps:,} steps in {result.seconds:.0f} s, best at step {result.best_step:,}"),
         ("precision while training", result.dtype),
+        *((name.replace("_", " "), value) for name, value in added_facts(setup).items()),
+        *((("the frozen base while training", tuning.base_dtype),) if tuning.base_dtype != "fp32" else ()),
     )
     return Report(
         f"{Path(name).name} fine-tuned for {task}",
         values,
         tables=(
             metric_table("On the held-out examples", scored),
+            *spread_tables(tuned.draws, tuned.baseline_draws),
             *class_table(rows),
+            *domain_table(tuned.domains),
+            *forgetting_table(tuned.before, tuned.after),
             Table("The run", ("what", "value"), facts),
         ),
         charts=(loss_chart(tuned),),
@@ -84,7 +94,7 @@ def make_notes(
     from lmworks.training.measure import MAIN
 
     notes, result = [], tuned.result
-    main = next((name for name in dict.fromkeys((*MAIN.values(), "spearman")) if name in metrics), None)
+    main = next((name for name in dict.fromkeys((*MAIN.values(), "spearman", "mrr")) if name in metrics), None)
     for name, scores in baselines.items():
         if main in scores and main is not None:
             better = "better than" if metrics[main] > scores[main] else "NOT better than"
@@ -110,6 +120,15 @@ def overfits(result: TrainResult) -> bool:
     late = [value for step, value in result.history.train if step > lowest]
     rose = validation[-1][1] > loss * 1.01
     return bool(rose and early and late and np.mean(late) < np.mean(early))
+
+
+def added_facts(setup: Setup) -> dict[str, float]:
+    """Return how many tokens were added, and how many tokens a word takes without and with them; {} without any."""
+    added = setup.extended
+    if added is None:
+        return {}
+    fertility = {"tokens_a_word_before": added.before, "tokens_a_word_after": added.after} if added.before else {}
+    return {"tokens_added": len(added.pieces), **fertility}
 
 
 def metric_table(title: str, scored: Mapping[str, Mapping[str, float]]) -> Table:
@@ -138,6 +157,14 @@ def class_table(rows: Sequence[dict[str, Any]]) -> tuple[Table, ...]:
     return (Table("By class", tuple(rows[0]), tuple(tuple(row.values()) for row in ordered)),)
 
 
+def domain_table(domains: Mapping[str, tuple[float, float]]) -> tuple[Table, ...]:
+    """Return what was learned and forgotten: the held-out loss on each domain before and after; nothing for one."""
+    if not domains:
+        return ()
+    rows = tuple((name, before, after, after - before) for name, (before, after) in domains.items())
+    return (Table("Held-out loss by domain", ("domain", "before", "after", "change"), rows),)
+
+
 def loss_chart(tuned: Tuned) -> Chart:
     """Return training and validation loss over steps."""
     history = tuned.result.history
@@ -151,17 +178,20 @@ def loss_chart(tuned: Tuned) -> Chart:
 def estimate(setup: Setup, tuning: Tuning, task: str) -> Report:
     """Return parameters, memory, time and disk of a run; a few batches are timed, nothing is written."""
     from lmworks.training.lora import trainable_parameters
-    from lmworks.training.state import COPIES, SMALL_FILES
+    from lmworks.training.state import COPIES, KEPT, SMALL_FILES
+    from lmworks.training.train_config import count_moments
 
     config, data = setup.model.config, setup.data
     trainable, total = trainable_parameters(setup.model)
     seconds, tokens = time_batches(setup)
     seconds *= data.steps * OVERHEAD
-    widest = max((len(rows) * max(len(data.rows[i].feature) for i in rows) for rows in data.plan), default=0)
+    widest = max((data.places(rows) for rows in data.plan), default=0)
     states = 2 if tuning.method == "head" else config.num_hidden_layers  # what is kept for the backward pass
+    states = min(states, 2) if tuning.gradient_checkpointing else states
     activations = widest // tuning.accumulation * states * config.hidden_size * BYTES_AN_ACTIVATION
-    memory = FIXED_MEMORY + 4 * total + 12 * trainable + activations
-    disk = COPIES * 4 * (total + trainable) + SMALL_FILES
+    moments = count_moments(tuning.optimizer, tuning.momentum)
+    memory = FIXED_MEMORY + 4 * total + 4 * (1 + moments) * trainable + activations
+    disk = 4 * (COPIES * total + KEPT * moments * trainable) + SMALL_FILES
     values = {
         "task": task, "method": tuning.method, "parameters": total, "trainable": trainable,
         "trainable_share": trainable / total, "train_rows": len(data.rows), "validation_rows": len(data.held_out),

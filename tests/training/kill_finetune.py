@@ -2,8 +2,9 @@
 
     python kill_finetune.py FOLDER KILLS SEED METHOD
 
-FOLDER holds `body`, `train.jsonl` and `validation.jsonl`. Prints a JSON object: the kills, the runs they were spread
-over, and what differed from a run that nobody killed. Every run is a fork of this process.
+METHOD is one of finetune's, or "distill". FOLDER holds `body` (for distill `teacher`), `train.jsonl` and
+`validation.jsonl`. Prints a JSON object: the kills, the runs they were spread over, and what differed from a run that
+nobody killed. Every run is a fork of this process.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from lmworks.distilling import distill
 from lmworks.finetuning import finetune
 from lmworks.training.log import TIMES
 
@@ -29,13 +31,14 @@ def run(root: Path, out: Path, method: str, resume: bool) -> None:
     """Fine-tune, or resume, to the end, in a child process that never returns."""
     try:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
-        finetune(
-            root / "body",
+        which = {"layers": 1} if method == "distill" else {"method": method}
+        (distill if method == "distill" else finetune)(
+            root / ("teacher" if method == "distill" else "body"),
             root / "train.jsonl",
             out,
             validation=root / "validation.jsonl",
             task="text-classification",
-            method=method,
+            **which,
             epochs=3,
             lr=2e-3,
             batch_size=8,

@@ -19,7 +19,8 @@ from small import Bigram, make_model, make_trainer
 from lmworks.base import files
 from lmworks.base.errors import FormatError, InputError, LmworksError
 from lmworks.training import state as states
-from lmworks.training.state import has_checkpoint, load_checkpoint, model_tensors, tensor_bytes, write_file
+from lmworks.training.state import has_checkpoint, load_checkpoint, write_file
+from lmworks.training.stored import model_tensors, tensor_bytes
 from lmworks.training.trainer import Trainer
 
 
@@ -194,19 +195,24 @@ def test_every_call_that_can_fail_leaves_the_checkpoint_before(tmp_path: Path) -
     assert saved == 4
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "copies"),
+    [({}, 8), ({"optimizer": "sgd"}, 6), ({"optimizer": "sgd", "momentum": 0.0}, 4)],
+    ids=["adamw", "momentum", "sgd"],
+)
 def test_a_disk_that_is_too_small_is_refused_before_the_first_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: dict[str, Any], copies: int
 ) -> None:
     """C28: disk filled. The forecast is compared with what a run really takes at its fullest."""
     Usage = namedtuple("Usage", "total used free")
-    trainer = make_trainer(tmp_path / "run", steps=4, eval_every=1)
+    trainer = make_trainer(tmp_path / "run", steps=4, eval_every=1, **optimizer)
     size = sum(p.nbytes for p in trainer.model.parameters())
     monkeypatch.setattr(states, "SMALL_FILES", 0)
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: Usage(10**9, 0, 8 * size - 1))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: Usage(10**9, 0, copies * size - 1))
     with pytest.raises(InputError, match="will not fit on the disk"):
         trainer.fit()
     assert names(tmp_path / "run") == set()
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: Usage(10**9, 0, 8 * size))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: Usage(10**9, 0, copies * size))
     fullest = 0
     write = states.write_folder
 
@@ -216,5 +222,5 @@ def test_a_disk_that_is_too_small_is_refused_before_the_first_step(
         fullest = max(fullest, sum(p.stat().st_size for p in path.parent.rglob("*.safetensors")))
 
     monkeypatch.setattr(states, "write_folder", weigh)
-    make_trainer(tmp_path / "run", steps=4, eval_every=1).fit()
-    assert 6 * size < fullest < 8 * size + 40_000  # headers of the files
+    make_trainer(tmp_path / "run", steps=4, eval_every=1, **optimizer).fit()
+    assert (copies - 2) * size < fullest < copies * size + 40_000  # headers of the files

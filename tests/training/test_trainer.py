@@ -26,7 +26,9 @@ from lmworks.training import trainer as loop
 from lmworks.training.data import IGNORED, TokenWindows, split
 from lmworks.training.log import TIMES
 from lmworks.training.objectives import CausalLoss
-from lmworks.training.state import load_checkpoint, model_tensors
+from lmworks.training.state import State, load_checkpoint
+from lmworks.training.stored import model_tensors
+from lmworks.training.trainer import Trainer
 
 
 def weights(model: nn.Module) -> dict[str, bytes]:
@@ -353,6 +355,180 @@ def test_a_short_run_is_not_compiled_and_a_broken_compiler_is_said(
     found = load_checkpoint(tmp_path / "broken")
     assert found is not None
     assert not found[1].compiled
+
+
+def kept_bytes(trainer: Trainer) -> int:
+    """Return the bytes of everything that a forward pass keeps for the backward pass, parameters not counted."""
+    kept: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    batch = machine.to_device(trainer.data.batch(0), trainer.device)
+    trainer.model.train()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        trainer.objective(trainer.model, batch)
+    return sum(kept.values())
+
+
+def test_recomputing_blocks_gives_the_same_gradients_and_keeps_less(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, dropout=0.2)
+    batch = trainer.data.batch(0)
+    found = []
+    for recompute in (False, True):
+        with machine.recompute_blocks(trainer.model.train(), recompute):
+            loss = trainer.accumulate(batch, 0, 96)
+        found.append((loss, {name: p.grad.clone() for name, p in trainer.model.named_parameters()}))  # type: ignore[union-attr]
+        trainer.optimizer.zero_grad()
+    assert found[0][0] == found[1][0]
+    for name, gradient in found[0][1].items():
+        assert torch.allclose(gradient, found[1][1][name], atol=1e-6), name
+    whole = kept_bytes(trainer)
+    with machine.recompute_blocks(trainer.model):
+        less = kept_bytes(trainer)
+    assert less < 0.4 * whole
+    assert not any("forward" in vars(module) for module in trainer.model.modules())
+
+
+def test_recomputing_and_compiling_exclude_each_other(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="compiled blocks cannot be recomputed"):
+        make_trainer(tmp_path, gradient_checkpointing=True, compile="always")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_checkpointing": True, "accumulation": 2},
+        {"optimizer": "sgd", "momentum": 0.8, "schedule": "linear"},
+        {"optimizer": "sgd", "momentum": 0.0, "clip_value": 0.01, "schedule": "wsd"},
+        {"optimizer": "adam", "layer_decay": 0.7, "max_grad_norm": 0.0},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_every_way_to_train_resumes_to_the_same_bits(tmp_path: Path, changes: dict[str, Any]) -> None:
+    whole = make_trainer(tmp_path / "whole", dropout=0.2, **changes)
+    whole.fit()
+    with pytest.raises(Interrupted):
+        make_trainer(
+            tmp_path / "parts", dropout=0.2, objective=StopAt(7 * changes.get("accumulation", 1)), **changes
+        ).fit()
+    parts = make_trainer(tmp_path / "parts", dropout=0.2, **changes)
+    parts.fit()
+    assert weights(whole.model) == weights(parts.model)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    assert weights(whole.model) != weights(make_model(dropout=0.2))
+    saved = {p: (tmp_path / p / "last.12" / "optimizer.safetensors").read_bytes() for p in ("whole", "parts")}
+    assert saved["whole"] == saved["parts"]
+
+
+def test_the_norm_before_clipping_is_logged_and_decides_the_step(tmp_path: Path) -> None:
+    """SGD without momentum makes the clipped gradient visible: w moves by lr times it."""
+    for name, changes in {"norm": {"max_grad_norm": 0.1}, "value": {"clip_value": 1e-3}, "off": {}}.items():
+        model, settings = make_model(), {"max_grad_norm": 0.0, **changes}
+        before = torch.cat([p.detach().clone().flatten() for p in model.parameters()])
+        make_trainer(
+            tmp_path / name, model=model, steps=1, warmup=0, lr=1.0, optimizer="sgd", momentum=0.0, weight_decay=0.0,
+            **settings,
+        ).fit()  # fmt: skip
+        moved = before - torch.cat([p.detach().flatten() for p in model.parameters()])
+        norm = metrics(tmp_path / name)[0]["grad_norm"]
+        assert norm > 0.1
+        if name == "value":
+            assert moved.abs().max() <= 1.01e-3
+            assert (moved.abs() > 0.99e-3).any()
+        else:
+            assert float(moved.norm()) == pytest.approx(0.1 if name == "norm" else norm, rel=1e-3)
+
+
+@pytest.mark.parametrize(("min_delta", "steps"), [(0.0, 12), (10.0, 6)])
+def test_patience_counts_improvements_of_min_delta(tmp_path: Path, min_delta: float, steps: int) -> None:
+    """Every validation is better, but not by so much; the best weights are kept all the same."""
+    result = make_trainer(tmp_path, steps=12, eval_every=3, patience=1, lr=1e-2, min_delta=min_delta).fit()
+    losses = [loss for _, loss in result.history.validation]
+    assert losses == sorted(losses, reverse=True)
+    assert result.steps == steps
+    assert result.best_step == steps
+    assert result.stopped_early == (steps < 12)
+
+
+def test_small_gains_add_up() -> None:
+    state = State()
+    judged = []
+    for score in (-3.0, -2.96, -2.92, -2.88, -2.89):
+        best = state.judge(score, -score, min_delta=0.1)
+        judged.append((best, state.waited))
+    assert judged == [(True, 0), (True, 1), (True, 2), (True, 0), (False, 1)]
+
+
+def test_fp16_on_a_processor_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="fp16 needs a CUDA device") as caught:
+        make_trainer(tmp_path, dtype="fp16")
+    assert "bf16" in caught.value.fix
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_loss_scale_is_that_of_torchs_grad_scaler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "GROWTH_STEPS", 3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
+    scaler.scale(torch.zeros(1))  # which makes its state
+    p = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    scale, good = 2.0**16, 0
+    for overflow in [False] * 4 + [True, True, False, True] + [False] * 7:
+        p.grad = torch.tensor([math.inf if overflow else 1.0])
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        scale, good = machine.next_loss_scale(scale, good, overflow=overflow)
+        assert (scale, good) == (scaler.get_scale(), scaler.state_dict()["_growth_tracker"])
+
+
+class Overflow(CausalLoss):
+    """Has an infinite gradient, and a finite loss, in the fourth and fifth training step."""
+
+    def __init__(self, *, interrupt_at: int = 0, calls: int = 0) -> None:
+        self.calls, self.interrupt_at = calls, interrupt_at
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        loss = super().__call__(model, batch)
+        if model.training:
+            self.calls += 1
+            if self.calls in (4, 5):
+                weight = next(model.parameters())
+                loss = loss + (weight.flatten()[0] * 0.0).sqrt() * 1e-3  # the slope of a square root at zero
+            if self.calls == self.interrupt_at:
+                os.kill(os.getpid(), signal.SIGINT)
+        return loss
+
+
+def test_an_overflow_skips_the_step_and_resumes_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What only a CUDA device would do, on a processor, whose fp16 is slow but exact."""
+    monkeypatch.setattr(loop, "check_dtype", lambda dtype, device: None)
+    stream = io.StringIO()
+    whole = make_trainer(tmp_path / "whole", dtype="fp16", objective=Overflow(), dropout=0.1, stream=stream)
+    whole.fit()
+    rows = [row for row in metrics(tmp_path / "whole") if "loss" in row]
+    assert [row["step"] for row in rows if row["grad_norm"] is None] == [4, 5]
+    assert [row["overflow"] for row in rows if "overflow" in row] == [2.0**16, 2.0**15]
+    assert "fp16 overflow at a loss scale of 65536: step skipped" in stream.getvalue()
+    assert (whole.state.skipped, whole.state.loss_scale, whole.state.good_steps) == (2, 2.0**14, 7)
+    with pytest.raises(Interrupted):
+        make_trainer(tmp_path / "parts", dtype="fp16", objective=Overflow(interrupt_at=8), dropout=0.1).fit()
+    parts = make_trainer(tmp_path / "parts", dtype="fp16", objective=Overflow(calls=8), dropout=0.1)
+    parts.fit()
+    assert weights(whole.model) == weights(parts.model)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    plain = make_trainer(tmp_path / "fp32", dropout=0.1)
+    plain.fit()
+    first, exact = rows[0], metrics(tmp_path / "fp32")[0]
+    assert first["loss"] == pytest.approx(exact["loss"], rel=1e-2)
+    assert first["grad_norm"] == pytest.approx(exact["grad_norm"], rel=5e-2)  # the scale is taken off again
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ class Chart:
     x_label: str
     y_label: str
     series: tuple[tuple[str, tuple[tuple[float, float], ...]], ...]
+    dots: bool = False  # points that no line joins
 
     def to_svg(self) -> str:
         """Return the chart as an `<svg>` element; points that are not finite are left out."""
@@ -56,10 +57,15 @@ class Chart:
             if not line:
                 continue
             color = COLORS[i % len(COLORS)]
+            dash = ' stroke-dasharray="6 4"' if i >= len(COLORS) else ""  # the colours begin again
             path = "L".join("{:.1f} {:.1f}".format(*place(x, y)) for x, y in line)
-            parts.append(f'<path d="M{path}" fill="none" stroke="{color}" stroke-width="2"/>')
+            if self.dots:
+                spots = (place(x, y) for x, y in line)
+                parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>' for x, y in spots]
+            else:
+                parts.append(f'<path d="M{path}" fill="none" stroke="{color}" stroke-width="2"{dash}/>')
             parts.append(
-                f'<path d="M{WIDTH - RIGHT + 14} {TOP + 10 + 20 * i}h16" stroke="{color}" stroke-width="3"/>'
+                f'<path d="M{WIDTH - RIGHT + 14} {TOP + 10 + 20 * i}h16" stroke="{color}" stroke-width="3"{dash}/>'
                 f'<text x="{WIDTH - RIGHT + 36}" y="{TOP + 14 + 20 * i}">{escape(name)}</text>'
             )
         return "".join(parts) + "</svg>"

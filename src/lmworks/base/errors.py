@@ -22,6 +22,7 @@ class LmworksError(Exception):
     """What failed, where, found against expected, and the fix."""
 
     exit_code = 2
+    silent = False  # another process of the same run tells it
 
     def __init__(self, what: str, *, where: str = "", found: str = "", expected: str = "", fix: str = "") -> None:
         super().__init__(what)

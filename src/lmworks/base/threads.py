@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from lmworks.base.launch import read_launch
+
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -21,13 +23,16 @@ def rest_while_waiting() -> None:
 
 
 def cpu_count(*, cgroup: Path = CGROUP) -> int:
-    """Return the number of processors to use, at least 1; `LMWORKS_THREADS` overrides it."""
+    """Return the number of processors to use, at least 1; `LMWORKS_THREADS` overrides it.
+
+    Processes that a launcher started on this machine share its processors evenly.
+    """
     wanted = os.environ.get("LMWORKS_THREADS", "")
     if wanted.isdigit() and int(wanted) > 0:
         return int(wanted)
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = read_quota(cgroup)
-    return max(1, allowed if quota is None else min(allowed, int(quota)))
+    return max(1, (allowed if quota is None else min(allowed, int(quota))) // read_launch().local_world)
 
 
 def read_quota(cgroup: Path) -> float | None:

@@ -33,6 +33,23 @@ VERBS = {  # verb -> where it lives, what it does, two examples
             "lmworks finetune my_classifier more.jsonl --method lora --rank 8 -o my_adapter",
         ),
     ),
+    "distill": (
+        "lmworks.cli.distill:distill",
+        "Teach a smaller model what a fine-tuned one says: fewer of its layers, or another checkpoint.",
+        (
+            "lmworks distill my_classifier reviews.csv --layers 3 -o my_small_classifier",
+            "lmworks distill my_classifier reviews.csv --student small_encoder --temperature 4 -o out",
+        ),
+    ),
+    "tune": (
+        "lmworks.cli.tune:tune",
+        "Search the settings of finetune: many trials, resumable, in several processes.",
+        (
+            "lmworks tune my_encoder reviews.csv --trials 24 --storage search.jsonl -o my_classifier",
+            "lmworks tune my_encoder reviews.csv --search grid --space optimizer=sgd,adam,adamw --seeds 3 "
+            "--storage grid.jsonl -o best",
+        ),
+    ),
     "generate": (
         "lmworks.cli.predict:generate",
         "Continue a prompt; the text appears as it is made.",
@@ -151,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return refuse(error)
     except KeyboardInterrupt:
-        resumable = words[:1] in (["build"], ["train"], ["finetune"])
+        resumable = words[:1] in (["build"], ["train"], ["finetune"], ["distill"])
         return refuse(Interrupted("stopped", fix="run the same command with --resume" if resumable else ""))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -177,5 +194,6 @@ def show_examples(lines: Sequence[str]) -> str:
 
 def refuse(error: LmworksError) -> int:
     """Print one message on standard error and return its exit code."""
-    print(f"lmworks: {error}", file=sys.stderr)  # noqa: T201
+    if not error.silent:
+        print(f"lmworks: {error}", file=sys.stderr)  # noqa: T201
     return error.exit_code

@@ -40,7 +40,7 @@ def finetune(
     json: Json = False,
     tuning: Knobs = Tuning(),  # noqa: B008 (frozen)
 ) -> int:
-    """Fine-tune a model on labelled data: a model folder, or with --method lora an adapter."""
+    """Fine-tune a model on labelled data: a model folder, or an adapter (lora, adapter, prefix)."""
     from lmworks import api
 
     report = api.finetune(

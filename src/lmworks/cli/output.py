@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from lmworks.base.launch import read_launch
 from lmworks.base.report import Report
 
 Out = Annotated[Path, Parameter(name=["--out", "-o"], help="The folder to write.")]
@@ -21,7 +22,9 @@ Revision = Annotated[str | None, Parameter(help="A branch, tag or commit of a mo
 
 
 def show(report: Report, *, json: bool) -> int:
-    """Print the report on standard output, as JSON or for people."""
+    """Print the report on standard output, as JSON or for people; of processes that train together one does."""
+    if read_launch().rank:
+        return 0
     if json:
         print_json(report.to_dict())
     else:

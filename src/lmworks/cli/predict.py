@@ -11,7 +11,9 @@ from cyclopts import Parameter
 from lmworks.base.errors import InputError
 from lmworks.cli.inputs import mend, read_stdin, read_whole
 from lmworks.cli.output import Header, Json, LabelColumn, Model, Revision, print_json, show
+from lmworks.evaluation.prompting import Prompting
 
+Prompt = Annotated[Prompting, Parameter(name="*")]
 Runtime = Annotated[Literal["auto", "torch", "onnx"], Parameter(help="What runs the model.")]
 
 
@@ -94,7 +96,11 @@ def evaluate(
     runtime: Runtime = "auto",
     dtype: Annotated[str, Parameter(help="fp32 or int8 (onnx), fp32 or bf16 (torch).")] = "auto",
     revision: Revision = None,
+    code: Annotated[
+        tuple[str, ...], Parameter(help="FILE.py:Name of layers of its maker's own, which is run; may be repeated.")
+    ] = (),
     json: Json = False,
+    prompt: Prompt = Prompting(),  # noqa: B008 (frozen)
 ) -> int:
     """Score a language model on a text, or any other model, or an adapter, on labelled data."""
     from lmworks import api
@@ -109,5 +115,7 @@ def evaluate(
         runtime=runtime,
         dtype=dtype,
         revision=revision,
+        code=code,
+        prompt=prompt,
     )
     return show(report, json=json)

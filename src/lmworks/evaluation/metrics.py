@@ -7,6 +7,7 @@
                            end are
     exact_match, f1        of answers: the rule of SQuAD (Rajpurkar et al., 2016 and 2018), the best over the references
     mse, pearson, spearman of numbers
+    recall_at_1, mrr       of ranks of what should be nearest (`lmworks.evaluation.retrieval`)
 
 Everything but mse lies between 0 and 1 (correlations: −1 and 1); the SQuAD scripts print per cents.
 
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 
 from lmworks.base.errors import InputError, did_you_mean
 from lmworks.base.types import Ints
+from lmworks.evaluation.retrieval import score_ranks
 
 Float64 = NDArray[np.float64]
 Span = tuple[str, int, int]  # kind, first and last word
@@ -86,7 +88,8 @@ def score(
 
     Predictions and references by task: a label, a tuple of labels or a number for "text-classification" (and
     "image-classification"); a sequence of tags, one a word, for "token-classification"; for "question-answering" a text
-    ("" for no answer) and a tuple of (text, start). `labels`: those of the model; with them an unknown one is an error.
+    ("" for no answer) and a tuple of (text, start); for "feature-extraction" a rank and (), a cosine and a number, or the
+    nearest text's label and a label. `labels`: those of the model; with them an unknown one is an error.
     Raises InputError for predictions that do not match the references.
     """
     if task not in SCORES:
@@ -280,9 +283,17 @@ def word_f1(guess: str, truth: str, both_empty: float) -> float:
     return 2 * (Counter(words) & Counter(expected)).total() / (len(words) + len(expected))
 
 
+def score_similar(predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+    """Score cosines against numbers, nearest labels against labels, and ranks of partners, whose reference is ()."""
+    if references[0] == ():
+        return score_ranks(predictions)
+    return score_classes(predictions, references)
+
+
 SCORES: dict[str, Callable[[Sequence[Any], Sequence[Any]], dict[str, float]]] = {
     "text-classification": score_classes,
     "image-classification": score_classes,
     "token-classification": score_tags,
     "question-answering": score_answers,
+    "feature-extraction": score_similar,
 }

@@ -20,7 +20,9 @@ from lmworks.models.folder import write_folder
 from lmworks.tokens.tokenizer import Tokenizer
 from lmworks.training.adapter_files import open_adapter
 from lmworks.training.lora import merge_lora
+from lmworks.training.peft_format import read_settings
 
+UNMERGED = {"adapter": "bottlenecks, which are not linear", "prefix": "a prefix, which is read beside the text"}
 LIMIT = 1e-3  # of a logit; float32 leaves about 1e-5 in a model of six layers
 
 
@@ -30,11 +32,13 @@ def merge(
 ) -> Report:  # fmt: skip
     """Merge the adapter in `folder` into its base and write the new folder `out`, which is whole or absent.
 
-    `base` replaces the name in the adapter's config. Raises CheckFailed where a logit moves by more than `limit`.
+    `base` replaces the name in the adapter's config. Raises InputError for an adapter that no weights can hold,
+    CheckFailed where a logit moves by more than `limit`.
     """
     folder, out = Path(folder), Path(out)
     if not limit > 0:
         raise InputError("this is not a limit", found=str(limit), expected="a number above 0, such as 1e-3")
+    check_linear(folder, read_settings(folder).method)
     opened = open_adapter(folder, base=base)
     model, holder = opened.model.eval(), opened.tokenizer
     if any(out.resolve() in (place.resolve(), *place.resolve().parents) for place in (folder, opened.base)):
@@ -73,3 +77,14 @@ def merge(
     )  # fmt: skip
     title = f"{out}: merged, logits moved by at most {worst:.1e}"
     return Report(title, values, tables=(Table("Merged", ("what", "value"), table),), notes=tuple(notes))
+
+
+def check_linear(folder: Path, method: str) -> None:
+    """Raise InputError for an adapter that is no change of matrices; it names what works instead."""
+    if method in UNMERGED:
+        raise InputError(
+            "this adapter cannot be merged: no weights of the base would do the same", where=str(folder),
+            found=UNMERGED[method], expected="a LoRA adapter",
+            fix="use the folder as it is, which opens its base by itself (lmworks evaluate, classify …), or train with "
+            "--method lora",
+        )  # fmt: skip

@@ -9,29 +9,35 @@ E head_dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmworks.models.cache import KVCache
 from lmworks.models.config import Config
 from lmworks.models.rope import Rope, rotate
+
+
+class Past(Protocol):
+    """Keys and values before the new ones: a cache, or a prefix."""
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a layer's new keys and values (B, K, T, E) after those of the past: (B, K, S, E) each."""
+        ...
 
 
 class Span(NamedTuple):
     """Rows of one length that lie end to end in a single row of tokens, and what a token of theirs may look at."""
 
-    start: int
     rows: int
     length: int
     mask: Tensor | None
     causal: bool
+    past: Past | None = None  # a prefix
 
-    def cut(self, x: Tensor) -> Tensor:
-        """Return these rows, side by side: (1, H, N, E) -> (rows, H, length, E)."""
-        part = x[0, :, self.start : self.start + self.rows * self.length]  # (H, rows * length, E)
+    def stack(self, part: Tensor) -> Tensor:
+        """Put these rows side by side: (H, rows * length, E) -> (rows, H, length, E)."""
         return torch.unflatten(part, 1, (self.rows, -1)).transpose(0, 1)
 
 
@@ -41,8 +47,8 @@ class Context(NamedTuple):
     mask: Tensor | None = None  # (B or 1, 1, T, S), True where a token may look; None hides nothing
     causal: bool = False  # the kernel hides the future by itself; then there is no mask, and S = T
     rope: Rope | None = None
-    cache: KVCache | None = None
-    spans: Sequence[Span] = ()  # where rows lie end to end instead of side by side (inference); then B = 1
+    cache: Past | None = None
+    spans: Sequence[Span] = ()  # where rows lie end to end instead of side by side; then B = 1
 
 
 class Attention(nn.Module):
@@ -77,7 +83,14 @@ class Attention(nn.Module):
             k, v = context.cache.append(self.layer, k, v)  # (B, K, S, E)
         if not context.spans:
             return self.attend(q, k, v, context)
-        rows = [self.attend(span.cut(q), span.cut(k), span.cut(v), span).flatten(0, 1) for span in context.spans]
+        sizes = [span.rows * span.length for span in context.spans]
+        parts = [torch.split(x.squeeze(0), sizes, 1) for x in (q, k, v)]  # a slice's gradient would be as large as x
+        rows = []
+        for span, *of_span in zip(context.spans, *parts, strict=True):
+            q, k, v = (span.stack(part) for part in of_span)  # (rows, H, length, E), (rows, K, length, E) twice
+            if span.past is not None:
+                k, v = span.past.append(self.layer, k, v)
+            rows.append(self.attend(q, k, v, span).flatten(0, 1))
         return torch.cat(rows)[None]  # (1, N, H * E)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, look: Context | Span) -> Tensor:

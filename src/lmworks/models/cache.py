@@ -42,6 +42,7 @@ class KVCache:
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]  # (R, K, C, E) each
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]  # (R, K, C, E) each
         self.lengths = [0] * rows
+        self.kept = [0] * rows  # of them those that every token sees, whatever its window: a prefix
         self.rows = list(range(rows))  # that the next call continues
         self.call = Call(self.rows, self.lengths, 0)  # replaced when a call begins
 
@@ -64,7 +65,7 @@ class KVCache:
     def reset(self) -> None:
         """Start the selected rows over."""
         for row in self.rows:
-            self.lengths[row] = 0
+            self.lengths[row] = self.kept[row] = 0
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` tokens a row; what is held moves to larger buffers."""
@@ -75,6 +76,17 @@ class KVCache:
                 rows, heads, held, size = old.shape
                 buffers[layer] = old.new_zeros(rows, heads, capacity, size)  # (R, K, C, E)
                 buffers[layer][:, :, :held] = old
+
+    def start(self, keys: Tensor, values: Tensor, *, new: int) -> None:
+        """Let the selected rows that are empty begin with a prefix (layers, K, N, E); make room for `new` tokens."""
+        N = keys.shape[2]
+        self.reserve(max(N, self.longest) + new)
+        fresh = [row for row in self.rows if not self.lengths[row]]
+        for buffers, rows in ((self.keys, keys), (self.values, values)):
+            for buffer, prefix in zip(buffers, rows, strict=True) if fresh else ():
+                buffer[fresh, :, :N] = prefix.to(buffer.dtype)
+        for row in fresh:
+            self.lengths[row] = self.kept[row] = N
 
     def begin(self, input_ids: Tensor, attention_mask: Tensor | None) -> Call:
         """Prepare to add (B, T) tokens; return what they may look at, and their positions.
@@ -87,7 +99,7 @@ class KVCache:
             raise InputError("the cache and the batch differ", found=f"{B} rows", expected=f"{len(past)} rows")
         if max(past) + T > self.capacity:
             raise InputError("the cache is full", found=f"{max(past) + T} tokens", expected=f"at most {self.capacity}")
-        self.call = Call(self.rows, past, T, attention_mask, input_ids.device)
+        self.call = Call(self.rows, past, T, attention_mask, input_ids.device, [self.kept[row] for row in self.rows])
         return self.call
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,7 +122,9 @@ class Call:
         T: int,
         attention_mask: Tensor | None = None,
         device: torch.device | str = "cpu",
+        kept: Sequence[int] = (),
     ) -> None:
+        self.kept = list(kept)
         self.past, self.T, self.S = past, T, max(past) + T
         self.new = [T] * len(rows) if attention_mask is None else count_real(attention_mask)
         self.same = min(past) == max(past)  # then all rows are one slice
@@ -127,9 +141,16 @@ class Call:
         near = window is None or window >= self.S
         if near and self.same and (self.T == 1 or self.S == self.T):
             return None, self.T > 1  # a single token sees everything; a fresh row is plainly causal
-        behind = self.position_ids[:, None, :, None] - torch.arange(self.S, device=self.position_ids.device)
+        place = torch.arange(self.S, device=self.position_ids.device)
+        behind = self.position_ids[:, None, :, None] - place
         mask = behind >= 0  # (B or 1, 1, T, S)
-        return mask if window is None else mask & (behind < window), False
+        if window is None:
+            return mask, False
+        near_by = behind < window
+        if any(self.kept):
+            kept = torch.tensor(self.kept, device=place.device)[:, None, None, None]  # (B, 1, 1, 1)
+            near_by = near_by | (place < kept)  # (B, 1, T, S)
+        return mask & near_by, False
 
     def store(self, buffer: Tensor, new: Tensor) -> Tensor:
         """Write (B, K, T, E) into a buffer (R, K, C, E); return the rows up to the longest: (B, K, S, E)."""

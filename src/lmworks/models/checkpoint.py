@@ -18,11 +18,13 @@ from torch import Tensor
 from lmworks.base.errors import FormatError, InputError
 from lmworks.base.files import read_json, write_bytes, write_json
 from lmworks.models.config import Config, HeadSpec
+from lmworks.models.custom import OWN, Code, Part, is_own, is_replaced, own_tensors, read_parts, restore
 from lmworks.models.families import (
     LABELLED,
     architecture,
     find_family,
     find_head,
+    mark_custom,
     read_config,
     read_kind,
     token_ids,
@@ -34,7 +36,7 @@ from lmworks.models.weights import WEIGHTS, State, read_tensors
 __all__ = ["load_model", "read_config", "save_model"]
 
 BODY, HEAD = "transformer.", "head."
-OWN = (*LABELLED, "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")  # heads that share tensor names
+SHARED = (*LABELLED, "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")  # heads that share tensor names
 LEGACY = {"gamma": "weight", "beta": "bias"}  # norms in checkpoints that came from TensorFlow
 
 
@@ -67,7 +69,7 @@ class Row:
 
 def load_model(
     folder: str | Path, head: str | None = None, *, dtype: torch.dtype | None = torch.float32,
-    labels: Sequence[str] | None = None, new_head: bool = False, seed: int = 0,
+    labels: Sequence[str] | None = None, new_head: bool = False, seed: int = 0, code: Sequence[str | Code] = (),
 ) -> Model:  # fmt: skip
     """Read a model in evaluation mode; every missing, unused or mis-shaped tensor is one FormatError's.
 
@@ -76,6 +78,8 @@ def load_model(
 
     The network is laid out without memory and the mapped tensors are assigned to it: nothing is drawn, nothing copied
     unless the file holds another dtype. `dtype=None` keeps the file's own, whatever it is.
+
+    `code` is that of the layers which its maker put in (models/custom.py): classes, or "FILE.py:Name".
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -89,7 +93,9 @@ def load_model(
     if model.spec.optional and not any(row.key in file or strip(row.key, model) in file for row in head_rows(model)):
         model.spec = HeadSpec(outputs="none")
         model.head = Head(config, model.spec)
-    state = from_hf(file, model, where=str(folder), new_head=new_head)
+    parts = read_parts(config)
+    own = {key: file.pop(key) for key in list(file) if parts and key.startswith(OWN)}
+    state = from_hf(file, model, where=str(folder), new_head=new_head, parts=parts)
     for name, tensor in state.items():
         module, _, leaf = name.rpartition(".")
         parameter = torch.nn.Parameter(tensor if dtype is None else tensor.to(dtype))
@@ -97,6 +103,8 @@ def load_model(
     model.tie()
     if new_head:
         draw_head(model, seed, dtype or torch.float32)
+    if parts:
+        restore(model, parts, code, own, str(folder))
     return model.eval()
 
 
@@ -120,7 +128,7 @@ def draw_head(model: Model, seed: int, dtype: torch.dtype) -> None:
 def check_task(model: Model, folder: Path) -> None:
     """Raise InputError where config.json names another task's head: some share tensors, and a tied one needs none."""
     stated = read_kind(model.config)
-    if stated != model.kind and stated in OWN and model.kind != "Model":
+    if stated != model.kind and stated in SHARED and model.kind != "Model":
         raise wrong_head(model, folder, stated)
 
 
@@ -147,14 +155,17 @@ def save_model(model: Model, folder: str | Path) -> None:
     broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise InputError("the weights hold NaN or infinity", found=", ".join(broken), fix="use an earlier checkpoint")
-    rows = make_rows(model)
+    rows = make_rows(Model(model.config, model.kind, model.spec, seed=None) if model.parts else model)
+    rows = [row for row in rows if not any(is_own(model, name) or name not in state for name in row.names)]
     dtype = str(state[rows[0].names[0]].dtype).removeprefix("torch.")
-    write_bytes(folder / WEIGHTS, serialize(to_hf(state, rows), metadata={"format": "pt"}))
+    write_bytes(folder / WEIGHTS, serialize({**to_hf(state, rows), **own_tensors(model)}, metadata={"format": "pt"}))
     if model.config.causal:
         path = folder / "generation_config.json"
         ids = {name: value for name, value in token_ids(model.config).items() if value is not None}
         write_json(path, {"_from_model_config": True, **(read_json(path) if path.exists() else {}), **ids})
     config = write_config(model.config, model.kind)
+    if model.parts:
+        config = mark_custom(config, [part._asdict() for part in model.parts])
     write_json(folder / "config.json", {**config, "dtype": dtype, "torch_dtype": dtype})
 
 
@@ -211,7 +222,7 @@ def strip(key: str, model: Model) -> str:
     return bare if model.spec.prefix is None else bare.removeprefix(model.spec.prefix)
 
 
-def from_hf(file: State, model: Model, *, where: str = "", new_head: bool = False) -> State:
+def from_hf(file: State, model: Model, *, where: str = "", new_head: bool = False, parts: Sequence[Part] = ()) -> State:
     """Return our parameters, as views of the file's tensors; with every complaint in one FormatError.
 
     Keys may come with or without the family's prefix, norms under their old names. What belongs to another head of the
@@ -231,7 +242,7 @@ def from_hf(file: State, model: Model, *, where: str = "", new_head: bool = Fals
         found = given.pop(strip(row.key, model), None)
         if found is None:
             absent.append(row.key)
-            if not (new_head and row.key in of_head):
+            if not ((new_head and row.key in of_head) or is_replaced(row.names[0], parts)):
                 problems.append(f"missing: {row.key} {row.shape}")
         elif new_head and row.key in of_head and tuple(file[found].shape) != row.shape:
             absent.append(row.key)  # a head for other labels

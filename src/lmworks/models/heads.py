@@ -87,6 +87,7 @@ class Model(nn.Module):
     def __init__(self, config: Config, kind: str, spec: HeadSpec, *, seed: int | None = 0) -> None:
         super().__init__()
         self.config, self.kind, self.spec = config, kind, spec
+        self.parts: tuple[Any, ...] = ()  # layers of a user's own: models/custom.py
         with torch.device("meta"), NoDraw():  # nothing is drawn that would be thrown away
             self.transformer = Transformer(config)
             self.head = Head(config, self.spec)

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from lmworks.models.attention import Attention, Context, Span
 from lmworks.models.heads import Model
 from lmworks.models.layers import ACTIVATIONS, MLP, GatedMLP
+from lmworks.models.prefix import After
+from lmworks.models.transformer import Transformer
 from lmworks.models.view import Whole
 
 POST_OPS = {"gelu": ("gelu", "none"), "gelu_new": ("gelu", "tanh"), "gelu_pytorch_tanh": ("gelu", "tanh"),
@@ -33,17 +35,7 @@ def run_ragged(model: Model, input_ids: Tensor, lengths: Sequence[int], token_ty
 
     A head that pools answers once a row (B, O), the others once a token; the bare body gives its states (N, D).
     """
-    body, c = model.transformer, model.config
-    places = torch.cat([torch.arange(length, device=input_ids.device) for length in lengths])[None]  # (1, N)
-    x = body.embeddings(input_ids[None], places, None if token_type_ids is None else token_type_ids[None])  # (1, N, D)
-
-    def context(window: int | None, frequencies: tuple[float, ...]) -> Context:
-        spans = make_spans(lengths, window, causal=c.causal, device=x.device)
-        return Context(rope=body.rope(frequencies, places), spans=spans)
-
-    everywhere = context(None, body.frequencies)
-    local = context(c.window, body.local_frequencies) if c.local_layers else everywhere
-    x = body.through(x, everywhere, local)[0]  # (N, D)
+    x = ragged_states(model.transformer, input_ids, lengths, token_type_ids)  # (N, D)
     if model.kind == "Model":
         return x
     if model.head.pool == "none":
@@ -56,14 +48,35 @@ def run_ragged(model: Model, input_ids: Tensor, lengths: Sequence[int], token_ty
     return logits
 
 
-def make_spans(lengths: Sequence[int], window: int | None, *, causal: bool, device: torch.device) -> tuple[Span, ...]:
-    """Return the spans of rows of one length: [2, 2, 5] -> two rows of 2 at 0, one of 5 at 4."""
-    spans, start = [], 0
+def ragged_states(
+    body: Transformer, input_ids: Tensor, lengths: Sequence[int], token_type_ids: Tensor | None = None
+) -> Tensor:
+    """Run the body on rows that lie end to end, all above 0 and sorted: ids (N,) -> states (N, D)."""
+    c, prefix = body.config, body.prefix.rows()
+    places = torch.cat([torch.arange(length, device=input_ids.device) for length in lengths])[None]  # (1, N)
+    places = places + body.prefix.length
+    x = body.embeddings(input_ids[None], places, None if token_type_ids is None else token_type_ids[None])  # (1, N, D)
+
+    def context(window: int | None, frequencies: tuple[float, ...]) -> Context:
+        spans = make_spans(lengths, window, causal=c.causal, device=x.device, prefix=prefix)
+        return Context(rope=body.rope(frequencies, places), spans=spans)
+
+    everywhere = context(None, body.frequencies)
+    local = context(c.window, body.local_frequencies) if c.local_layers else everywhere
+    return body.through(x, everywhere, local)[0]
+
+
+def make_spans(
+    lengths: Sequence[int], window: int | None, *, causal: bool, device: torch.device,
+    prefix: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Span, ...]:  # fmt: skip
+    """Return the spans of rows of one length: [2, 2, 5] -> two rows of 2, one of 5."""
+    spans = []
     for length, group in groupby(lengths):
         rows = len(list(group))
-        look = Whole(torch.empty(1, length, device=device), None, causal=causal).look(window)
-        spans.append(Span(start, rows, length, *look))
-        start += rows * length
+        whole = Whole(torch.empty(1, length, device=device), None, causal=causal)
+        after = None if prefix is None else After(whole, length, prefix)
+        spans.append(Span(rows, length, *(after or whole).look(window), after))
     return tuple(spans)
 
 
@@ -94,7 +107,8 @@ class PackedAttention(Attention):
         self.layer, self.dropout = given.layer, 0.0
         self.heads, self.kv_heads, self.head_dim = given.heads, given.kv_heads, given.head_dim
         self.qkv_proj = PackedLinear(given.q_proj, given.k_proj, given.v_proj, rows=rows)
-        self.o_proj = PackedLinear(given.o_proj, rows=rows)  # type: ignore[assignment]
+        bent = type(given.o_proj) is not nn.Linear  # an adapter that may be no matrix is on it
+        self.o_proj = given.o_proj if bent else PackedLinear(given.o_proj, rows=rows)  # type: ignore[assignment]
 
     def project(self, x: Tensor) -> Sequence[Tensor]:
         """Return queries (B, T, H * E), keys and values (B, T, K * E)."""
@@ -121,7 +135,7 @@ def pack(model: nn.Module, *, rows: int = 1) -> None:
             parent.act = nn.Identity()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
+            if type(child) is nn.Linear and not hasattr(parent, "adapters"):  # adapters read the matrix they lie on
                 setattr(parent, name, PackedLinear(child, rows=rows))
 
 

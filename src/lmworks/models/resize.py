@@ -62,6 +62,32 @@ def resize_tokens(model: Model, size: int, pieces: Mapping[int, Sequence[int]] |
     return model
 
 
+def add_rows(
+    model: Model, size: int, pieces: Mapping[int, Sequence[int]], *, random: bool = False, seed: int = 0
+) -> Model:
+    """Give the model rows for new tokens, in place: the mean of their old pieces, or drawn.
+
+    `size` is the tokens that there are then; a model may have had rows to spare, which are written over. Drawn rows are
+    normal, as wide as the old ones.
+    """
+    old = model.config.vocab_size
+    resize_tokens(model, max(size, old), pieces)
+    generator, new = torch.Generator().manual_seed(seed), sorted(pieces)
+    used = [token for token in range(min(old, size)) if token not in pieces]
+    with torch.no_grad():
+        embedding, project = model.transformer.embeddings.get_submodule("tokens"), model.head.project
+        layers = [embedding, *([project] if model.spec.outputs == "vocab" and project is not None else [])]
+        tables = {id(layer.weight): layer.weight for layer in layers}  # a tied one once
+        for table in tables.values():
+            assert isinstance(table, Tensor)
+            wide = table[used].float()  # (V, D)
+            rows = grow(table.float(), [list(pieces[token]) for token in new])[len(table) :]  # (N, D)
+            if random:
+                rows = torch.randn(rows.shape, generator=generator) * wide.std()  # (N, D)
+            table[new] = rows.to(table)
+    return model
+
+
 def grow(old: Tensor, pieces: Sequence[Sequence[int]]) -> Tensor:
     """Return old rows (V, …) and a new one for each list of pieces: the mean of those, or of all for an empty list."""
     wide = old.float()

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lmworks.base.errors import InputError
-from lmworks.models.attention import Context
+from lmworks.models.attention import Context, Past
 from lmworks.models.blocks import BLOCKS, Block
 from lmworks.models.cache import KVCache
 from lmworks.models.config import Config, Vision
 from lmworks.models.layers import make_norm
+from lmworks.models.prefix import After, PrefixSlot
 from lmworks.models.rope import Rope, rope_at, rope_frequencies
 from lmworks.models.view import View, Whole
 
@@ -80,6 +81,7 @@ class Transformer(nn.Module):
         self.embeddings = TokenEmbeddings(c) if c.vision is None else PatchEmbeddings(c, c.vision)
         self.layers = nn.ModuleList(BLOCKS[c.block](c, layer) for layer in range(c.num_hidden_layers))
         self.final_norm = make_norm(c) if c.final_norm else nn.Identity()
+        self.prefix = PrefixSlot()
         # numbers rather than buffers, which would lose their precision when the model is cast to bfloat16
         rotates = c.positions == "rope"
         self.frequencies = tuple(rope_frequencies(c).tolist()) if rotates else ()
@@ -100,20 +102,25 @@ class Transformer(nn.Module):
         if c.vision is not None:
             x = self.embeddings(inputs)  # (B, T, D)
             return self.run(x, Whole(x, None, causal=False), None, None)
-        check_length(c, inputs.shape[1] + (0 if cache is None else cache.longest))
-        view: View = (
-            Whole(inputs, attention_mask, causal=c.causal)
-            if cache is None
-            else self.go_on(cache, inputs, attention_mask)
-        )
+        prefix = self.prefix.rows()
+        before = 0 if prefix is None else prefix[0].shape[2]
+        check_length(c, inputs.shape[1] + max(before, 0 if cache is None else cache.longest), before)
+        past: Past | None = cache
+        view: View
+        if cache is not None:
+            view = self.go_on(cache, inputs, attention_mask, prefix)
+        elif prefix is None:
+            view = Whole(inputs, attention_mask, causal=c.causal)
+        else:
+            view = past = After(Whole(inputs, attention_mask, causal=c.causal), inputs.shape[1], prefix)
         position_ids = view.position_ids if position_ids is None else position_ids
         x = self.embeddings(inputs, position_ids, token_type_ids)  # (B, T, D)
-        x = self.run(x, view, position_ids, cache)  # (B, T, D)
+        x = self.run(x, view, position_ids, past)  # (B, T, D)
         if cache is not None:
             cache.end()
         return x
 
-    def run(self, x: Tensor, view: View, position_ids: Tensor | None, cache: KVCache | None) -> Tensor:
+    def run(self, x: Tensor, view: View, position_ids: Tensor | None, cache: Past | None) -> Tensor:
         """See who may look at whom, then run the blocks: (B, T, D) -> (B, T, D)."""
         everywhere = Context(*view.look(None), self.rope(self.frequencies, position_ids), cache)
         local = everywhere
@@ -135,19 +142,24 @@ class Transformer(nn.Module):
             return None
         return rope_at(torch.tensor(frequencies, device=position_ids.device), position_ids)
 
-    def go_on(self, cache: KVCache, input_ids: Tensor, attention_mask: Tensor | None) -> View:
-        """Begin a call that continues a cache; only a causal model can."""
+    def go_on(
+        self, cache: KVCache, input_ids: Tensor, attention_mask: Tensor | None,
+        prefix: tuple[Tensor, Tensor] | None = None,
+    ) -> View:  # fmt: skip
+        """Begin a call that continues a cache, whose empty rows begin with the prefix; only a causal model can."""
         if not self.config.causal:
             raise InputError("a model that reads both ways has no cache", fix="run the whole text again")
+        if prefix is not None:
+            cache.start(*prefix, new=input_ids.shape[1])
         return cache.begin(input_ids, attention_mask)
 
 
-def check_length(c: Config, tokens: int) -> None:
+def check_length(c: Config, tokens: int, prefix: int = 0) -> None:
     """Raise InputError for more tokens than there are learned positions."""
     if c.positions == "learned" and tokens > c.max_tokens:
         raise InputError(
             "the text does not fit the model",
-            found=f"{tokens} tokens",
+            found=f"{tokens} tokens" + (f", {prefix} of them the prefix" if prefix else ""),
             expected=f"at most {c.max_tokens}",
             fix="shorten it",
         )

@@ -124,13 +124,15 @@ def load(
     slots: int = 1,
     threads: int | None = None,
     revision: str | None = None,
+    code: Sequence[Any] = (),
     **options: Any,
 ) -> Predictor:
     """Open a model folder, or a model of the Hub by its name.
 
     `task` is a pipeline name ("text-classification", "feature-extraction" …); None: what the checkpoint was made for.
     runtime "auto" takes the ONNX graph where there is one and onnxruntime is installed, else torch. dtype "auto" is
-    fp32, or int8 where that is the only graph. `options` are the task's. Raises InputError or FormatError that names
+    fp32, or int8 where that is the only graph. `code` is that of layers of its maker's own: classes, or "FILE.py:Name".
+    `options` are the task's. Raises InputError or FormatError that names
     the path.
     """
     if task is not None:
@@ -152,7 +154,7 @@ def load(
     if slots < 1:
         raise InputError("there must be a slot", found=f"slots={slots}", expected="1 or more")
     tokenizer = None if config.vision else Tokenizer.from_pretrained(folder)
-    engine = open_runtime(folder, runtime, dtype, slots, threads, head=TASKS[task])
+    engine = open_runtime(folder, runtime, dtype, slots, threads, head=TASKS[task], code=code)
     return make_predictor(engine, folder, config, task, tokenizer, options)
 
 
@@ -165,7 +167,7 @@ def make_predictor(
     if task == "text-generation":
         assert tokenizer is not None
         return Predictor(engine, tokenizer, eos_ids=read_eos_ids(folder, tokenizer), options=options)
-    facts = read_facts(config, tokenizer)
+    facts = read_facts(config, tokenizer, before=config.max_tokens - engine.max_length)
 
     def make(**chosen: Any) -> Task:
         return make_task(task, folder, tokenizer, facts, **chosen)
@@ -173,12 +175,16 @@ def make_predictor(
     return Predictor(engine, tokenizer, task=task, make=make, options=options)
 
 
-def read_facts(config: Config, tokenizer: Tokenizer | None) -> Facts:
-    """Return what tasks must know about a model; its length is the shorter of the model's and the tokenizer's."""
+def read_facts(config: Config, tokenizer: Tokenizer | None, *, before: int = 0) -> Facts:
+    """Return what tasks must know about a model; its length is the shorter of the model's and the tokenizer's.
+
+    `before`: positions of the model that a prefix takes.
+    """
     stated = None if tokenizer is None else tokenizer.model_max_length
+    room = config.max_tokens - before
     return Facts(
         model_type=config.model_type,
-        max_length=min(config.max_tokens, stated or config.max_tokens),
+        max_length=min(room, stated or room),
         labels=config.labels,
         problem_type=config.problem_type,
         token_types=config.type_vocab_size > 1,
@@ -186,24 +192,30 @@ def read_facts(config: Config, tokenizer: Tokenizer | None) -> Facts:
 
 
 def open_runtime(
-    folder: Path, runtime: str, dtype: str, slots: int, threads: int | None, *, head: str = "CausalLM"
-) -> Runtime:
+    folder: Path, runtime: str, dtype: str, slots: int, threads: int | None, *, head: str = "CausalLM",
+    code: Sequence[Any] = (),
+) -> Runtime:  # fmt: skip
     """Open the runtime of this name over a folder, with a head."""
     if runtime not in RUNTIMES:
         raise InputError("there is no such runtime", found=runtime, expected=", ".join(RUNTIMES))
     graphs = [name for name, file in FILES.items() if (folder / "onnx" / file).is_file()]
-    if head != "CausalLM":
+    made = read_kind(read_config(folder)) if graphs else head
+    if made != head:
         if runtime == "onnx":
-            raise InputError("only language models have ONNX graphs so far", fix='runtime="torch"')
+            raise InputError(
+                "the graph was made for another task", where=str(folder), found=made, expected=head,
+                fix='use runtime="torch", or export the model with this head',
+            )  # fmt: skip
         graphs = []
-    if runtime == "onnx" or (runtime == "auto" and graphs and find_spec("onnxruntime")):
+    wanted = dtype in ("auto", *graphs)
+    if runtime == "onnx" or (runtime == "auto" and graphs and wanted and find_spec("onnxruntime")):
         if dtype == "auto":
             dtype = graphs[0] if graphs else "fp32"
         return OnnxRuntime(folder, dtype=dtype, slots=slots, threads=threads)
     require("torch", extra="torch")
     from lmworks.runtime.torch_runtime import TorchRuntime
 
-    return TorchRuntime(folder, head=head, dtype="fp32" if dtype == "auto" else dtype, slots=slots)
+    return TorchRuntime(folder, head=head, dtype="fp32" if dtype == "auto" else dtype, slots=slots, code=code)
 
 
 def read_eos_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:

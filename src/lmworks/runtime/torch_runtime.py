@@ -41,25 +41,31 @@ class TorchRuntime:
     name = "torch"
 
     def __init__(
-        self, model: Model | str | Path, *, head: str | None = None, dtype: str = "fp32", slots: int = 1
-    ) -> None:
-        """Take a model, or read one with the head that is named (None: the one that config.json names)."""
+        self, model: Model | str | Path, *, head: str | None = None, dtype: str = "fp32", slots: int = 1,
+        code: Sequence[Any] = (),
+    ) -> None:  # fmt: skip
+        """Take a model, or read one with the head that is named (None: the one that config.json names).
+
+        `code` is that of layers of its maker's own (models/custom.py).
+        """
         if dtype not in DTYPES:
             raise InputError(f"torch cannot run the dtype {dtype!r}", expected=" or ".join(DTYPES))
         wanted = DTYPES[dtype]
         self.cold = WARM if dtype == "fp32" and not isinstance(model, Model) else 0  # tokens until it is packed
         if not isinstance(model, Model):
-            self.model = load_model(model, head, dtype=wanted)
+            self.model = load_model(model, head, dtype=wanted, code=code)
         elif dtype != "fp32" or any(parameter.dtype != wanted for parameter in model.parameters()):
             self.model = deepcopy(model).to(wanted)
         else:
             self.model = model
-        if dtype == "bf16":
+        if self.model.parts:  # packing, and rows end to end, know the core's own layers only
+            self.cold = 0
+        elif dtype == "bf16":
             pack(self.model)
         self.dtype, config = dtype, self.model.config
-        self.vocab_size, self.max_length = config.vocab_size, config.max_tokens
+        self.vocab_size, self.max_length = config.vocab_size, config.max_tokens - self.model.transformer.prefix.length
         self.device = next(self.model.parameters()).device
-        self.leaves_padding_out = self.device.type == "cpu"
+        self.leaves_padding_out = self.device.type == "cpu" and not self.model.parts
         self.slots = slots
 
     @cached_property
@@ -160,7 +166,7 @@ class TorchRuntime:
         if not slots:
             return np.empty((0, self.vocab_size), np.float32)
         cache = self.cache.select(slots)
-        check_length(cache.longest + 1, self.max_length)
+        check_length(cache.longest + 1, self.model.config.max_tokens)
         self._reserve(cache.longest + 1)
         with inference(self.model):
             return to_numpy(self.model(torch.from_numpy(tokens).to(self.device), cache=cache, last=-1))

@@ -7,6 +7,7 @@
     text-generation          text, {"prompt", "completion"},            None
                              or {"messages": [{"role", "content"}, …]}
     image-classification     path                                       label
+    feature-extraction       text, pair or triplet of texts             label, score or (): `lmworks.text.similar`
 
 A label is a name, an integer (its decimal digits are its name), a list of names (multi-label), or a number with a
 point: then the task is regression. In a table everything is text, so labels are numbers if all of them read as such
@@ -26,6 +27,7 @@ from typing import Any
 from lmworks.base.errors import InputError, did_you_mean
 from lmworks.text.formats import read_rows
 from lmworks.text.read import find_column, read_documents
+from lmworks.text.similar import read_similar
 
 TEXT = ("text", "sentence")
 PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question", "sentence"), ("text1", "text2"))
@@ -342,4 +344,5 @@ READERS: dict[str, Callable[[dict[str, Any], str, Columns], tuple[Any, Any]]] = 
     "question-answering": read_question,
     "text-generation": read_generation,
     "image-classification": read_image,
+    "feature-extraction": read_similar,
 }

@@ -86,7 +86,8 @@ class Tokenizer:
                 where=where,
                 found=f"{self.vocab_size} tokens in the tokenizer",
                 expected=f"at most {rows}, the rows of the embedding",
-                fix="use the tokenizer that the model was trained with",
+                fix="use the tokenizer that the model was trained with, or let the model learn the others: "
+                "lmworks finetune … --add-tokens fit",
             )
 
     def encode(self, text: str) -> list[int]:

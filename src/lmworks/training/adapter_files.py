@@ -25,6 +25,8 @@ from lmworks.models.resize import fit_tokenizer, resize_tokens
 from lmworks.models.weights import State, read_tensors
 from lmworks.tokens.tokenizer import Tokenizer
 from lmworks.training.adapter_save import HEADS, save_adapter
+from lmworks.training.bottleneck import take_bottlenecks
+from lmworks.training.int8 import quantize_base
 from lmworks.training.lora import (
     DEFAULT,
     activate,
@@ -37,6 +39,7 @@ from lmworks.training.lora import (
 )
 from lmworks.training.lora_layers import LowRank
 from lmworks.training.peft_format import DELTA, TASK_TYPES, Settings, read_adapter, read_settings
+from lmworks.training.prefix import take_prefix
 from lmworks.training.targets import EMBEDDING, PROJECTION, find_sites, is_embedding, matches, published_rows, rename
 
 PARTS = re.compile(r"(.+)\.lora_(A\.weight|B\.weight|embedding_A|embedding_B|magnitude_vector)")
@@ -53,17 +56,22 @@ class Opened(NamedTuple):
     facts: dict[str, Any]
 
 
-def open_adapter(folder: str | Path, *, base: str | Path | None = None) -> Opened:
+def open_adapter(folder: str | Path, *, base: str | Path | None = None, int8: bool = False) -> Opened:
     """Read an adapter's base, by the name in its config or the one given, and put the adapter on it.
+
+    With `int8` the base's matrices are held in eight bits.
 
     Labels and head are those of the adapted_config.json beside the adapter; without one, peft's task type and the size
     of the saved head decide. Raises InputError and FormatError that name the folder at fault.
     """
     folder = Path(folder)
-    settings, tensors = read_settings(folder), read_adapter(folder)
+    settings = read_settings(folder)
+    tensors = read_adapter(folder, settings.method)
     place = find_base(folder, str(base or settings.base))
     kind, labels = read_head(folder, read_config(place), settings, tensors)
     model = load_model(place, kind, labels=labels, new_head=bool(settings.copied))
+    if int8:
+        quantize_base(model)
     held = {modernize(strip(key, model)) for key in (*read_tensors(place), *tensors)}
     missing = [row.key for row in head_rows(model) if strip(row.key, model) not in held]
     if missing:
@@ -100,12 +108,17 @@ def read_head(folder: Path, c: Config, settings: Settings, tensors: State) -> tu
 def load_adapter(model: Model, folder: str | Path, *, name: str = DEFAULT, trainable: bool = False) -> dict[str, Any]:
     """Put the adapter of a PEFT folder on a model, in place, and let the model act with it.
 
-    Returns the facts: `adapter`, `layers`, `rank`, and `notes`: sentences for the user, such as that the embeddings
-    were resized for tokens that were added. Raises one FormatError that lists everything that does not fit, as for an
-    adapter of another base model.
+    Returns the facts: `adapter`, `method`, `layers`, `rank`, and `notes`: sentences for the user, such as that the
+    embeddings were resized for tokens that were added. Raises one FormatError that lists everything that does not fit,
+    as for an adapter of another base model.
     """
     folder = Path(folder)
-    settings, tensors = read_settings(folder), read_adapter(folder)
+    settings = read_settings(folder)
+    tensors = read_adapter(folder, settings.method)
+    problems: list[str] = []
+    take = {"adapter": take_bottlenecks, "prefix": take_prefix}.get(settings.method)
+    adapters: list[tuple[str, nn.Module]] = [] if take is None else take(model, tensors, settings, problems)
+    held = len(adapters)
     note = make_room(model, tensors, settings, folder)
     pairs: dict[str, State] = {}
     plain: State = {}
@@ -117,10 +130,9 @@ def load_adapter(model: Model, folder: str | Path, *, name: str = DEFAULT, train
         elif key.endswith(DELTA):
             deltas[key.removesuffix(DELTA)] = tensor
         else:
-            plain[key.replace(".base_layer.", ".")] = tensor
-    problems: list[str] = []
+            plain[key.replace(".token_adapter.base_layer.", ".").replace(".base_layer.", ".")] = tensor
     copies, replaced = read_plain(model, plain, settings, problems)
-    adapters = make_adapters(model, pairs, settings, problems)
+    adapters += make_adapters(model, pairs, settings, problems)
     rows, tokens = read_rows(model, deltas, settings, problems)
     if not (problems or adapters or copies or rows):
         problems = ["it holds nothing"]
@@ -140,7 +152,8 @@ def load_adapter(model: Model, folder: str | Path, *, name: str = DEFAULT, train
     activate(model, name)
     if not trainable:
         model.requires_grad_(False)
-    return {"adapter": name, "layers": len(pairs), "rank": settings.rank, "notes": [note] if note else []}
+    return {"adapter": name, "method": settings.method, "layers": len(pairs) + held, "rank": settings.rank,
+            "notes": [note] if note else []}  # fmt: skip
 
 
 def make_room(model: Model, tensors: State, settings: Settings, folder: Path) -> str:
@@ -251,6 +264,9 @@ def read_rows(
     tokens: list[int] = []
     for key, tensor in deltas.items():
         site = sites.get(strip(key, model))
+        tied = model.is_tied and site is not None and site.layers == (PROJECTION,)
+        if tied and any(torch.equal(tensor, other) for twin, other in deltas.items() if twin != key):
+            continue  # peft writes the rows of a tied embedding under both names
         ids = next((ids for name, ids in settings.tokens.items() if not name or matches(name, key)), [])
         wanted = (len(ids), model.config.hidden_size)
         if site is None or site.layers not in ((EMBEDDING,), *([] if model.is_tied else [(PROJECTION,)])):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,16 @@ from lmworks.models.families import ADAPTED, write_config
 from lmworks.models.heads import Model
 from lmworks.models.weights import State
 from lmworks.tokens.tokenizer import Tokenizer
+from lmworks.training.bottleneck import bottleneck_settings, bottleneck_tensors
 from lmworks.training.lora import active_adapter, base_of, frozen_matrix
-from lmworks.training.lora_layers import LowRank, Rows, Whole, adapted_layers
+from lmworks.training.lora_layers import Bottleneck, LowRank, Prefix, Rows, Whole, adapted_layers
 from lmworks.training.peft_format import ADAPTER, DELTA, TASK_TYPES, Settings, write_folder
+from lmworks.training.prefix import prefix_settings, prefix_tensors
 from lmworks.training.targets import EMBEDDING, PROJECTION, Site, find_sites, is_embedding, published_rows
 
 HEADS = ("classifier", "score", "qa_outputs")  # peft saves these for their tasks, with everything that they hold
 VLLM = "vLLM refuses adapters with {}: merge it into its base (lmworks merge) to serve it there"
+OURS = "peft has no such adapter: lmworks alone reads {}"
 
 
 def save_adapter(
@@ -56,15 +60,23 @@ def save_adapter(
     copies = read_copies(model, on)
     tensors |= copies | new_embedding(model, sites, tokens, copies)
     settings = describe(model, sites, adapted, copies, tokens, str(base))
-    write_folder(folder, settings, tensors)
+    settings, more = describe_method(model, sites, on, settings)
+    write_folder(folder, settings, tensors | more)
     write_json(folder / ADAPTED, write_config(model.config, model.kind))
     if tokenizer is not None:
         tokenizer.save(folder)
     held = (("modules_to_save", copies), ("DoRA", settings.dora), ("trained tokens", tokens))
     refused = " and ".join(what for what, there in held if there)
+    notes = [VLLM.format(refused)] if refused and settings.method == "lora" else []
+    if settings.method == "adapter":
+        notes = [OURS.format("bottlenecks")]
+    elif settings.method == "prefix" and model.kind not in TASK_TYPES:
+        notes = [OURS.format("a prefix before this head")]
+    others = sum(isinstance(module, Bottleneck | Prefix) for module in on.values())
     return {
-        "layers": len(adapted), "copied": list(settings.copied), "tokens": len(next(iter(tokens.values()), [])),
-        "bytes": (folder / ADAPTER).stat().st_size, "notes": [VLLM.format(refused)] if refused else [],
+        "layers": len(adapted) + others, "copied": list(settings.copied),
+        "tokens": len(next(iter(tokens.values()), [])),
+        "bytes": (folder / ADAPTER).stat().st_size, "notes": notes,
     }  # fmt: skip
 
 
@@ -142,6 +154,23 @@ def describe(
         ranks={key: adapter.rank for key, adapter in adapted.items() if adapter.rank != rank},
         alphas={key: adapter.alpha for key, adapter in adapted.items() if adapter.alpha != alpha}, tokens=tokens,
     )  # fmt: skip
+
+
+def describe_method(
+    model: Model, sites: Sequence[Site], on: Mapping[str, torch.nn.Module], settings: Settings
+) -> tuple[Settings, State]:
+    """Return the settings and the tensors of bottlenecks or a prefix; of LoRA nothing more.
+
+    Without a task peft would leave a prefix out in silence; it refuses a task that it does not know.
+    """
+    kinds = {type(module) for module in on.values()}
+    if Bottleneck in kinds:
+        return replace(settings, method="adapter", own=bottleneck_settings(on)), bottleneck_tensors(sites, on)
+    if Prefix in kinds:
+        task = TASK_TYPES.get(model.kind, model.kind)
+        own = prefix_settings(model, on)
+        return replace(settings, method="prefix", task_type=task, own=own), prefix_tensors(on)
+    return settings, {}
 
 
 def shorten(chosen: Sequence[str], keys: Sequence[str]) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from lmworks.runtime.torch_runtime import inference
 from lmworks.text.labelled import Labelled
 from lmworks.training.data import IGNORED, draw
 from lmworks.training.examples import Examples, Row, collate_rows
+from lmworks.training.lora_layers import without_adapters
 
 MOST_ROWS = 2000  # of the training data for the frozen features: a pass over them takes a while
 PENALTY = 1e-3  # of the squared weights, on features of variance 1
@@ -60,7 +61,7 @@ def random_spans(data: Labelled) -> list[str]:
 def frozen_features(
     model: Model, data: Examples, held_out: Labelled, labels: Sequence[str], *, seed: int = 0
 ) -> dict[str, float] | None:
-    """Return the metrics of logistic regression on the model as it is now; None where labels are no single classes."""
+    """Return the metrics of logistic regression on the model without adapters; None where labels are no single classes."""
     task = held_out.task
     if task not in ("text-classification", "token-classification") or not isinstance(
         data.rows[0].targets["labels"], int | list
@@ -87,7 +88,7 @@ def frozen_features(
 def features(model: Model, rows: Sequence[Row], *, pad_id: int) -> tuple[Tensor, Tensor, list[int]]:
     """Return the features (n, D) of rows or of their scored tokens, the labels (n,), and the example of each."""
     found: list[Any] = [None] * len(rows)
-    with inference(model):
+    with inference(model), without_adapters(model):
         for places in make_batches([len(row.feature) for row in rows], batch_tokens=2048, max_rows=64):
             batch = {k: torch.from_numpy(v) for k, v in collate_rows([rows[i] for i in places], pad_id=pad_id).items()}
             mask = batch.get("attention_mask")

@@ -2,7 +2,8 @@
 
 Features are encoded once, by the task that will answer later. An epoch visits every row once in an order that follows
 from (seed, epoch); within a stretch of POOLED batches rows of like length share a batch, so that there is little
-padding, and the batches come in random order again.
+padding, and the batches come in random order again. Rows may come by difficulty, mixed with those of other domains, or
+packed: several end to end.
 
 Shapes: B rows of a batch, T tokens of its longest row, n rows in all.
 """
@@ -20,7 +21,10 @@ from numpy.typing import NDArray
 from lmworks.base.errors import InputError
 from lmworks.base.types import Batch
 from lmworks.tasks.base import Feature, Task, collate
+from lmworks.training.curriculum import order_by
 from lmworks.training.data import IGNORED, draw
+from lmworks.training.mixture import DomainRows, mix, rank_within
+from lmworks.training.packing import DOCUMENTS, first_fit, join_words
 
 POOLED = 32  # batches within which rows are sorted by length
 ORDER, BATCHES, MASKS, HELD_MASKS = (2**32 + i for i in range(4))  # random streams, apart from those of dropout
@@ -40,7 +44,8 @@ class Examples:
     """Batches of rows for a number of epochs, at most `batch_size` rows and `batch_tokens` tokens, padding included.
 
     `sampling` (n,) are weights with which rows are drawn, with replacement, instead of once each. `held_out` are the
-    rows of validation. Raises InputError where there are no rows.
+    rows of validation. `packing` is the length of rows into which several are packed; there are then `batch_size` of
+    these in a batch. `domains` are mixed into each batch. Raises InputError where there are no rows.
     """
 
     def __init__(
@@ -56,54 +61,113 @@ class Examples:
         sampling: NDArray[Any] | None = None,
         masking: Masking | None = None,
         task: Task | None = None,
+        packing: int | None = None,
+        domains: Sequence[DomainRows] = (),
     ) -> None:
         if not rows:
             raise InputError("there is nothing to train on", fix="check the file, and the columns that were read")
-        self.rows, self.held_out, self.seed, self.pad_id = rows, held_out, seed, pad_id
-        self.masking, self.task = masking, task
+        self.main, self.held_out, self.seed, self.pad_id = rows, held_out, seed, pad_id
+        self.rows = [*rows, *(row for domain in domains for row in domain.rows)]
+        self.masking, self.task, self.packing, self.domains = masking, task, packing, domains
+        self.epochs, self.batch_size, self.batch_tokens, self.sampling = epochs, batch_size, batch_tokens, sampling
         self.settings = f"{epochs} {batch_size} {batch_tokens} {seed} {pad_id}"
-        lengths = np.array([len(row.feature) for row in rows])
-        self.plan = [
-            batch
-            for epoch in range(epochs)
-            for batch in plan_epoch(
-                lengths, seed=seed, epoch=epoch, batch_size=batch_size, batch_tokens=batch_tokens, sampling=sampling
-            )
-        ]
-        held = np.array([len(row.feature) for row in held_out], np.int64)
-        self.held_plan = list(cut(np.argsort(-held, kind="stable"), held, batch_size, batch_tokens))
+        self.lengths = np.array([len(row.feature) for row in self.rows])
+        self.plan = self.make_plan()
+        self.held_plan = self.plan_held(held_out)
 
     @property
     def steps(self) -> int:
         """How many batches all epochs have."""
         return len(self.plan)
 
+    def make_plan(self, difficulty: NDArray[Any] | None = None) -> list[NDArray[np.int64]]:
+        """Return the rows of each batch of all epochs; with `difficulty` (n,) the first epoch begins with easy ones."""
+        sizes, weights = [len(domain.rows) for domain in self.domains], [domain.weight for domain in self.domains]
+        plan = []
+        for epoch in range(self.epochs):
+            easy_first = difficulty is not None and epoch == 0
+            if difficulty is not None and easy_first:
+                order = order_by(difficulty, seed=self.seed)
+            else:
+                order = order_rows(len(self.main), seed=self.seed, epoch=epoch, sampling=self.sampling)
+            order, domains = mix(order, sizes, weights, seed=self.seed, epoch=epoch)
+            if self.packing is not None:
+                batches = pack_batches(order, self.lengths, self.packing, self.batch_size)
+            else:
+                pooled = 1 if easy_first else POOLED
+                batches = cut_batches(order, domains, self.lengths, self.batch_size, self.batch_tokens, pooled=pooled)
+            if not easy_first:
+                shuffled = np.argsort(draw(self.seed, epoch, len(batches), stream=BATCHES), kind="stable")
+                batches = [batches[i] for i in shuffled]
+            plan += batches
+        return plan
+
+    def sort_by(self, difficulty: NDArray[Any]) -> None:
+        """Begin with easy rows: difficulty (n,) of the main rows."""
+        self.plan = self.make_plan(difficulty)
+
+    def plan_held(self, rows: Sequence[Row]) -> list[NDArray[np.int64]]:
+        """Return the batches of held-out rows, the longest first."""
+        lengths = np.array([len(row.feature) for row in rows], np.int64)
+        order = np.argsort(-lengths, kind="stable")
+        if self.packing is not None:
+            return pack_batches(order, lengths, self.packing, self.batch_size)
+        return list(cut(order, lengths, self.batch_size, self.batch_tokens))
+
+    def places(self, rows: NDArray[np.int64]) -> int:
+        """Return how many tokens are computed for these rows, padding included: packed rows need none."""
+        lengths = self.lengths[rows]
+        return int(lengths.sum() if self.packing else len(lengths) * lengths.max())
+
     def batch(self, step: int) -> Batch:
         """Return the inputs and targets of this step's rows."""
-        return self._collate([self.rows[i] for i in self.plan[step % len(self.plan)]], step, MASKS)
+        return self.collate([self.rows[i] for i in self.plan[step % len(self.plan)]], step, MASKS)
 
     def validation(self, tokens: int | None = None) -> Iterator[Batch]:
         """Yield all held-out rows, the longest first; or an even selection with about `tokens` tokens."""
         total = sum(len(row.feature) for row in self.held_out)
         skip = 1 if tokens is None else max(1, total // max(1, tokens))
         for number in range(0, len(self.held_plan), skip):
-            yield self._collate([self.held_out[i] for i in self.held_plan[number]], number, HELD_MASKS)
+            yield self.collate([self.held_out[i] for i in self.held_plan[number]], number, HELD_MASKS)
+
+    def held_out_of(self, domain: DomainRows) -> Iterator[Batch]:
+        """Yield all held-out rows of another domain, the longest first."""
+        for number, places in enumerate(self.plan_held(domain.held_out)):
+            yield self.collate([domain.held_out[i] for i in places], number, HELD_MASKS)
 
     def fingerprint(self) -> str:
         """Return a SHA-256 of every row and of the settings that decide the batches."""
-        digest = hashlib.sha256(f"{self.settings} {self.masking!r}".encode())
+        digest = hashlib.sha256(f"{self.settings} {self.masking!r} {self.packing}".encode())
         for batch in self.plan:
             digest.update(batch.astype(np.int64).tobytes())
-        for row in (*self.rows, *self.held_out):
+        held_out = [row for domain in self.domains for row in domain.held_out]
+        for row in (*self.rows, *self.held_out, *held_out):
             inputs = row.example if row.example is not None else row.feature.inputs
             digest.update(repr((inputs, {name: plain(value) for name, value in row.targets.items()})).encode())
         return digest.hexdigest()
 
-    def _collate(self, rows: list[Row], number: int, stream: int) -> Batch:
+    def collate(self, rows: Sequence[Row], number: int, stream: int) -> Batch:
+        """Return rows as a batch: packed where they are to be, tokens hidden by the random stream of this number."""
         if rows[0].example is not None and self.task is not None:
             rows = [Row(self.task.encode([row.example])[0], row.targets) for row in rows]
-        batch = collate_rows(rows, pad_id=self.pad_id)
+        if self.packing is None:
+            batch = collate_rows(rows, pad_id=self.pad_id)
+        else:  # the rows of a batch fall into the same places as they did when all were packed
+            lengths = np.array([len(row.feature) for row in rows])
+            packed = [join_rows([rows[i] for i in places]) for places in first_fit(lengths, self.packing)]
+            batch = collate_rows(packed, pad_id=self.pad_id)
+            batch.pop("attention_mask", None)
         return batch if self.masking is None else self.masking(batch, seed=self.seed, number=number, stream=stream)
+
+
+def join_rows(rows: Sequence[Row]) -> Row:
+    """Put rows whose targets are one number a token end to end, with the number of its document for each token."""
+    inputs = {name: [i for row in rows for i in row.feature.inputs[name]] for name in rows[0].feature.inputs}
+    targets = {name: [i for row in rows for i in row.targets[name]] for name in rows[0].targets}
+    if "words" in targets:
+        targets["words"] = join_words([row.targets["words"] for row in rows])
+    targets[DOCUMENTS] = [number + 1 for number, row in enumerate(rows) for _ in range(len(row.feature))]
+    return Row(Feature(inputs, rows[0].feature.example), targets)
 
 
 def collate_rows(rows: Sequence[Row], *, pad_id: int = 0) -> Batch:
@@ -126,38 +190,57 @@ def collate_rows(rows: Sequence[Row], *, pad_id: int = 0) -> Batch:
     return batch
 
 
-def plan_epoch(
-    lengths: NDArray[Any],
-    *,
-    seed: int,
-    epoch: int,
-    batch_size: int,
-    batch_tokens: int | None = None,
-    sampling: NDArray[Any] | None = None,
-) -> list[NDArray[np.int64]]:
-    """Return the rows of each batch of an epoch; nothing but the arguments decides them."""
-    numbers = draw(seed, epoch, len(lengths), stream=ORDER)  # (n,)
+def order_rows(count: int, *, seed: int, epoch: int, sampling: NDArray[Any] | None = None) -> NDArray[np.int64]:
+    """Return the rows of an epoch in random order: every row once, or drawn with these weights."""
+    numbers = draw(seed, epoch, count, stream=ORDER)  # (n,)
     if sampling is None:
-        order = np.argsort(numbers, kind="stable")
-    else:
-        edges = np.cumsum(np.asarray(sampling, np.float64))
-        order = np.searchsorted(edges, unit(numbers) * edges[-1], side="right").clip(max=len(lengths) - 1)
+        return np.argsort(numbers, kind="stable")
+    edges = np.cumsum(np.asarray(sampling, np.float64))
+    drawn: NDArray[np.int64] = np.searchsorted(edges, unit(numbers) * edges[-1], side="right").clip(max=count - 1)
+    return drawn
+
+
+def cut_batches(
+    order: NDArray[np.int64],
+    domains: NDArray[np.int64],
+    lengths: NDArray[Any],
+    batch_size: int,
+    batch_tokens: int | None,
+    *,
+    pooled: int,
+) -> list[NDArray[np.int64]]:
+    """Cut an order (N,) into batches of rows of like length; each keeps its share of every domain (N,)."""
     batches: list[NDArray[np.int64]] = []
-    for start in range(0, len(order), POOLED * batch_size):
-        part = order[start : start + POOLED * batch_size]
-        batches += cut(part[np.argsort(-lengths[part], kind="stable")], lengths, batch_size, batch_tokens)
-    shuffled = np.argsort(draw(seed, epoch, len(batches), stream=BATCHES), kind="stable")
-    return [batches[i] for i in shuffled]
+    for start in range(0, len(order), pooled * batch_size):
+        part, mixed = (whole[start : start + pooled * batch_size] for whole in (order, domains))
+        longest_first = np.argsort(rank_within(lengths[part], mixed), kind="stable")
+        batches += cut(part[longest_first], lengths, batch_size, batch_tokens)
+    return batches
+
+
+def pack_batches(
+    order: NDArray[np.int64], lengths: NDArray[Any], capacity: int, batch_size: int
+) -> list[NDArray[np.int64]]:
+    """Pack an order into rows of `capacity` tokens; return what lies in each batch, one packed row after the other."""
+    stretches = np.cumsum(lengths[order]) // (POOLED * batch_size * capacity)
+    batches: list[NDArray[np.int64]] = []
+    for part in np.split(order, np.flatnonzero(np.diff(stretches)) + 1):
+        bins = first_fit(lengths[part], capacity)
+        for start in range(0, len(bins), batch_size):
+            batches.append(part[np.concatenate(bins[start : start + batch_size])])
+    return batches
 
 
 def cut(
     rows: NDArray[np.int64], lengths: NDArray[Any], batch_size: int, batch_tokens: int | None
 ) -> Iterator[NDArray[np.int64]]:
-    """Cut rows, the longest first, into batches; a row longer than `batch_tokens` is a batch of its own."""
+    """Cut rows into batches; a row longer than `batch_tokens` is a batch of its own."""
     while len(rows):
         size = batch_size
         if batch_tokens is not None:
-            size = min(size, max(1, batch_tokens // int(lengths[rows[0]])))
+            widest = np.maximum.accumulate(lengths[rows[:size]])
+            fits = widest * np.arange(1, len(widest) + 1) <= batch_tokens
+            size = max(1, int(fits.argmin()) if not fits.all() else size)
         yield rows[:size]
         rows = rows[size:]
 

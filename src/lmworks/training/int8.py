@@ -72,5 +72,5 @@ def quantize_base(model: Model) -> Model:
     for parent in list(model.transformer.layers.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
-                setattr(parent, name, Int8Linear(child))
+                setattr(parent, name, Int8Linear(child).train(child.training))
     return model

@@ -2,6 +2,7 @@
 
 Every step is one line of metrics.jsonl:   step loss lr grad_norm tokens | seconds tokens_per_second
 Every validation is another:               step val_loss best, what is measured | seconds
+A step that fp16 overflowed in has grad_norm null, and the loss scale as overflow.
 The fields after the bar are times; all others are identical, to the bit, in a run that was killed and resumed.
 """
 
@@ -86,12 +87,32 @@ class Log:
         if self.val_loss is not None:
             facts += f" · validation {self.val_loss:.4f}"
         facts += f" · lr {row['lr']:.2g} · {row['tokens_per_second']:,.0f} {self.unit}/s"
+        if "overflow" in row:
+            facts += f" · fp16 overflow at a loss scale of {row['overflow']:g}: step skipped"
         if self.bar is not None:
             self.bar.update(self.task, completed=step, facts=facts)
-        elif now - self.shown >= EVERY_SECONDS or step == self.steps:
+        elif now - self.shown >= EVERY_SECONDS or step == self.steps or "overflow" in row:
             self.shown = now
             left = (now - self.began) / max(1, step - self.step) * (self.steps - step)
             print(f"step {step:,} of {self.steps:,} · {facts} · {clock(left)} left", file=self.stream, flush=True)
+
+
+class NoLog(Log):
+    """The log of a process beside the one that writes it."""
+
+    def __init__(self) -> None:
+        """Open nothing."""
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close nothing."""
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Write nothing."""
 
 
 def make_bar(stream: TextIO) -> Any:

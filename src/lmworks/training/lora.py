@@ -23,12 +23,15 @@ from torch import Tensor, nn
 
 from lmworks.base.errors import InputError, did_you_mean
 from lmworks.models.heads import Model
+from lmworks.models.prefix import PrefixSlot
 from lmworks.training.int8 import Int8Linear
 from lmworks.training.lora_layers import (
     Adapted,
+    Bottleneck,
     LoraEmbedding,
     LoraLinear,
     LowRank,
+    Prefixed,
     Rows,
     TokenRows,
     Whole,
@@ -116,7 +119,8 @@ def wrap(model: Model, layer: str, name: str, adapter: nn.Module) -> None:
     module, base = model.get_submodule(layer), base_of(model, layer)
     kind: type[Adapted[Any]] = (
         TokenRows if isinstance(adapter, Rows)
-        else Whole if not isinstance(adapter, LowRank)
+        else Prefixed if isinstance(base, PrefixSlot)
+        else Whole if not isinstance(adapter, LowRank | Bottleneck)
         else LoraEmbedding if isinstance(base, nn.Embedding)
         else LoraLinear
     )  # fmt: skip

@@ -1,26 +1,32 @@
-"""Adapters around frozen layers: low-rank ones, copies that replace a layer, and trained rows of an embedding.
+"""Adapters around frozen layers: low-rank ones, bottlenecks, prefixes, copies of a layer, rows of an embedding.
 
     LoRA    y = W x + b + s B A dropout(x)               s = alpha / R, rsLoRA: alpha / sqrt(R)
     DoRA    y = m / |W + s B A| * (W + s B A) x + b      | | of each output's row, held constant in the gradient
+    bottleneck    h = W x + b,  y = h + U act(D h + d) + u
 
-Sources: Hu et al. 2021; Kalajdzievski 2023 (rsLoRA); Liu et al. 2024, section 4.3 (DoRA).
+Sources: Hu et al. 2021; Kalajdzievski 2023 (rsLoRA); Liu et al. 2024, section 4.3 (DoRA); Houlsby et al. 2019.
 
 Several adapters may sit on one layer, by name; at most one is active. `weight` is the matrix that the layer acts as.
 
-Shapes: I inputs, O outputs, R rank, V vocab_size, D hidden_size, N trained rows.
+Shapes: I inputs, O outputs, R rank, V vocab_size, D hidden_size, N trained rows, or the length
+of a prefix, L layers, K key/value heads, E head_dim.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmworks.base.errors import InputError
 from lmworks.models.heads import NoDraw
+from lmworks.models.layers import ACTIVATIONS
+from lmworks.models.prefix import PrefixSlot
 from lmworks.training.int8 import Int8Linear
 
 T = TypeVar("T", bound=nn.Module)
@@ -57,6 +63,34 @@ class LowRank(nn.Module):
         """Return the matrix (O, I) with the adapter in it, in the adapter's precision."""
         merged = weight.to(self.A.dtype) + self.change()
         return merged if self.magnitude is None else self.factor(weight)[:, None] * merged
+
+
+class Bottleneck(nn.Module):
+    """What a layer gives, plus a narrow network's change to it: O -> R -> O."""
+
+    def __init__(self, down: nn.Linear, up: nn.Linear, *, act: str) -> None:
+        super().__init__()
+        self.down, self.up, self.act = down, up, act
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Add to what the layer gives: (…, O) -> (…, O)."""
+        change: Tensor = self.up(ACTIVATIONS[self.act](self.down(y.to(self.down.weight.dtype))))  # (…, O)
+        return (y + change).to(y.dtype)
+
+    def apply_to(self, weight: Tensor) -> Tensor:
+        """Refuse: no matrix does the same."""
+        raise InputError(
+            "a bottleneck adapter cannot be worked into a matrix: it is not linear",
+            fix="use it beside its base, as lmworks evaluate does, or train with --method lora, which can be merged",
+        )
+
+
+class Prefix(nn.Module):
+    """Keys and values of every layer before the first token: (N, L, 2, K, E), the order in which peft stores them."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        super().__init__()
+        self.numbers = nn.Parameter(numbers)
 
 
 class Adapted(nn.Module, Generic[T]):
@@ -101,8 +135,8 @@ class Adapted(nn.Module, Generic[T]):
         return base
 
 
-class LoraLinear(Adapted[LowRank]):
-    """A frozen Linear with low-rank adapters."""
+class LoraLinear(Adapted[LowRank | Bottleneck]):
+    """A frozen Linear with low-rank adapters, or bottlenecks after it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply: (…, I) -> (…, O)."""
@@ -110,6 +144,9 @@ class LoraLinear(Adapted[LowRank]):
         adapter = self.current()
         if adapter is None:
             return y
+        if isinstance(adapter, Bottleneck):
+            after: Tensor = adapter(y)
+            return after
         inner = x.to(adapter.A.dtype)
         dropping = self.training and adapter.dropout > 0
         if dropping:
@@ -153,7 +190,9 @@ class Whole(Adapted[nn.Module]):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the copy of the active adapter."""
-        y: Tensor = (self.current() or self.base)(x)
+        module = self.current() or self.base
+        first = next(module.parameters(), None)
+        y: Tensor = module(x if first is None or not x.is_floating_point() else x.to(first.dtype))  # a copy is float32
         return y
 
     @property
@@ -210,6 +249,43 @@ class TokenRows(Adapted[Rows]):
             return self.frozen
         index = torch.tensor(rows.tokens, device=self.frozen.device)
         return self.frozen.index_copy(0, index, rows.rows.to(self.frozen.dtype))
+
+
+class Prefixed(Adapted[Prefix], PrefixSlot):
+    """The place before a Transformer's first token, with prefixes."""
+
+    def __init__(self, base: PrefixSlot) -> None:
+        super().__init__(base)
+
+    def rows(self) -> tuple[Tensor, Tensor] | None:
+        """Return the keys and values (L, K, N, E) of the active prefix, or None."""
+        prefix = self.current()
+        if prefix is None:
+            return None
+        keys, values = prefix.numbers.permute(2, 1, 3, 0, 4)  # (L, K, N, E) each
+        return keys, values
+
+    def merged(self) -> nn.Module:
+        """Refuse where a prefix is active: no matrix does the same."""
+        if self.current() is not None:
+            raise InputError(
+                "a prefix cannot be worked into the weights: it is what attention reads beside the text",
+                fix="use it beside its base, as lmworks evaluate does, or train with --method lora, which merges",
+            )  # fmt: skip
+        return self.base
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Let the model act as it is without any adapter for a while; what is trained stays as chosen."""
+    active = {module: module.active for module in adapted_layers(model).values()}
+    for module in active:
+        module.active = ""
+    try:
+        yield
+    finally:
+        for module, name in active.items():
+            module.active = name
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Adapted[Any]]:

@@ -13,14 +13,19 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from lmworks.base.errors import InputError
 from lmworks.base.threads import cpu_count
+from lmworks.base.types import Batch
 from lmworks.training.objectives import Objective
 
 ROUNDS = 3
@@ -28,6 +33,8 @@ WORTH = 1.1  # bf16, or compiling, must be this much faster to be chosen
 WORTH_COMPILING = 600.0  # seconds of training from which compiling, which takes about 20, is tried
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # glibc's malloc.h
 KEPT = 2**31 - 1
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FIRST_LOSS_SCALE, GROWTH_STEPS = 2.0**16, 2000  # of fp16, as torch.amp.GradScaler has them
 
 
 def use_threads(before: int | None, say: Callable[[str], None]) -> int:
@@ -62,7 +69,28 @@ def has_bf16() -> bool:
 
 def autocast(device: str, dtype: str) -> torch.autocast:
     """Return the context in which matrix products run in this dtype; weights and sums stay fp32."""
-    return torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16")
+    return torch.autocast(device, HALVES.get(dtype, torch.bfloat16), enabled=dtype in HALVES)
+
+
+def check_dtype(dtype: str, device: str) -> None:
+    """Raise InputError for fp16 on a processor: only CUDA devices gain from it."""
+    if dtype == "fp16" and device != "cuda":
+        raise InputError("fp16 needs a CUDA device", found=device, expected="cuda", fix="--dtype bf16, or auto")
+
+
+def next_loss_scale(scale: float, good_steps: int, *, overflow: bool) -> tuple[float, int]:
+    """Return the loss scale after a step, and the steps since it changed: halved by an overflow, doubled by patience.
+
+    fp16 cannot hold gradients below 6e-8; multiplied by the scale they are kept (Micikevicius et al. 2018).
+    """
+    if overflow:
+        return scale / 2, 0
+    return (scale * 2, 0) if good_steps + 1 == GROWTH_STEPS else (scale, good_steps + 1)
+
+
+def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """Return the arrays of a batch as tensors on this device."""
+    return {name: torch.from_numpy(np.ascontiguousarray(array)).to(device) for name, array in batch.items()}
 
 
 def choose_speed(
@@ -140,3 +168,30 @@ def uncompile_blocks(model: nn.Module) -> None:
     """Let every module run as it is written again."""
     for module in model.modules():
         module._compiled_call_impl = None
+
+
+@contextmanager
+def recompute_blocks(model: nn.Module, enabled: bool = True) -> Iterator[None]:
+    """Keep only each block's input for the backward pass and compute the rest again (Chen et al. 2016).
+
+    Costs about a third more time and saves the activations of all blocks but one. The block's dropout is drawn again
+    from the same random state, so the gradients are the same. Validation and other modes than training are as before.
+    """
+    blocks = [block for stack in model.modules() if isinstance(stack, nn.ModuleList) for block in stack]
+    if not enabled:
+        yield
+        return
+    try:
+        for block in blocks:
+            block.forward = partial(run_block, block, block.forward)
+        yield
+    finally:
+        for block in blocks:
+            vars(block).pop("forward", None)  # that of its class again
+
+
+def run_block(block: nn.Module, forward: Callable[..., Any], *arguments: Any) -> Any:
+    """Run a block, without keeping its activations where gradients will be taken."""
+    if block.training and torch.is_grad_enabled():
+        return checkpoint(forward, *arguments, use_reentrant=False)
+    return forward(*arguments)

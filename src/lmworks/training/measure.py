@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lmworks.evaluation.metrics import score
+from lmworks.evaluation.retrieval import nearest_labels, rank_partners
 from lmworks.runtime.predictor import Predictor
+from lmworks.tasks.embed import unit
 from lmworks.text.labelled import Labelled
 from lmworks.training.rows import join_words
 
@@ -33,12 +35,44 @@ def answer(predictor: Predictor, data: Labelled, *, problem: str | None = None, 
         unanswerable = any(not answers for answers in data.references)
         found = predictor(list(data.examples), **({"no_answer": True} if unanswerable else {}), **options)
         return [one.text for one in found]
+    if data.task == "feature-extraction":
+        return compare_texts(predictor, data, **options)
     ranked = predictor(list(data.examples), **options)
     if problem == "regression":
         return [labels[0].score for labels in ranked]
     if problem == "multi_label_classification":
         return [tuple(label.label for label in labels if label.score >= LIKELY) for labels in ranked]
     return [labels[0].label for labels in ranked]
+
+
+def main_metric(task: str, data: Labelled, problem: str | None) -> str:
+    """Return the number by which weights are chosen: "loss" is the validation loss."""
+    if task == "feature-extraction":
+        return {float: "spearman", str: "accuracy"}.get(type(data.references[0]), "mrr")
+    return "loss" if problem == "regression" else MAIN.get(task, "loss")
+
+
+def compare_texts(predictor: Predictor, data: Labelled, **options: Any) -> list[Any]:
+    """Return the label of the nearest text, the cosine of a pair, or the rank of a partner among all partners.
+
+    Of triplets (rank, whether the partner is nearer than the negative), the negatives being candidates too.
+    """
+    groups = [(example,) if isinstance(example, str) else tuple(example) for example in data.examples]
+    place = {text: i for i, text in enumerate(dict.fromkeys(text for group in groups for text in group))}
+    vectors = unit(predictor(list(place), **options))  # (n, D)
+    columns = [[place[text] for text in column] for column in zip(*groups, strict=True)]
+    first = vectors[columns[0]]
+    if isinstance(data.references[0], str):
+        return list(nearest_labels(first, data.references))
+    cosines = [(first * vectors[column]).sum(1) for column in columns[1:]]
+    if isinstance(data.references[0], float):
+        return [float(cosine) for cosine in cosines[0]]
+    candidates = {text: i for i, text in enumerate(dict.fromkeys(t for column in columns[1:] for t in column))}
+    partners = [candidates[text] for text in columns[1]]
+    ranks = rank_partners(first, vectors[list(candidates)], partners, names=[group[0] for group in groups])
+    if len(columns) == 2:
+        return list(ranks)
+    return [(rank, bool(near > far)) for rank, near, far in zip(ranks, *cosines, strict=True)]
 
 
 def tag_words(predictor: Predictor, sentences: Sequence[Sequence[str]], **options: Any) -> list[tuple[str, ...]]:

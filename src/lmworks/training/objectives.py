@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from lmworks.base.types import Batch
 from lmworks.training.data import IGNORED
+from lmworks.training.packing import DOCUMENTS, packed_states
 
 CHUNK_ELEMENTS = 2**22  # logits held at once: 16 MB in fp32, the fastest of 2**19 … 2**23
 LEAST = -80.0  # below this log-probability, exp() in float32 is no longer exact
@@ -49,8 +50,12 @@ class CausalLoss:
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the summed loss over the labels that are not -100."""
         network: Any = model
-        hidden = network.hidden_states(batch["input_ids"], batch.get("attention_mask")).flatten(0, 1)  # (B·T, D)
         labels = batch["labels"].flatten()  # (B·T,)
+        if DOCUMENTS in batch:
+            hidden, places = packed_states(model, batch["input_ids"], batch[DOCUMENTS])  # (N, D), (N,)
+            labels = labels[places]  # (N,)
+        else:
+            hidden = network.hidden_states(batch["input_ids"], batch.get("attention_mask")).flatten(0, 1)  # (B·T, D)
         scored = labels != IGNORED
         if not scored.all():
             hidden, labels = hidden[scored], labels[scored]  # (N, D), (N,)
@@ -91,7 +96,11 @@ class ClassLoss:
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the summed loss of logits (B, L) or (B, T, L)."""
-        logits = predict(model, batch).flatten(0, -2)  # (N, L)
+        return self.of(predict(model, batch), batch)
+
+    def of(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the summed loss of logits that are there already."""
+        logits = logits.flatten(0, -2)  # (N, L)
         weights = None if self.weights is None else torch.tensor(self.weights, device=logits.device)
         return F.cross_entropy(
             logits,
@@ -114,7 +123,11 @@ class BinaryLoss:
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the loss summed over rows and labels."""
-        return F.binary_cross_entropy_with_logits(predict(model, batch), batch["labels"], reduction="sum")
+        return self.of(predict(model, batch), batch)
+
+    def of(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the summed loss of logits (B, L) that are there already."""
+        return F.binary_cross_entropy_with_logits(logits, batch["labels"], reduction="sum")
 
     def count(self, batch: Batch) -> int:
         """Return rows times labels."""
@@ -128,7 +141,11 @@ class SquaredLoss:
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the summed squared error."""
-        return F.mse_loss(predict(model, batch).squeeze(-1), batch["labels"], reduction="sum")
+        return self.of(predict(model, batch), batch)
+
+    def of(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the summed squared error of numbers (B, 1) that are there already."""
+        return F.mse_loss(logits.squeeze(-1), batch["labels"], reduction="sum")
 
     def count(self, batch: Batch) -> int:
         """Return the number of rows."""
@@ -146,7 +163,11 @@ class SpanLoss:
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the summed loss of logits (B, T, 2)."""
-        logits, mask = predict(model, batch), batch.get("attention_mask")
+        return self.of(predict(model, batch), batch)
+
+    def of(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the summed loss of logits that are there already."""
+        mask = batch.get("attention_mask")
         if mask is not None:
             logits = logits.masked_fill(mask[:, :, None] == 0, float("-inf"))
         start = F.cross_entropy(logits[:, :, 0], batch["start_positions"], reduction="sum")

@@ -4,6 +4,8 @@
     adapter_model.safetensors      base_model.model.<published layer>.lora_A.weight (R, I), .lora_B.weight (O, R),
                                    .lora_magnitude_vector (O,); .lora_embedding_A (R, V), .lora_embedding_B (D, R);
                                    .token_adapter.trainable_tokens_delta (N, D); copied layers under their own names
+                                   prefix tuning: prompt_embeddings (N, L * 2 * K * E), copies as base_model.<layer>
+                                   bottlenecks (ours, peft has none): <published layer>.bottleneck_down.weight …
     adapted_config.json            ours: the base's config.json with the labels and tokens that the adapter came with
 
 Source: the files that peft 0.21 writes.
@@ -28,6 +30,12 @@ from lmworks.models.weights import State
 
 CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 ROOT = "base_model.model."
+PREFIX_ROOT = "base_model."  # peft keeps a prefix beside the model, so it wraps once less
+TYPES = {"lora": "LORA", "adapter": "LMWORKS_BOTTLENECK", "prefix": "PREFIX_TUNING"}  # peft_type of a method
+OWN = {  # what the config of the other methods says that is needed to read them
+    "adapter": ("bottleneck_size", "bottleneck_act"),
+    "prefix": ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim", "num_transformer_submodules"),
+}
 DELTA = ".token_adapter.trainable_tokens_delta"
 TASK_TYPES = {
     "SequenceClassification": "SEQ_CLS",
@@ -48,6 +56,8 @@ class Settings:
     """What adapter_config.json says."""
 
     base: str
+    method: str = "lora"
+    own: Mapping[str, Any] = field(default_factory=dict)  # the fields that only another method than LoRA has
     task_type: str | None = None
     rank: int = 8
     alpha: float = 8.0
@@ -76,7 +86,9 @@ def read_settings(folder: str | Path) -> Settings:
         raise InputError("this is not an adapter's folder", where=str(folder), expected=CONFIG)
     hf = read_json(folder / CONFIG)
     f = Fields(hf, CONFIG)
-    f.choice("peft_type", "LORA", ("LORA",))
+    method = {kind: name for name, kind in TYPES.items()}[f.choice("peft_type", "LORA", tuple(TYPES.values()))]
+    if method != "lora":
+        return read_other(folder, f, hf, method)
     f.choice("bias", "none", ("none",))
     for key in UNSUPPORTED:
         if hf.get(key):
@@ -95,6 +107,18 @@ def read_settings(folder: str | Path) -> Settings:
     )  # fmt: skip
 
 
+def read_other(folder: Path, f: Fields, hf: Mapping[str, Any], method: str) -> Settings:
+    """Return the settings of bottlenecks or a prefix."""
+    if method == "prefix" and hf.get("num_transformer_submodules") not in (1, None):
+        found = str(hf["num_transformer_submodules"])
+        raise InputError("a prefix for an encoder and a decoder is not supported", where=str(folder), found=found)
+    own = {key: hf[key] for key in OWN[method] if key in hf}
+    return Settings(
+        base=f.text("base_model_name_or_path", ""), method=method, own=own,
+        task_type=f.text("task_type", "") or None, copied=tuple(dict.fromkeys(hf.get("modules_to_save") or ())),
+    )  # fmt: skip
+
+
 def read_tokens(value: Any) -> dict[str, list[int]]:
     """Return the trained tokens by layer; a plain list is the embedding's: [8, 9] -> {"": [8, 9]}."""
     named = value if isinstance(value, dict) else {"": value} if value else {}
@@ -103,8 +127,9 @@ def read_tokens(value: Any) -> dict[str, list[int]]:
     return {str(layer): ids for layer, ids in named.items()}
 
 
-def read_adapter(folder: str | Path) -> State:
-    """Return the tensors of an adapter by published names, peft's prefix apart."""
+def read_adapter(folder: str | Path, method: str = "lora") -> State:
+    """Return the tensors of an adapter by published names, without what peft puts before them."""
+    root = PREFIX_ROOT if method == "prefix" else ROOT
     folder = Path(folder)
     path = folder / ADAPTER
     if not path.is_file():
@@ -116,7 +141,7 @@ def read_adapter(folder: str | Path) -> State:
     check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return {key.removeprefix(ROOT): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            return {key.removeprefix(root): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{ADAPTER} is not a whole safetensors file", where=str(path), found=str(error)) from None
 
@@ -129,15 +154,24 @@ def write_folder(folder: str | Path, settings: Settings, tensors: State) -> None
     if broken:
         raise InputError("the adapter holds NaN or infinity", found=", ".join(broken), fix="use an earlier checkpoint")
     (folder / CONFIG).unlink(missing_ok=True)
-    file = {ROOT + key: tensor.detach().float().cpu().contiguous() for key, tensor in tensors.items()}
+    root = PREFIX_ROOT if settings.method == "prefix" else ROOT
+    file = {
+        (key if key == "prompt_embeddings" else root + key): tensor.detach().float().cpu().contiguous()
+        for key, tensor in tensors.items()
+    }
     write_bytes(folder / ADAPTER, serialize(file, metadata={"format": "pt"}))
     s = settings
     whole = {"lora_alpha": int(s.alpha)} if float(s.alpha).is_integer() else {}  # as in peft, a whole number
+    common = {"peft_type": TYPES[s.method], "task_type": s.task_type, "base_model_name_or_path": s.base,
+              "revision": None, "inference_mode": True, "modules_to_save": list(s.copied) or None}  # fmt: skip
+    if s.method != "lora":
+        write_json(folder / CONFIG, {**common, **s.own})
+        return
     write_json(folder / CONFIG, {
-        "peft_type": "LORA", "task_type": s.task_type, "base_model_name_or_path": s.base, "revision": None,
+        **common,
         "r": s.rank, "lora_alpha": s.alpha, "lora_dropout": s.dropout, "target_modules": list(s.targets),
-        "modules_to_save": list(s.copied) or None, "bias": "none", "fan_in_fan_out": s.transposed,
+        "bias": "none", "fan_in_fan_out": s.transposed,
         "use_rslora": s.rslora, "use_dora": s.dora, "rank_pattern": dict(s.ranks), "alpha_pattern": dict(s.alphas),
-        "trainable_token_indices": dict(s.tokens) or None, "init_lora_weights": True, "inference_mode": True,
+        "trainable_token_indices": dict(s.tokens) or None, "init_lora_weights": True,
         "layers_to_transform": None, "layers_pattern": None, **whole,
     })  # fmt: skip

@@ -1,7 +1,7 @@
 """Exact resume: checkpoints that are whole or absent, in the run folder.
 
     metrics.jsonl             one line a step; a checkpoint knows how many of its bytes belong to it
-    last.<step>/              model.safetensors · optimizer.safetensors · state.json · manifest.json
+    last.<step>/              model.safetensors (what is trained) · optimizer.safetensors · state.json · manifest.json
     best.<step>/              model.safetensors · manifest.json: the weights with the lowest validation loss
 
 A checkpoint is written under a hidden name, every file is flushed to the disk, the manifest of SHA-256 sums comes
@@ -25,21 +25,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from lmworks.base.errors import FormatError, InputError, TrainingError
 from lmworks.base.files import STAGED, free_bytes, read_json, sha256, sync_folder
 from lmworks.training.optim import load_optimizer, optimizer_tensors
+from lmworks.training.stored import frozen_sum, saved_tensors, tensor_bytes
 
 LAST, BEST = "last", "best"
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
-DTYPES = {
-    torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-COPIES = (
-    4  # of the weights, and of the gradients' size: two checkpoints with two moments each, two sets of best weights
-)
+COPIES = 4  # of the weights: two checkpoints, two sets of best weights
+KEPT = 2  # checkpoints that hold the optimizer's moments
 SMALL_FILES = 10_000_000  # bytes: the log, the states
 
 
@@ -53,23 +49,42 @@ class State:
     best_step: int | None = None
     best_loss: float | None = None  # of the best weights
     best_score: float = 0.0  # what they were chosen by: the higher, the better
-    waited: int = 0  # validations since the best one
+    waited: int = 0  # validations since the last one that counts as better
+    mark: float | None = None  # the score of that one
+    stopped: str = ""  # why a callback ended the run
+    skipped: int = 0  # steps without an update, because fp16 overflowed
+    loss_scale: float = 1.0  # by which the loss is multiplied before fp16 gradients are taken
+    good_steps: int = 0  # since that last changed
     metrics_bytes: int = 0  # how much of metrics.jsonl belongs to this state
     dtype: str = "fp32"
     compiled: bool = False
     threads: int = 1
+    ranks: int = 1  # processes that trained last
+    shares: list[float] = field(default_factory=list)  # of a batch's rows, one for each part in which it is computed
+    paced: int = 0  # processes by whose speed the shares were chosen
     torch: str = field(default_factory=lambda: str(torch.__version__))
     data: str = ""  # fingerprint of the data source
+    frozen: str = ""  # SHA-256 of the weights that are not trained, which no checkpoint holds
     config: dict[str, Any] = field(default_factory=dict)
 
+    def judge(self, score: float, loss: float, *, min_delta: float = 0.0) -> bool:
+        """Note a validation; tell whether its weights are the best. Of equal scores the lower loss is better."""
+        best = self.best_loss is None or (score, -loss) > (self.best_score, -self.best_loss)
+        if best:
+            self.best_step, self.best_loss, self.best_score = self.step, loss, score
+        self.waited += 1
+        if best and (self.mark is None or score >= self.mark + min_delta):
+            self.mark, self.waited = score, 0
+        return best
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, state: State) -> Path:
+
+def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> Path:
     """Write `last.<step>`; keep the checkpoint before it and the best weights that either of them names."""
     prune(folder, keep=newest(folder, 1), best={state.best_step})
     write_folder(
         folder / f"{LAST}.{state.step}",
         {
-            MODEL: tensor_bytes(model_tensors(model)),
+            MODEL: tensor_bytes(saved_tensors(model)),
             OPTIMIZER: tensor_bytes(optimizer_tensors(model, optimizer)),
             STATE: [json.dumps(asdict(state), indent=2, allow_nan=False).encode()],
         },
@@ -81,7 +96,7 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW
 def save_best(folder: Path, model: nn.Module, *, step: int) -> None:
     """Write `best.<step>`; the next `save_checkpoint` removes what it replaces."""
     prune(folder, keep=newest(folder, 1))
-    write_folder(folder / f"{BEST}.{step}", {MODEL: tensor_bytes(model_tensors(model))})
+    write_folder(folder / f"{BEST}.{step}", {MODEL: tensor_bytes(saved_tensors(model))})
 
 
 def load_checkpoint(folder: Path) -> tuple[Path, State] | None:
@@ -109,10 +124,10 @@ def load_checkpoint(folder: Path) -> tuple[Path, State] | None:
     return None
 
 
-def load_into(path: Path, model: nn.Module, optimizer: torch.optim.AdamW | None = None, *, step: int = 0) -> None:
+def load_into(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, step: int = 0) -> None:
     """Put a checkpoint's weights, and the optimizer's moments after `step` updates, into these objects."""
     saved = load_file(path / MODEL)
-    expected = model_tensors(model)
+    expected = saved_tensors(model)
     wrong = sorted(
         {*saved, *expected} - {name for name in saved if name in expected and saved[name].shape == expected[name].shape}
     )
@@ -221,31 +236,13 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
     return digest.hexdigest()
 
 
-def tensor_bytes(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """Yield a safetensors file piece by piece, so that no second copy of the tensors is made."""
-    header: dict[str, Any] = {}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for tensor in tensors.values():
-        if tensor.nbytes:
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            yield flat.view(torch.uint8).numpy().data
-
-
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's parameters and saved buffers by name; a tied one once, under its first name."""
-    seen: set[int] = set()
-    tensors = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            tensors[name] = tensor.detach()
-    return tensors
+def check_same_base(state: State, model: nn.Module, folder: Path) -> None:
+    """Refuse to resume beside other frozen weights than those that the run began with."""
+    if state.frozen != frozen_sum(model):
+        raise InputError(
+            "the frozen weights are not those that this run began with", where=str(folder),
+            found="another base model, or one that was changed", fix="give the same base, or start in another folder",
+        )  # fmt: skip
 
 
 def check_same_run(state: State, config: dict[str, Any], data: str, folder: Path) -> None:
@@ -265,11 +262,11 @@ def check_same_run(state: State, config: dict[str, Any], data: str, folder: Path
         )
 
 
-def check_space(folder: Path, model: nn.Module) -> None:
-    """Raise InputError where the checkpoints of this model will not fit on the disk."""
-    tensors = model_tensors(model)
+def check_space(folder: Path, model: nn.Module, *, moments: int = 2) -> None:
+    """Raise InputError where the checkpoints of this model, with so many moments a parameter, will not fit."""
+    tensors = saved_tensors(model)
     parameters = {name: p.nbytes for name, p in model.named_parameters() if p.requires_grad}
-    need = COPIES * (sum(t.nbytes for t in tensors.values()) + sum(parameters.values())) + SMALL_FILES
+    need = COPIES * sum(t.nbytes for t in tensors.values()) + KEPT * moments * sum(parameters.values()) + SMALL_FILES
     held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     free = free_bytes(folder) + held
     if free < need:
@@ -284,7 +281,7 @@ def check_space(folder: Path, model: nn.Module) -> None:
 
 def check_finite(model: nn.Module, folder: Path) -> None:
     """Raise TrainingError instead of saving NaN or infinity."""
-    for name, tensor in model_tensors(model).items():
+    for name, tensor in saved_tensors(model).items():
         if not torch.isfinite(tensor).all():
             raise TrainingError(
                 f"the weights of {name} hold NaN or infinity; nothing was saved", where=str(folder), fix="lower --lr"

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from lmworks.base.errors import InputError
 from lmworks.tasks.base import Facts, Task
+from lmworks.tasks.embed import FeatureExtraction
 from lmworks.text.labelled import Labelled
 from lmworks.tokens.tokenizer import Tokenizer
+from lmworks.training.contrastive import GroupLoss, make_group_objective, make_group_rows, pooled, read_by_head
 from lmworks.training.examples import Masking, Row, balance
 from lmworks.training.objectives import BinaryLoss, CausalLoss, ClassLoss, Objective, SpanLoss, SquaredLoss
 from lmworks.training.rows import (
@@ -21,6 +23,7 @@ from lmworks.training.tuning import Tuning
 
 CLASSES = ("text-classification", "image-classification")
 LABELLED = (*CLASSES, "token-classification")
+PACKED_ROW = 512
 WORDS = ("fill-mask", "text-generation")  # tasks whose labels are the text itself
 
 
@@ -52,6 +55,8 @@ def make_rows(
                 return make_masked_rows(tokenizer, data.examples, facts)
             return make_language_rows(tokenizer, data.examples, facts, long=tuning.long)
         assert prepared is not None
+        if task == "feature-extraction":
+            return make_group_rows(prepared, data.examples, data.references)
         if task == "token-classification":
             return make_tag_rows(prepared, data.examples, data.references, labels, every=tuning.every_token)
         if task == "question-answering":
@@ -60,6 +65,27 @@ def make_rows(
     except InputError as error:
         error.where = f"{data.where}, {error.where}" if error.where else data.where
         raise
+
+
+def check_order(task: str, tuning: Tuning) -> None:
+    """Raise InputError for a way to pack, order or mix the rows that this task, or another knob, does not allow."""
+    compared = task == "feature-extraction" or getattr(tuning, "contrastive", False)
+    refused = {
+        "--pack is for texts whose words are learned": tuning.pack and task not in WORDS,
+        "--pack fills rows, so --batch-tokens has no use": tuning.pack and tuning.batch_tokens is not None,
+        "--curriculum reads each row once, --balanced does not": tuning.curriculum != "none" and tuning.balanced,
+        "all pictures have one length": tuning.curriculum == "length" and task == "image-classification",
+        "a text that is compared with others has no loss of its own": tuning.curriculum == "loss" and compared,
+        "--also does not go with comparing texts": bool(tuning.also) and compared,
+    }
+    for reason, holds in refused.items():
+        if holds:
+            raise InputError(reason, found=f"--task {task}", fix="leave out one of them")
+
+
+def row_length(facts: Facts, tuning: Tuning) -> int:
+    """Return how many tokens a packed row has: --max-length, else at most 512."""
+    return tuning.max_length or min(facts.max_length, PACKED_ROW)
 
 
 def make_masking(tokenizer: Tokenizer, *, whole_words: bool) -> Masking:
@@ -79,6 +105,23 @@ def make_objective(task: str, problem: str | None, tuning: Tuning, weights: Sequ
             return CausalLoss()
         return SquaredLoss() if problem == "regression" else BinaryLoss() if problem else SpanLoss()
     return ClassLoss(weights=weights, smoothing=tuning.label_smoothing)
+
+
+def make_comparison(
+    task: str, problem: str | None, tuning: Tuning, rows: Sequence[Row], prepared: Task | None
+) -> GroupLoss:
+    """Return the loss over the vectors of texts; raise InputError for an option that it has no use for."""
+    for name in ("label_smoothing", "class_weights", "balanced"):
+        if getattr(tuning, name):
+            raise InputError(f"--{name.replace('_', '-')} does not go with comparing texts", fix="leave it out")
+    settings = {"parts": tuning.accumulation, "temperature": tuning.temperature}
+    if task == "feature-extraction":
+        assert isinstance(prepared, FeatureExtraction)
+        options = {"symmetric": tuning.symmetric, "triplet": tuning.triplet_loss}
+        return make_group_objective(rows, pooled(prepared), **settings, **options)  # type: ignore[arg-type]
+    if task != "text-classification" or problem != "single_label_classification":
+        raise InputError("--contrastive is for texts with one label each", found=task, fix="leave it out")
+    return make_group_objective(rows, read_by_head, **settings)  # type: ignore[arg-type]
 
 
 def single_classes(data: Labelled, task: str, rows: Sequence[Row]) -> list[int]:

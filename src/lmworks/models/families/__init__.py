@@ -63,6 +63,7 @@ TASKS = {  # pipeline name -> the head that answers
     "image-classification": "ImageClassification",
 }
 ADAPTED = "adapted_config.json"  # beside an adapter, where transformers would take a config.json for a whole model's
+CUSTOM, PARTS = "lmworks-custom", "lmworks_custom"  # the type, and the key, of a model with layers of a user's own
 LABELLED = ("SequenceClassification", "TokenClassification", "ImageClassification")
 
 
@@ -120,8 +121,9 @@ def read_config(folder: str | Path) -> Config:
         raise InputError("there is no such model folder", where=str(folder), fix="check the path")
     path = folder / (ADAPTED if (folder / ADAPTED).is_file() else "config.json")
     hf = read_json(path)
+    own = hf.get(PARTS) if hf.get("model_type") == CUSTOM else None
     try:
-        return find_family(str(hf.get("model_type"))).config(hf)
+        return find_family(str((own or hf).get("model_type"))).config(hf)
     except LmworksError as error:
         kind = FormatError if isinstance(error, FormatError) else InputError
         raise kind(error.what, where=str(path), found=error.found, expected=error.expected, fix=error.fix) from None
@@ -139,6 +141,11 @@ def write_config(c: Config, kind: str = "CausalLM") -> dict[str, Any]:
     before = describe(find_family(c.model_type).config(c.source), kind)
     changed = {key: value for key, value in ours.items() if before[key] != value}
     return {**ours, **c.source, **changed, "architectures": ours["architectures"]}
+
+
+def mark_custom(config: dict[str, Any], parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a config.json that no reader takes for the published model's: without its parts it answers otherwise."""
+    return {**config, "model_type": CUSTOM, PARTS: {"model_type": config["model_type"], "parts": parts}}
 
 
 def describe(c: Config, kind: str) -> dict[str, Any]:

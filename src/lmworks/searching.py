@@ -1,0 +1,280 @@
+"""Search the knobs of fine-tuning: many trials, several processes, any of them killed at any time, one best model.
+
+    lmworks tune MODEL TRAIN --trials 24 --storage search.jsonl -o OUT     OUT is the best trial's model folder
+
+Every trial is a run of `lmworks finetune` in OUT.partial/training/trials/N, which resumes exactly. The same command,
+started again or beside the first, goes on with the same search; whoever ends last writes OUT.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from lmworks.base.errors import InputError, Interrupted, LmworksError, TrainingError
+from lmworks.base.files import check_output, put_in_place, read_json, write_json, write_text
+from lmworks.base.optional import require
+from lmworks.base.report import Report
+from lmworks.base.threads import cpu_count
+from lmworks.finetuning import (
+    BASELINES,
+    find_baselines,
+    publish,
+)
+from lmworks.search_plan import LOCKS, TRIALS, Plan, Request, open_study, read_plan, settings_of
+from lmworks.search_report import make_report, write_curves, write_trials
+from lmworks.search_study import FileLock, How, SharedStudy, Trial
+from lmworks.tasks.base import one_of
+from lmworks.training.tuning import Tuning
+
+if TYPE_CHECKING:
+    from lmworks.training.finetune import Tuned
+    from lmworks.training.train_config import TrainResult
+    from lmworks.training.trainer import Trainer
+
+WAIT = 0.3  # seconds between two looks for a trial to take over
+PathLike = str | Path
+
+
+def tune(
+    model: PathLike,
+    train: PathLike,
+    out: PathLike,
+    *,
+    storage: PathLike,
+    trials: int | None = None,
+    space: Sequence[str] = (),
+    search: How = "tpe",
+    seeds: int = 1,
+    jobs: int = 1,
+    validation: PathLike | None = None,
+    task: str | None = None,
+    tuning: Tuning | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    header: bool = True,
+    split: str | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+    **knobs: Any,
+) -> Report:
+    """Fine-tune with many settings of the knobs in `space`; `out` is the best trial's model folder, with a report.
+
+    `space` holds "lr=1e-5..1e-3:log" (a range) or "batch_size=8,16" (choices); without it lr, batch size and epochs
+    vary. `knobs` are those of `Tuning` that stay the same. `storage` is the file of the search: the same call goes on
+    with it after a kill, and may run several times at once; `jobs` starts so many processes here. A "grid" runs every
+    combination, each with `seeds` seeds. Raises InputError for what cannot be searched; Interrupted after Ctrl-C.
+    """
+    require("optuna", extra="tune")
+    require("torch", extra="torch")
+    one_of(search, get_args(How), "search")
+    request = Request(
+        model=str(model), train=Path(train), out=Path(out), storage=Path(storage), trials=trials, space=tuple(space),
+        search=search, seeds=seeds,
+        validation=None if validation is None else Path(validation), task=task,
+        tuning=tuning or Tuning.from_dict(knobs), split=split, revision=revision,
+        columns={"text_column": text_column, "label_column": label_column, "header": header},
+    )  # fmt: skip
+    if not 1 <= jobs <= 64:
+        raise InputError("--jobs is out of range", found=str(jobs), expected="1 to 64")
+    check_output(out, overwrite=overwrite)
+    plan = read_plan(request)
+    study = open_study(plan, overwrite=overwrite)
+    with helpers(request, jobs - 1):
+        run_trials(plan, study)
+    return finish(plan, study)
+
+
+@contextmanager
+def helpers(request: Request, count: int) -> Iterator[None]:
+    """Run so many more processes on the same search; they share the processors with this one, and end before it."""
+    if not count:
+        yield
+        return
+    threads = str(max(1, cpu_count() // (count + 1)))
+    before, os.environ["LMWORKS_THREADS"] = os.environ.get("LMWORKS_THREADS"), threads
+    code = "from lmworks.searching import join; join()"
+    started = [subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) for _ in range(count)]
+    try:
+        for process in started:
+            assert process.stdin is not None
+            process.stdin.write(pickle.dumps((request, os.getpid())))
+            process.stdin.close()
+        yield
+        if max(process.wait() for process in started):
+            raise LmworksError("a process of the search failed", fix="see its message above")
+    except BaseException:
+        for process in started:
+            process.terminate()  # it saves its trial
+            process.wait()
+        raise
+    finally:
+        if before is None:
+            del os.environ["LMWORKS_THREADS"]
+        else:
+            os.environ["LMWORKS_THREADS"] = before
+
+
+def join() -> None:
+    """Take part in the search that standard input describes: the body of a process that `helpers` starts."""
+    request, parent = pickle.load(sys.stdin.buffer)
+    try:
+        plan = read_plan(request)
+        run_trials(plan, open_study(plan, overwrite=False), parent=parent)
+    except LmworksError as error:
+        print(f"lmworks: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+
+
+def run_trials(plan: Plan, study: SharedStudy, *, parent: int | None = None) -> None:
+    """Run trials until none is left, those of killed processes too."""
+    while plan.partial.is_dir() and (parent is None or os.getppid() == parent):
+        trial = study.claim()
+        if trial is None:
+            if study.all_done():
+                return
+            time.sleep(WAIT)
+            continue
+        try:
+            run_trial(plan, study, trial, parent)
+            sweep(plan, study)
+        except Interrupted as error:
+            raise Interrupted("the search stopped; everything is saved", where=str(plan.partial), found=error.what,
+                              fix="run the same command again to go on") from None  # fmt: skip
+        finally:
+            os.close(trial.handle)
+
+
+class Watch:
+    """Listens to a trial: successive halving may end it, and a process whose parent is gone stops."""
+
+    def __init__(self, plan: Plan, study: SharedStudy, trial: Trial, parent: int | None) -> None:
+        self.plan, self.study, self.trial, self.parent = plan, study, trial, parent
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Nothing."""
+
+    def on_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def on_validation(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        """Record the score, and end a trial that is not among the best third at its rung."""
+        if self.parent is not None and os.getppid() != self.parent:
+            raise Interrupted("the process that began the search is gone")
+        if self.plan.request.search != "halving" or trainer.finished:
+            return
+        rung = math.ceil(trainer.state.step / trainer.config.eval_every)
+        score = row.get("val_loss" if self.plan.criterion == "loss" else self.plan.criterion)
+        if score is not None and not self.study.goes_on(self.trial, rung, score):
+            trainer.stop(f"halving: not among the best at validation {rung}")
+
+    def on_end(self, trainer: Trainer, result: TrainResult | None) -> None:
+        """Nothing."""
+
+
+def train(plan: Plan, number: int, tuning: Tuning, callbacks: Sequence[Watch] = ()) -> tuple[Any, Tuned]:
+    """Run a trial to its end, or read it if it is at its end: its setup, and what came out."""
+    from lmworks.training.finetune import set_up
+    from lmworks.training.finetune import tune as fit
+
+    setup = set_up(plan.folder, plan.data, plan.held_out, task=plan.task, tuning=tuning, domains=plan.domains)
+    place = plan.partial / TRIALS / str(number)
+    place.mkdir(parents=True, exist_ok=True)
+    baselines = None if callbacks else find_baselines(place / BASELINES, setup, plan.data, plan.held_out)
+    tuned = fit(setup, plan.held_out, place, task=plan.task, tuning=tuning, callbacks=callbacks)
+    return (setup, baselines), tuned
+
+
+def run_trial(plan: Plan, study: SharedStudy, trial: Trial, parent: int | None) -> None:
+    """Run one trial and tell its score: the main metric of the weights that scored best."""
+    from lmworks.training.measure import measure
+
+    tuning = settings_of(plan, trial.params)
+    try:
+        (setup, _), tuned = train(plan, trial.number, tuning, [Watch(plan, study, trial, parent)])
+    except TrainingError as error:
+        study.tell(trial, None, {"failed": error.what})
+        say(f"trial {trial.number}: {error.what}")
+        return
+    result = tuned.result
+    value = result.best_loss
+    if plan.criterion != "loss":
+        value = measure(setup.predictor, plan.held_out, problem=setup.problem)[plan.criterion]
+    facts = {"seconds": round(result.seconds, 2), "steps": result.steps, "best_step": result.best_step,
+             "loss": result.best_loss, "stopped": result.stopped}  # fmt: skip
+    study.tell(trial, value, facts, pruned=bool(result.stopped))
+    shown = ", ".join(f"{name} {x:.3g}" if isinstance(x, float) else f"{name} {x}" for name, x in trial.params.items())
+    ended = f" ({result.stopped})" if result.stopped else ""
+    say(f"trial {trial.number} of {plan.count}: {plan.criterion} {value:.4f} · {shown} · {result.seconds:.0f} s{ended}")
+
+
+def sweep(plan: Plan, study: SharedStudy) -> None:
+    """Remove the weights of every trial that is over, but for the best one's; the curves stay."""
+    trials = study.trials()
+    done = [trial for trial in trials if trial.state.name == "COMPLETE"]
+    best = min(done, key=study.order, default=None)
+    for trial in trials:
+        if trial.state.is_finished() and trial is not best:
+            drop_weights(plan.partial / TRIALS / str(trial.number))
+
+
+def drop_weights(place: Path) -> None:
+    """Remove the checkpoints of a run folder."""
+    for path in place.glob("*.*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)  # another process may do the same
+
+
+def finish(plan: Plan, study: SharedStudy) -> Report:
+    """Write OUT: the best trial's model and the report; of several processes one does, and the others wait."""
+    request, partial, out = plan.request, plan.partial, plan.request.out
+    lock = FileLock(request.storage.with_name(f"{request.storage.name}.finish.lock"))
+    lock.acquire()
+    try:
+        best = study.best()
+        if best is None:
+            raise LmworksError("no trial came to its end", where=str(request.storage),
+                               found=str(study.trials()[0].user_attrs.get("failed", "")),
+                               fix="search lower rates: --space lr=1e-6..1e-4:log, and another --storage")  # fmt: skip
+        facts: dict[str, Any] = {"criterion": plan.criterion, "held_out": len(plan.held_out), "out": str(out)}
+        if is_published(out, study):  # another process was faster
+            shutil.rmtree(partial, ignore_errors=True)
+            return make_report(study, plan.knobs, out / TRIALS, **facts)
+        tuning = settings_of(plan, best.params)
+        (setup, baselines), tuned = train(plan, best.number, tuning)
+        report = make_report(study, plan.knobs, partial / TRIALS, **facts)
+        write_trials(study, partial)
+        write_curves(study, partial, partial / TRIALS)
+        write_json(partial / "search.json", report.to_dict())
+        write_text(partial / "search.html", report.to_html())
+        for path in (partial / TRIALS / str(best.number)).glob("*.json*"):
+            shutil.copy(path, partial / "training")
+        publish(partial, plan.folder, request.model, tuned, setup, plan.data, plan.held_out, baselines or {}, tuning,
+                plan.task, out)  # fmt: skip
+        put_in_place(partial, out.absolute())
+        drop_weights(out / TRIALS / str(best.number))
+        shutil.rmtree(out / LOCKS, ignore_errors=True)
+        return report
+    finally:
+        lock.release()
+
+
+def is_published(out: Path, study: SharedStudy) -> bool:
+    """Tell whether the folder holds the result of this search with all of its trials."""
+    path = out / "search.json"
+    found = read_json(path) if path.is_file() else {}
+    return (found.get("id"), len(found.get("trials", ()))) == (study.id, len(study.trials()))
+
+
+def say(text: str) -> None:
+    """Print one line of progress."""
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
