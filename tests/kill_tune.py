@@ -1,8 +1,9 @@
 """Start a search again and again, kill it at random moments, and say what it left.
 
-    python kill_tune.py FOLDER TRIALS KILLS SEED
+    python kill_tune.py FOLDER TRIALS KILLS SEED WORKERS SPACE…
 
-FOLDER holds `body`, `train.jsonl` and `validation.jsonl`. The processes that are killed are forks of this one.
+FOLDER holds `body`, `train.jsonl` and `validation.jsonl`. So many processes run at the same time, all with the same
+command; those that are killed are forks of this one.
 """
 
 from __future__ import annotations
@@ -20,36 +21,44 @@ import optuna  # noqa: F401 (imported once, before the forks)
 from lmworks.searching import tune
 
 
-def start(root: Path, trials: int) -> int:
+def start(root: Path, trials: int, space: list[str]) -> int:
     """Fork a process that runs the search to its end; return its id."""
     child = os.fork()
     if child:
         return child
     code = 1
     try:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
+        sys.stderr = (root / "log.txt").open("a")
         tune(
             root / "body", root / "train.jsonl", root / "killed", validation=root / "validation.jsonl",
-            storage=root / "killed.jsonl", task="text-classification", trials=trials, dtype="fp32",
-            space=("lr=3e-4..3e-2:log", "batch_size=8,16", "epochs=1..2"),
+            storage=root / "killed.jsonl", task="text-classification", trials=trials, dtype="fp32", space=space,
         )  # fmt: skip
         code = 0
+    except Exception as error:
+        sys.stderr.write(f"{error!r}: {error}\n")
+        code = 3 if "already holds a model" in str(error) else 1
     finally:
+        sys.stderr.flush()
         os._exit(code)
 
 
 def main() -> None:
-    """Kill it so many times, then let it end."""
-    root, trials, kills, rng = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), random.Random(int(sys.argv[4]))
-    done = 0
+    """Kill one of them so many times, then let them end."""
+    root, space = Path(sys.argv[1]), sys.argv[6:]
+    trials, kills, seed, workers = map(int, sys.argv[2:6])
+    rng, done, running = random.Random(seed), 0, list[int]()
     while not (root / "killed").is_dir():
-        child = start(root, trials)
+        running += [start(root, trials, space) for _ in range(workers - len(running))]
         if done < kills:
-            time.sleep(rng.uniform(0.3, 2.5))
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        assert status in (0, signal.SIGKILL), status
+            time.sleep(rng.uniform(0.3, 2.5) / workers)
+            os.kill(rng.choice(running), signal.SIGKILL)
+        child, status = os.wait()
+        assert status in (0, signal.SIGKILL, 3 << 8), (status, (root / "log.txt").read_text())
+        running.remove(child)
         done += status == signal.SIGKILL
+    for child in running:
+        _, status = os.waitpid(child, 0)
+        assert status in (0, signal.SIGKILL, 3 << 8), (status, (root / "log.txt").read_text())
     print(json.dumps({"kills": done}))
 
 

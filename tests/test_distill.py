@@ -179,7 +179,7 @@ def test_the_command_line_says_what_it_would_cost(
     assert "--layers 7" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_kill_at_any_moment_changes_no_bit(kills: int, languages: Path, tmp_path: Path) -> None:
     """The teacher is in no checkpoint, and read anew by the resumed run."""
     shutil.copytree(languages, tmp_path, dirs_exist_ok=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,24 +21,26 @@ from optuna.storages.journal import JournalFileBackend, JournalStorage
 sys.path.insert(0, str(Path(__file__).with_name("training")))
 from tuning_models import make_body, two_languages, write_rows
 
-from lmworks.base.errors import InputError
+from lmworks.base.errors import InputError, LmworksError
 from lmworks.base.report import Report
 from lmworks.export.receipt import check_receipt
 from lmworks.finetuning import evaluate_task, finetune
 from lmworks.search_space import make_grid, read_space
+from lmworks.search_study import SharedStudy
 from lmworks.searching import tune
 from lmworks.training.tuning import Tuning
 
 SCRIPT = Path(__file__).with_name("kill_tune.py")
-SPACE = ("lr=3e-4..3e-2:log", "batch_size=8,16", "epochs=1..2")
+SPACE = ("lr=2e-3..3e-2:log", "batch_size=8,16", "epochs=1..2")
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
     """Train on one thread, and give the threads back."""
     before = torch.get_num_threads()
-    monkeypatch.setenv("LMWORKS_THREADS", "1")
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LMWORKS_THREADS", "1")
+        yield
     torch.set_num_threads(before)
 
 
@@ -47,7 +51,7 @@ def languages(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     train = two_languages(data_folder, skip=0, count=60)
     make_body(root / "body", (text for text, _ in train))
     write_rows(root / "train.jsonl", train)
-    write_rows(root / "validation.jsonl", two_languages(data_folder, skip=500, count=30))
+    write_rows(root / "validation.jsonl", two_languages(data_folder, skip=500, count=40))
     return root
 
 
@@ -55,27 +59,53 @@ def search(root: Path, out: Path, **changes: Any) -> Report:
     """Search on the languages."""
     settings: dict[str, Any] = {
         "validation": root / "validation.jsonl", "storage": out.with_suffix(".jsonl"), "task": "text-classification",
-        "trials": 4, "space": SPACE, "dtype": "fp32", **changes,
+        "trials": 8, "space": SPACE, "dtype": "fp32", **changes,
     }  # fmt: skip
     return tune(root / "body", root / "train.jsonl", out, **settings)
 
 
+@pytest.fixture(scope="module")
+def whole(languages: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+    """A search of eight trials in one process that nobody killed: OUT, beside its storage, and the report."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    return out, search(languages, out)
+
+
+@pytest.fixture
+def copied(whole: tuple[Path, Report], tmp_path: Path) -> Path:
+    """A copy of that search, to do something to."""
+    shutil.copytree(whole[0], tmp_path / "out")
+    shutil.copy(whole[0].with_suffix(".jsonl"), tmp_path)
+    return tmp_path / "out"
+
+
+def open_storage(storage: Path) -> list[optuna.trial.FrozenTrial]:
+    """Return the trials that Optuna itself finds in the file."""
+    return optuna.load_study(storage=JournalStorage(JournalFileBackend(str(storage))), study_name="lmworks").trials
+
+
 def read_trials(storage: Path) -> list[Any]:
-    """Return the trials that Optuna itself finds in the file, without their times."""
-    study = optuna.load_study(storage=JournalStorage(JournalFileBackend(str(storage))), study_name="lmworks")
-    return [(t.number, t.state.name, t.params, t.value, t.user_attrs["loss"]) for t in study.trials]
+    """Return what a trial is, without its times."""
+    return [(t.number, t.state.name, t.params, t.value, t.user_attrs["loss"]) for t in open_storage(storage)]
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a csv file."""
+    with path.open() as file:
+        return list(csv.DictReader(file))
 
 
 # --------------------------------------------------------------------------------------------------- the whole search
 
 
-def test_the_best_trial_is_the_model_that_finetune_makes(languages: Path, tmp_path: Path) -> None:
+def test_the_best_trial_is_the_model_that_finetune_makes(
+    languages: Path, whole: tuple[Path, Report], tmp_path: Path
+) -> None:
     """Same bits as one `finetune` with its knobs; the table, the curves and the report are there."""
-    out = tmp_path / "out"
-    values = search(languages, out).values
-    best = values["best"]
-    assert [row["trial"] for row in values["trials"]] == [0, 1, 2, 3]
-    assert best["score"] == max(row["score"] for row in values["trials"])
+    out, values = whole[0], whole[1].values
+    best, scores = values["best"], [row["score"] for row in values["trials"]]
+    assert [row["trial"] for row in values["trials"]] == list(range(8))
+    assert best["score"] == max(scores) > 0.8 > min(scores)
     finetune(
         languages / "body", languages / "train.jsonl", tmp_path / "alone", validation=languages / "validation.jsonl",
         task="text-classification", dtype="fp32", **{name: best[name] for name in ("lr", "batch_size", "epochs")},
@@ -84,63 +114,98 @@ def test_the_best_trial_is_the_model_that_finetune_makes(languages: Path, tmp_pa
     assert weights[0] == weights[1]
     assert evaluate_task(out, languages / "validation.jsonl").values["accuracy"] == best["score"]
     assert check_receipt(out)["passed"] and not out.with_name("out.partial").exists()
-    with (out / "trials.csv").open() as file:
-        assert [float(row["score"]) for row in csv.DictReader(file)] == [row["score"] for row in values["trials"]]
-    with (out / "curves.csv").open() as file:
-        steps = {int(row["trial"]): int(row["step"]) for row in csv.DictReader(file)}
+    assert [float(row["score"]) for row in read_csv(out / "trials.csv")] == scores
+    steps = {int(row["trial"]): int(row["step"]) for row in read_csv(out / "curves.csv")}
     assert steps == {row["trial"]: row["steps"] for row in values["trials"]}
-    varied = len({row["score"] for row in values["trials"]}) > 1
-    assert set(values["importance"]) == ({"lr", "batch_size", "epochs"} if varied else set())
     page = (out / "search.html").read_text()
     assert "Trial " in page and "<circle" in page and "log10 of lr" in page
     assert not [path for path in (out / "training").rglob("*.*") if path.is_dir()]
+
+
+def test_importance_is_optuna_s_and_the_noise_that_of_an_accuracy(whole: tuple[Path, Report]) -> None:
+    out, values = whole[0], whole[1].values
+    study = optuna.load_study(
+        storage=JournalStorage(JournalFileBackend(str(out.with_suffix(".jsonl")))), study_name="lmworks"
+    )
+    assert values["importance"] == pytest.approx(optuna.importance.get_param_importances(study), abs=1e-4)
+    share = (values["best"]["score"] * 80 + 1) / 82
+    assert values["noise"] == pytest.approx(math.sqrt(share * (1 - share) / 80))
+
+
+def test_more_trials_go_on_with_a_search_that_is_done(
+    languages: Path, whole: tuple[Path, Report], copied: Path
+) -> None:
     with pytest.raises(InputError, match="already holds a model"):
-        search(languages, out)
-    more = search(languages, out, trials=5, overwrite=True).values
-    assert more["trials"][:4] == values["trials"] and len(more["trials"]) == 5
+        search(languages, copied)
+    more = search(languages, copied, trials=9, overwrite=True).values
+    assert more["trials"][:8] == whole[1].values["trials"] and len(more["trials"]) == 9
+    assert (copied / "model.safetensors").exists() and not list(copied.parent.glob("*partial*"))
 
 
-def test_a_search_that_is_killed_and_resumed_is_the_same_search(languages: Path, tmp_path: Path) -> None:
-    check_kills(languages, tmp_path, trials=5, kills=4, seed=1)
+def test_a_search_that_is_killed_and_resumed_is_the_same_search(
+    languages: Path, whole: tuple[Path, Report], tmp_path: Path
+) -> None:
+    killed = kill_search(languages, tmp_path, trials=8, kills=3, seed=1)
+    check_same_search(killed, whole[0])
 
 
 @pytest.mark.slow
 def test_24_trials_with_many_kills(languages: Path, tmp_path: Path) -> None:
     """TPE learns from trial 8 on, and is the same search too."""
-    check_kills(languages, tmp_path, trials=24, kills=20, seed=2)
+    killed = kill_search(languages, tmp_path, trials=24, kills=20, seed=2)
+    search(languages, tmp_path / "whole", trials=24)
+    check_same_search(killed, tmp_path / "whole")
 
 
-def check_kills(root: Path, tmp_path: Path, *, trials: int, kills: int, seed: int) -> None:
-    """Compare trials, curves and weights with those of a search that nobody killed."""
+@pytest.mark.slow
+def test_24_trials_of_two_processes_with_many_kills(languages: Path, tmp_path: Path) -> None:
+    """Which trials TPE learns from follows from who is faster; that each is run once does not."""
+    killed = kill_search(languages, tmp_path, trials=24, kills=20, seed=3, workers=2)
+    found = open_storage(killed.with_suffix(".jsonl"))
+    assert [(t.number, t.state.name) for t in found] == [(number, "COMPLETE") for number in range(24)]
+    assert [int(row["trial"]) for row in read_csv(killed / "trials.csv")] == list(range(24))
+    curves = read_csv(killed / "curves.csv")
+    assert len({(row["trial"], row["step"]) for row in curves}) == len(curves)
+
+
+def kill_search(root: Path, folder: Path, *, trials: int, kills: int, seed: int, workers: int = 1) -> Path:
+    """Run a search that is killed so often; return its folder."""
     for name in ("body", "train.jsonl", "validation.jsonl"):
-        (tmp_path / name).symlink_to(root / name)
+        (folder / name).symlink_to(root / name)
     done = subprocess.run(
-        [sys.executable, SCRIPT, tmp_path, str(trials), str(kills), str(seed)], capture_output=True, text=True
+        [sys.executable, SCRIPT, folder, *map(str, (trials, kills, seed, workers)), *SPACE],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["kills"] >= kills - 1
-    search(root, tmp_path / "whole", trials=trials)
-    found, expected = (read_trials(tmp_path / f"{name}.jsonl") for name in ("killed", "whole"))
-    assert [row[:2] for row in found] == [(number, "COMPLETE") for number in range(trials)]
+    assert json.loads(done.stdout.splitlines()[-1])["kills"] >= min(kills, 15)
+    assert (folder / "killed/search.html").exists() and check_receipt(folder / "killed")["passed"]
+    return folder / "killed"
+
+
+def check_same_search(out: Path, other: Path) -> None:
+    """Compare trials, curves and weights."""
+    found, expected = (read_trials(folder.with_suffix(".jsonl")) for folder in (out, other))
+    assert [row[:2] for row in found] == [(number, "COMPLETE") for number in range(len(expected))]
     assert found == expected
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("killed", "whole")]
-    assert weights[0] == weights[1] and (tmp_path / "killed/search.html").exists()
+    assert (out / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    times = ("seconds", "tokens_per_second")
+    curves = [[{k: v for k, v in row.items() if k not in times} for row in read_csv(folder / "curves.csv")]
+              for folder in (out, other)]  # fmt: skip
+    assert curves[0] == curves[1]
 
 
-def test_two_processes_share_a_search(languages: Path, tmp_path: Path) -> None:
-    """Each trial runs once, whoever takes it; random trials are those of one process alone."""
-    search(languages, tmp_path / "two", jobs=2, search="random", trials=6)
-    found = read_trials(tmp_path / "two.jsonl")
-    assert [row[:2] for row in found] == [(number, "COMPLETE") for number in range(6)]
-    search(languages, tmp_path / "one", search="random", trials=6)
-    assert found == read_trials(tmp_path / "one.jsonl")
+def test_two_processes_share_a_search(languages: Path, whole: tuple[Path, Report], tmp_path: Path) -> None:
+    """Each trial runs once, whoever takes it; the first eight, which learn from none, are those of one process."""
+    search(languages, tmp_path / "two", jobs=2)
+    check_same_search(tmp_path / "two", whole[0])
 
 
 def test_a_grid_is_complete_and_its_curves_can_be_compared(languages: Path, tmp_path: Path) -> None:
     """The variants of a study: every optimizer with the same two seeds; mean and spread are NumPy's."""
     out = tmp_path / "grid"
     report = search(
-        languages, out, search="grid", space=("optimizer=sgd,adam",), seeds=2, trials=None, epochs=1, lr=3e-3
+        languages, out, search="grid", space=("optimizer=sgd,adam",), seeds=2, trials=None, epochs=2, lr=6e-3
     )
     values = report.values
     seen = {(row["optimizer"], row["seed"]): row["score"] for row in values["trials"]}
@@ -148,21 +213,69 @@ def test_a_grid_is_complete_and_its_curves_can_be_compared(languages: Path, tmp_
     for row in values["variants"]:
         scores = [seen[row["optimizer"], seed] for seed in (0, 1)]
         assert (row["mean"], row["sd"]) == pytest.approx((np.mean(scores), np.std(scores, ddof=1)))
-    with (out / "curves.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    assert [row["optimizer"] for row in values["variants"]] == ["adam", "sgd"]
+    rows = read_csv(out / "curves.csv")
+    assert {(row["variant"], row["seed"], row["step"]) for row in rows} == {
+        (f"optimizer {name}", str(seed), str(step)) for name, seed in seen for step in range(1, 17)
+    }
+    assert all(float(row["lr"]) >= 0 < float(row["grad_norm"]) for row in rows)
+    assert [row["step"] for row in rows if row["accuracy"]] == ["8", "16"] * 4
     first = {row["variant"]: float(row["loss"]) for row in rows if row["step"] == "1" and row["seed"] == "0"}
     assert set(first) == {"optimizer sgd", "optimizer adam"} and len(set(first.values())) == 1  # same start
-    assert {name for chart in report.charts for name, _ in chart.series} >= {"sgd", "adam"}
+    labels = {f"{row['optimizer']} {row['mean']:.3f}" for row in values["variants"]}
+    (chart,) = (chart for chart in report.charts if chart.title.startswith("Accuracy"))
+    assert {name for name, _ in chart.series} == labels
+    for name, line in chart.series:
+        scores = [
+            float(row["accuracy"]) for row in rows if row["step"] == "16" and f" {name.split()[0]}" in row["variant"]
+        ]
+        assert line[-1] == (16.0, pytest.approx(np.mean(scores)))
 
 
 def test_halving_stops_the_weaker_trials_early(languages: Path, tmp_path: Path) -> None:
+    """Who goes on is worked out again: at validations 1 and 3, the best third of those that came so far."""
     values = search(
-        languages, tmp_path / "out", search="halving", trials=6, epochs=3, space=("lr=1e-6..2e-2:log",)
+        languages, tmp_path / "out", search="halving", trials=7, epochs=4, space=("lr=1e-4..3e-2:log",)
     ).values
-    states = [row["state"] for row in values["trials"]]
+    trials = open_storage(tmp_path / "out.jsonl")
+    seen: dict[int, list[float]] = {1: [], 3: []}
+    for trial in trials:
+        ended = None
+        for rung, score in trial.intermediate_values.items():
+            if rung in seen and ended is None:
+                better = sum(other > score for other in seen[rung])
+                seen[rung].append(score)
+                ended = None if better < max(1, len(seen[rung]) // 3) else rung
+        assert (trial.state.name == "PRUNED") == (ended is not None)
+        assert trial.user_attrs["steps"] == (trial.user_attrs["planned"] if ended is None else 8 * ended)
     stopped = [row for row in values["trials"] if row["state"] == "stopped"]
-    assert states[0] == "done" and len(stopped) == values["stopped_early"] >= 1
-    assert all(row["steps"] < values["best"]["steps"] for row in stopped)
+    assert len(stopped) == values["stopped_early"] >= 2 and values["steps"] < values["planned_steps"] == 7 * 32
+
+
+def test_trials_that_diverge_count_and_are_told(
+    languages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rate of 10 without clipping ends in a loss that is no number; where all end so there is one error."""
+    wild = {"search": "grid", "trials": None, "optimizer": "sgd", "max_grad_norm": 0, "epochs": 1}
+    report = search(languages, tmp_path / "one", space=("lr=1e-2,10",), **wild)
+    assert (report.values["completed"], report.values["failed"]) == (1, 1)
+    assert any("1 of 2 trials failed and count among them" in note for note in report.notes)
+    assert "1 of 2 trials failed: training diverged" in capsys.readouterr().err
+    with pytest.raises(LmworksError, match="all 2 trials failed"):
+        search(languages, tmp_path / "all", space=("lr=9,10",), **wild)
+    assert not (tmp_path / "all").exists()
+
+
+def test_the_best_variant_is_that_with_the_best_mean(tmp_path: Path) -> None:
+    """One lucky seed does not decide; of the chosen variant the better seed's model is kept."""
+    grid = [{"optimizer": name, "seed": seed} for name in ("sgd", "adam") for seed in (0, 1)]
+    study = SharedStudy(tmp_path / "s", tmp_path, knobs=(), how="grid", seed=0, count=4, maximize=True, grid=grid)
+    for score in (0.9, 0.1, 0.6, 0.7):
+        trial = study.claim()
+        assert trial is not None
+        study.tell(trial, score, {})
+    best = study.best()
+    assert best is not None and best.params == {"optimizer": "adam", "seed": 1}
 
 
 # ------------------------------------------------------------------------------------------------------- bad input
@@ -196,21 +309,31 @@ def test_values_have_their_knob_s_type() -> None:
     assert grid[0] == {"pack": True, "max_length": None, "epochs": 1, "weight_decay": 0.0}
 
 
-def test_a_storage_belongs_to_one_search(languages: Path, tmp_path: Path) -> None:
+def test_a_storage_belongs_to_one_search(languages: Path, copied: Path) -> None:
     """Other data, other knobs, a file that is something else: refused, and nothing is left."""
-    search(languages, tmp_path / "out", trials=1)
-    storage = tmp_path / "out.jsonl"
+    root, storage = copied.parent, copied.with_suffix(".jsonl")
     before = storage.read_bytes()
-    for changes in ({"space": SPACE[:2]}, {"validation": None}, {"seed": 3}):
-        with pytest.raises(InputError, match="another search"):
-            search(languages, tmp_path / "other", storage=storage, trials=1, **changes)
-    assert storage.read_bytes() == before and not list(tmp_path.glob("other*"))
-    (tmp_path / "notes.jsonl").write_text("my notes\n")
+    for changes, what in (
+        ({"space": SPACE[:2]}, "space"), ({"validation": None}, "data"), ({"warmup": 0.3}, "warmup: 0.3"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match="another search") as caught:
+            search(languages, root / "other", storage=storage, **changes)
+        assert caught.value.found.startswith(what)
+    assert storage.read_bytes() == before and not list(root.glob("other*"))
+    (root / "notes.jsonl").write_text("my notes\n")
     with pytest.raises(InputError, match="no storage"):
-        search(languages, tmp_path / "notes", trials=1)
-    assert (tmp_path / "notes.jsonl").read_text() == "my notes\n"
-    with pytest.raises(InputError, match="trials"):
-        search(languages, tmp_path / "none", trials=0)
-    with pytest.raises(InputError, match="all of its combinations"):
-        search(languages, tmp_path / "none", search="grid", space=("epochs=1,2",), trials=3)
-    assert not list(tmp_path.glob("none*"))
+        search(languages, root / "notes")
+    assert (root / "notes.jsonl").read_text() == "my notes\n"
+    (root / "busy.partial").mkdir()
+    for changes, what in (
+        ({"trials": 0}, "trials"),
+        ({"search": "grid", "space": ("epochs=1,2",), "trials": 3}, "all of its combinations"),
+        ({"space": ("method=full,lora", "alpha=8,32")}, "belongs to lora"),
+        ({"seeds": 2}, "variants of a grid"),
+        ({"search": "halving", "space": SPACE[:1], "epochs": 1}, "between epochs"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=what):
+            search(languages, root / "none", **changes)
+    with pytest.raises(InputError, match="another run is in this folder"):
+        search(languages, root / "busy")
+    assert not list(root.glob("none*")) and not (root / "busy.jsonl").exists()

@@ -94,7 +94,7 @@ def sst2(s: Studies) -> None:
     """Full and LoRA fine-tuning with the same settings as the peer, seed by seed in turn."""
     folder, test = s.data / "sst2", [str(s.data / "sst2" / "test.tsv"), "--no-header"]
     s.once("sst2-bag-of-words", lambda: bag_of_words(folder))
-    same = ["--epochs", "3", "--batch-size", "16"]
+    same = ["--epochs", "2", "--batch-size", "16"]
     ours = [*same, "--no-header", "--task", "text-classification", "--validation", str(folder / "dev.tsv")]
     theirs = [*same, "--train", str(folder / "train.tsv"), "--test", str(folder / "test.tsv")]
     for seed in range(s.seeds):
@@ -148,7 +148,7 @@ def qa(s: Studies) -> None:
     """Questions on single sentences; tested on whole paragraphs of SQuAD."""
     train, test = prepare.qamr(s.data / "qamr", s.work), s.data / "xquad" / "xquad.en.json"
     for seed in range(s.seeds):
-        s.tune("qamr-xquad", train, [str(test)], "--task", "question-answering", "--epochs", "3", "--lr", "1e-4",
+        s.tune("qamr-xquad", train, [str(test)], "--task", "question-answering", "--epochs", "2", "--lr", "1e-4",
                "--batch-size", "32", seed=seed)  # fmt: skip
     s.once("xquad-random-spans", lambda: random_spans(test))
 

@@ -18,15 +18,8 @@ from lmworks.base.files import check_output, write_json
 from lmworks.base.hub import find_folder
 from lmworks.base.optional import require
 from lmworks.base.report import Report, Table
-from lmworks.finetuning import (
-    BASELINES,
-    as_json,
-    find_baselines,
-    fingerprint,
-    publish,
-    read_data,
-    tuning_folder,
-)
+from lmworks.finetune_data import as_json, fingerprint, read_data
+from lmworks.finetune_folder import BASELINES, find_baselines, publish, tuning_folder
 from lmworks.models.families import read_config, read_kind
 from lmworks.run import check_same_run
 from lmworks.tasks.base import Long, one_of

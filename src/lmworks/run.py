@@ -179,6 +179,7 @@ def train_in(folder: Path, settings: Settings, corpus: Corpus) -> Trained:
     from lmworks.tokens.batch import make_stream
     from lmworks.training.data import TokenWindows
     from lmworks.training.distributed import find_ranks
+    from lmworks.training.machine import find_device
     from lmworks.training.objectives import CausalLoss
     from lmworks.training.trainer import Trainer
 
@@ -190,7 +191,7 @@ def train_in(folder: Path, settings: Settings, corpus: Corpus) -> Trained:
     shape = make_network(
         settings, vocab_size=tokenizer.vocab_size, bos_token_id=eos, eos_token_id=eos, pad_token_id=pad
     )
-    model = CausalLM(shape, seed=settings.seed)
+    model = CausalLM(shape, seed=settings.seed).to(find_device())
     data = TokenWindows(
         train, held_out, context=settings.context or 0, batch_size=settings.batch_size or 0, seed=settings.seed
     )

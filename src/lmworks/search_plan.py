@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import itertools
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lmworks.base.errors import InputError
-from lmworks.base.files import read_json, sha256, write_json
+from lmworks.base.files import STAGED, read_json, sha256, write_json
 from lmworks.base.hub import find_folder
-from lmworks.finetuning import as_json, choose_task, fingerprint, read_data, read_domains
+from lmworks.finetune_data import as_json, choose_task, fingerprint, read_data, read_domains
 from lmworks.search_space import Knob, Value, default_space, make_grid, read_space
 from lmworks.search_study import How, SharedStudy
 from lmworks.text.labelled import Labelled
@@ -70,6 +75,8 @@ def read_plan(request: Request) -> Plan:
     tuning.check()
     if tuning.shots is not None:
         raise InputError("--shots learns without choosing by the held-out examples", fix="leave --shots out")
+    if tuning.also_task:
+        raise InputError("a search is for one task", found="--also-task", fix="leave it out")
     if not 1 <= request.seeds <= 100:
         raise InputError("--seeds is out of range", found=str(request.seeds), expected="1 to 100")
     if request.seeds > 1 and request.search != "grid":
@@ -88,6 +95,8 @@ def read_plan(request: Request) -> Plan:
         count = len(grid)
     if not 1 <= count <= MOST_TRIALS:
         raise InputError("--trials is out of range", found=str(count), expected=f"1 to {MOST_TRIALS:,}")
+    for row in itertools.islice(itertools.product(*(knob.choices or (knob.low, knob.high) for knob in knobs)), 1000):
+        settings_of(tuning, dict(zip((knob.name for knob in knobs), row, strict=True)))  # knobs that exclude each other
     epochs = next((knob for knob in knobs if knob.name == "epochs"), None)
     most = tuning.epochs if epochs is None else max(float(str(x)) for x in (epochs.choices or (epochs.high,)))
     if how == "halving" and most < 2:
@@ -104,11 +113,17 @@ def read_plan(request: Request) -> Plan:
                 criterion=criterion, knobs=knobs, grid=grid, count=count)  # fmt: skip
 
 
-def open_study(plan: Plan, *, overwrite: bool) -> SharedStudy:
-    """Open the storage and the folder of the trials; raise InputError where either belongs to another search."""
+@contextmanager
+def open_study(plan: Plan, *, overwrite: bool) -> Iterator[SharedStudy]:
+    """Open the storage and the folder of the trials; raise InputError where either belongs to another search.
+
+    Until the block ends no other run can take the folder.
+    """
     request, partial = plan.request, plan.partial
     if request.storage.is_dir():
         raise InputError("the storage is a folder", where=str(request.storage), expected="a file: --storage a.jsonl")
+    if partial.exists() and not request.storage.exists() and not overwrite:
+        raise in_use(partial)
     others = [part for domain in plan.domains for part in (domain.train, domain.held_out)]
     weights = sorted(path for path in plan.folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json"))
     facts = {
@@ -118,44 +133,49 @@ def open_study(plan: Plan, *, overwrite: bool) -> SharedStudy:
         "search": request.search,
         "space": [str(knob) for knob in plan.knobs],
         "seeds": request.seeds,
-        "settings": as_json(asdict(request.tuning)),
+        **as_json(asdict(request.tuning)),
     }
-    try:
-        (partial / LOCKS).mkdir(parents=True, exist_ok=True)
-        study = SharedStudy(
-            request.storage, partial / LOCKS, knobs=plan.knobs, how=request.search, seed=request.tuning.seed,
-            count=plan.count, maximize=plan.criterion != "loss", grid=plan.grid,
-        )  # fmt: skip
+    study = SharedStudy(
+        request.storage, partial / LOCKS, knobs=plan.knobs, how=request.search, seed=request.tuning.seed,
+        count=plan.count, maximize=plan.criterion != "loss", grid=plan.grid,
+    )  # fmt: skip
+    with study.held():
         study.check_same(facts)
-        with study.held():
-            settle_folder(partial, request.out, study.id, overwrite=overwrite)
-    except BaseException:
-        if not (partial / MARK).exists():
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return study
+        settle_folder(partial, request.out, study.id, overwrite=overwrite)
+        handle = os.open(partial, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_SH)
+    try:
+        yield study
+    finally:
+        os.close(handle)
 
 
 def settle_folder(partial: Path, out: Path, mark: str, *, overwrite: bool) -> None:
     """Make sure that the trials in the folder are those of the storage, or begin with none."""
-    path = partial / MARK
-    kept = {partial / LOCKS, path}
-    others = [one for folder in (partial, partial / "training") for one in folder.iterdir()
-              if one not in kept and one != partial / "training"]  # fmt: skip
-    if (others or path.exists()) and (not path.exists() or read_json(path).get("id") != mark):
+    from lmworks.training.state import hold
+
+    if partial.exists() and not ((partial / MARK).exists() and read_json(partial / MARK).get("id") == mark):
         if not overwrite:
-            raise InputError("another run is in this folder", where=str(partial),
-                             fix="finish it with its own --storage, add --overwrite, or choose another -o")  # fmt: skip
-        for one in others:
-            shutil.rmtree(one) if one.is_dir() else one.unlink()
-    earlier = out / TRIALS
-    if not (partial / TRIALS).exists() and earlier.is_dir() and read_json(out / MARK).get("id") == mark:
-        shutil.copytree(earlier, partial / TRIALS)  # more trials for a search that was done
-    (partial / TRIALS).mkdir(exist_ok=True)
-    write_json(path, {"id": mark})
+            raise in_use(partial)
+        with hold(partial):  # nobody is at work there
+            shutil.rmtree(partial)
+    (partial / LOCKS).mkdir(parents=True, exist_ok=True)
+    write_json(partial / MARK, {"id": mark})
+    trials, earlier = partial / TRIALS, out / TRIALS
+    if not trials.exists() and earlier.is_dir() and read_json(out / MARK).get("id") == mark:
+        staged = trials.with_name(f"{trials.name}{STAGED}")
+        shutil.rmtree(staged, ignore_errors=True)
+        shutil.copytree(earlier, staged).rename(trials)  # more trials for a search that was done
+    trials.mkdir(exist_ok=True)
 
 
-def settings_of(plan: Plan, params: dict[str, Value]) -> Tuning:
+def in_use(partial: Path) -> InputError:
+    """Return the error for a folder with another run."""
+    return InputError("another run is in this folder", where=str(partial),
+                      fix="finish it with its own --storage, add --overwrite, or choose another -o")  # fmt: skip
+
+
+def settings_of(tuning: Tuning, params: dict[str, Value]) -> Tuning:
     """Return a trial's knobs."""
     change: dict[str, Any] = params
-    return replace(plan.request.tuning, **change).check()
+    return replace(tuning, **change).check()

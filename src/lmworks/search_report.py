@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from lmworks.base.chart import Chart
 from lmworks.base.files import write_text
 from lmworks.base.report import Cell, Report, Table
 from lmworks.search_space import Knob
+from lmworks.search_study import Variant, by_variant, is_repeated, mean_score, scores
 from lmworks.training.tuning import RANGES
 
 if TYPE_CHECKING:
@@ -26,8 +28,8 @@ if TYPE_CHECKING:
 STATES = {"COMPLETE": "done", "PRUNED": "stopped", "FAIL": "failed"}
 EDGE = 0.05  # of the range: nearer to an end than this, the best may lie beyond it
 MOST_LINES = 8  # that a chart can tell apart
-ENOUGH = 4  # finished trials from which on importance is worth a word
-Variant = tuple[tuple[str, Any], ...]
+MOST_POINTS = 40  # of a line
+ENOUGH = 8  # finished trials from which on importance is worth a word
 
 
 def make_report(
@@ -37,19 +39,28 @@ def make_report(
     trials, best = study.trials(), study.best()
     assert best is not None
     done = [trial for trial in trials if trial.state.name == "COMPLETE"]
-    importance, measured_by = find_importance(study, [knob.name for knob in knobs])
-    groups = group(done)
+    stopped = [trial for trial in trials if trial.state.name == "PRUNED"]
+    failed = [trial for trial in trials if trial.state.name == "FAIL"]
+    groups = by_variant(done)
     noise, source = find_noise(groups, best, criterion, held_out)
+    importance = find_importance(study, [knob.name for knob in knobs])
+    steps = sum(trial.user_attrs["steps"] for trial in done + stopped)
+    planned = sum(trial.user_attrs["planned"] for trial in done + stopped)
     notes = make_notes(study, knobs, groups, best, criterion, noise, source)
+    if stopped:
+        notes.append(f"Halving stopped {len(stopped)} of {len(trials)} trials early: {steps:,} steps instead of "
+                     f"{planned:,}, {1 - steps / planned:.0%} less.")  # fmt: skip
+    if failed:
+        notes.append(f"{len(failed)} of {len(trials)} trials failed and count among them; the first, trial "
+                     f"{failed[0].number}: {failed[0].user_attrs['failed']}.")  # fmt: skip
     if importance:
         ranked = ", ".join(f"{name} {share:.0%}" for name, share in importance.items())
-        notes.append(f"Importance of the knobs, by {measured_by}: {ranked}.")
+        notes.append(f"Importance of the knobs, by PED-ANOVA (Watanabe et al. 2023): {ranked}.")
     values: dict[str, Any] = {
         "out": out, "id": study.id, "criterion": criterion, "search": study.how, "seed": study.seed,
         "space": [str(knob) for knob in knobs], "best": trial_row(best), "noise": noise,
-        "completed": len(done), "stopped_early": sum(trial.state.name == "PRUNED" for trial in trials),
-        "failed": sum(trial.state.name == "FAIL" for trial in trials),
-        "importance": importance, "importance_by": measured_by,
+        "completed": len(done), "stopped_early": len(stopped), "failed": len(failed),
+        "steps": steps, "planned_steps": planned, "importance": importance,
         "trials": [trial_row(trial) for trial in trials], "variants": variant_rows(groups, study.maximize),
         "choice": notes,
     }  # fmt: skip
@@ -60,7 +71,7 @@ def make_report(
         charts=(
             history_chart(study, done, criterion),
             *knob_charts(knobs, done, criterion),
-            *curve_charts(study, trials, folder, criterion),
+            *curve_charts(study, groups, folder, criterion),
         ),
         notes=tuple(notes),
     )
@@ -80,38 +91,21 @@ def trial_row(trial: FrozenTrial) -> dict[str, Any]:
             "score": trial.value, **trial.params, **facts, "why": told}  # fmt: skip
 
 
-def variant(trial: FrozenTrial) -> Variant:
-    """Return what was varied, without the seed."""
-    return tuple((name, value) for name, value in trial.params.items() if name != "seed")
-
-
-def group(trials: Sequence[FrozenTrial]) -> dict[Variant, list[FrozenTrial]]:
-    """Return the trials of each variant; several where it was repeated with other seeds."""
-    groups: dict[Variant, list[FrozenTrial]] = {}
-    for trial in trials:
-        groups.setdefault(variant(trial), []).append(trial)
-    return groups
-
-
-def scores(trials: Sequence[FrozenTrial]) -> list[float]:
-    """Return the scores of finished trials."""
-    return [trial.value for trial in trials if trial.value is not None]
-
-
 def find_noise(
     groups: dict[Variant, list[FrozenTrial]], best: FrozenTrial, criterion: str, held_out: int
 ) -> tuple[float | None, str]:
     """Return how far scores of equals lie apart, and how that is known: over the seeds, or from the number of examples.
 
-    The seeds' spread is the pooled standard deviation; an accuracy p of n examples has a standard error √(p(1−p)/n).
+    The seeds' spread is the pooled standard deviation; an accuracy p of n examples has a standard error √(p(1−p)/n),
+    with p as if one more were right and one more wrong.
     """
-    repeated = [scores(trials) for trials in groups.values() if len(trials) > 1]
-    if repeated:
-        squares = sum(float(((np.array(row) - np.mean(row)) ** 2).sum()) for row in repeated)
+    repeated = [scores(trials) for trials in groups.values() if is_repeated(trials)]
+    squares = sum(float(((np.array(row) - np.mean(row)) ** 2).sum()) for row in repeated)
+    if squares:
         return math.sqrt(squares / sum(len(row) - 1 for row in repeated)), "the standard deviation over the seeds"
     if criterion == "accuracy" and best.value is not None:
-        error = math.sqrt(max(best.value * (1 - best.value), 0.0) / held_out)
-        return error, f"the standard error of {held_out:,} held-out examples"
+        share = (best.value * held_out + 1) / (held_out + 2)
+        return math.sqrt(share * (1 - share) / held_out), f"the standard error of {held_out:,} held-out examples"
     return None, ""
 
 
@@ -123,14 +117,14 @@ def make_notes(
     done, sign = [trial for trials in groups.values() for trial in trials], 1 if study.maximize else -1
     assert best.value is not None
     notes = [f"Trial {best.number} is the best: {criterion} {best.value:.4f} with {describe(best.params)}."]
-    mine = groups[variant(best)]
-    means = {key: float(np.mean(scores(trials))) for key, trials in groups.items()}
-    others = {key: mean for key, mean in means.items() if key != variant(best)}
+    means = {key: mean_score(trials) for key, trials in groups.items()}
+    chosen = next(key for key, trials in groups.items() if best in trials)
+    others = {key: mean for key, mean in means.items() if key != chosen}
     if others:
         runner = max(others, key=lambda key: sign * others[key])
-        margin = sign * (means[variant(best)] - others[runner])
+        margin = sign * (means[chosen] - others[runner])
         text = f"The runner-up, {describe(dict(runner))}, is {abs(margin):.4f} {'behind' if margin >= 0 else 'ahead'}"
-        text += f" on the mean of {len(mine)} seeds" if len(mine) > 1 else ""
+        text += f" on the mean of {len(groups[chosen])} seeds" if is_repeated(groups[chosen]) else ""
         if noise is None:
             text += "; repeat both with other seeds to know whether that is chance."
         elif margin <= noise:
@@ -164,21 +158,24 @@ def make_notes(
     return notes
 
 
-def find_importance(study: SharedStudy, names: Sequence[str]) -> tuple[dict[str, float], str]:
-    """Return each knob's share of what decides the score, the largest first, and by which method."""
-    done = study.finished()
-    if len(done) < ENOUGH or len(set(scores(done))) < 2 or len(names) < 2:
-        return {}, ""
+def find_importance(study: SharedStudy, names: Sequence[str]) -> dict[str, float]:
+    """Return each knob's share of what decides whether a trial is among the best tenth, the largest first."""
     import optuna
 
-    with study.held():
-        found = optuna.importance.get_param_importances(study.study, params=list(names))
-    return {name: round(float(share), 4) for name, share in found.items()}, "PED-ANOVA (Watanabe et al. 2023)"
+    if len(study.finished()) < ENOUGH or len(names) < 2:
+        return {}
+    with study.held(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            found = optuna.importance.get_param_importances(study.study, params=list(names))
+        except UserWarning:  # too many are equally good: it cannot tell
+            return {}
+    return {name: round(float(share), 4) for name, share in found.items()}
 
 
 def variant_rows(groups: dict[Variant, list[FrozenTrial]], maximize: bool) -> list[dict[str, Any]]:
     """Return mean and spread of each variant that was repeated, the best first; nothing where none was."""
-    if all(len(trials) == 1 for trials in groups.values()):
+    if not any(map(is_repeated, groups.values())):
         return []
     rows = []
     for key, trials in groups.items():
@@ -236,30 +233,45 @@ def knob_charts(knobs: Sequence[Knob], done: Sequence[FrozenTrial], criterion: s
     return tuple(charts)
 
 
-def curve_charts(study: SharedStudy, trials: Sequence[FrozenTrial], folder: Path, criterion: str) -> tuple[Chart, ...]:
-    """Return the curves of the best variants over each other, the validations and the training loss."""
-    order = sorted(trials, key=study.order)
-    chosen = list({variant(trial): trial for trial in reversed(order)}.values())[::-1]  # of each variant the best
-    chosen = sorted(chosen, key=order.index)[:MOST_LINES]
+def curve_charts(
+    study: SharedStudy, groups: dict[Variant, list[FrozenTrial]], folder: Path, criterion: str
+) -> tuple[Chart, ...]:
+    """Return the curves of the best variants over each other, each the mean of its seeds, with their scores."""
+    sign = -1 if study.maximize else 1
+    order = sorted(groups, key=lambda key: (sign * mean_score(groups[key]), min(map(study.order, groups[key]))))
+    lines = [(curve_name(key, groups[key]), [read_curve(folder / str(trial.number)) for trial in groups[key]])
+             for key in order[:MOST_LINES]]  # fmt: skip
+    repeated = any(map(is_repeated, groups.values()))
+    ending = f" of the {len(lines)} best variants" if len(order) > len(lines) else " of each variant"
+    ending += ", the mean of its seeds" if repeated else ""
     charts = []
-    names = [("loss", "training loss"), ("val_loss", "validation loss"), (criterion, criterion)]
-    for name, title in names if criterion != "loss" else names[:2]:
-        series = []
-        for trial in chosen:
-            rows = [row for row in read_curve(folder / str(trial.number)) if row.get(name) is not None]
-            width = max(1, len(rows) // 40) if name == "loss" else 1  # the mean of so many steps is one point
-            parts = [rows[i : i + width] for i in range(0, len(rows), width)]
-            points = ((float(part[-1]["step"]), float(np.mean([row[name] for row in part]))) for part in parts)
-            series.append((curve_name(trial, len(chosen)), tuple(points)))
-        if any(len(points) > 1 for _, points in series):
-            charts.append(Chart(f"{title[0].upper()}{title[1:]} of the best variants", "step", title, tuple(series)))
+    names = {"loss": "training loss", "val_loss": "validation loss"}
+    for name, title in {**names, **({} if criterion == "loss" else {criterion: criterion})}.items():
+        series = [(label, smooth([points(rows, name) for rows in runs])) for label, runs in lines]
+        if any(len(line) > 1 for _, line in series):
+            charts.append(Chart(title[0].upper() + title[1:] + ending, "step", title, tuple(series)))
     return tuple(charts)
 
 
-def curve_name(trial: FrozenTrial, count: int) -> str:
-    """Return a line's name: the value where one knob varies, else the trial."""
-    key = variant(trial)
-    return str(key[0][1])[:12] if len(key) == 1 and not isinstance(key[0][1], float) else f"trial {trial.number}"
+def curve_name(key: Variant, trials: Sequence[FrozenTrial]) -> str:
+    """Return a line's name with its score: what was varied where that is short, else the trial."""
+    values = "/".join(f"{value:.2g}" if isinstance(value, float) else str(value) for _, value in key)
+    return f"{values if len(values) <= 9 else f'trial {trials[0].number}'} {mean_score(trials):.3f}"
+
+
+def points(rows: Sequence[dict[str, Any]], name: str) -> dict[int, float]:
+    """Return what a curve has under a name at each step."""
+    return {row["step"]: row[name] for row in rows if row.get(name) is not None}
+
+
+def smooth(curves: Sequence[dict[int, float]]) -> tuple[tuple[float, float], ...]:
+    """Return the mean of the curves where all have points; of many steps, the mean of neighbours."""
+    steps = sorted(set.intersection(*map(set, curves)))
+    width = math.ceil(len(steps) / MOST_POINTS) or 1
+    parts = [steps[i : i + width] for i in range(0, len(steps), width)]
+    return tuple(
+        (float(part[-1]), float(np.mean([curve[step] for curve in curves for step in part]))) for part in parts
+    )
 
 
 def read_curve(folder: Path) -> list[dict[str, Any]]:
@@ -278,11 +290,13 @@ def write_trials(study: SharedStudy, folder: Path) -> None:
 
 
 def write_curves(study: SharedStudy, folder: Path, trials: Path) -> None:
-    """Write curves.csv: one row a trial and step, with what was varied, for any plotting tool."""
+    """Write curves.csv: one row a variant, seed and step, validations beside the training, for any plotting tool."""
     rows = []
     for trial in study.trials():
+        varied = {name: value for name, value in trial.params.items() if name != "seed"}
         for row in read_curve(trials / str(trial.number)):
-            rows.append({"trial": trial.number, "variant": describe(dict(variant(trial))), **trial.params, **row})
+            key = {"trial": trial.number, "variant": describe(varied), "seed": study.seed}
+            rows.append({**key, **trial.params, **row})
     write_text(folder / "curves.csv", to_csv(rows))
 
 

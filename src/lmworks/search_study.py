@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 How = Literal["tpe", "random", "grid", "halving"]
+Variant = tuple[tuple[str, Any], ...]
 NAME = "lmworks"  # of the one study in the file
 FIRST_RANDOM = 8  # trials before TPE learns from them
 KEEP_ONE_OF = 3  # halving: the share that goes on at each rung
@@ -139,8 +140,16 @@ class SharedStudy:
         return [trial for trial in self.trials() if trial.state.name == "COMPLETE"]
 
     def best(self) -> FrozenTrial | None:
-        """Return the finished trial with the best score; of equal ones that with the lowest loss, then the first."""
-        return min(self.finished(), key=self.order, default=None)
+        """Return the finished trial with the best score; of equal ones that with the lowest loss, then the first.
+
+        Where variants are repeated with other seeds, the variant with the best mean is chosen first.
+        """
+        groups = list(by_variant(self.finished()).values())
+        if any(is_repeated(group) for group in groups):
+            most = max(map(len, groups))
+            means = [(-1 if self.maximize else 1) * mean_score(group) for group in groups]
+            groups = [min(zip(means, groups, strict=True), key=lambda row: (len(row[1]) < most, row[0]))[1]]
+        return min((trial for group in groups for trial in group), key=self.order, default=None)
 
     def order(self, trial: FrozenTrial) -> tuple[bool, float, float, int]:
         """Return by what trials are sorted, the best first."""
@@ -233,6 +242,30 @@ class SharedStudy:
             for name, fact in facts.items():
                 self.study._storage.set_trial_user_attr(trial.id, name, fact)
             self.study._storage.set_trial_state_values(trial.id, state, None if value is None else [value])
+
+
+def by_variant(trials: Sequence[FrozenTrial]) -> dict[Variant, list[FrozenTrial]]:
+    """Return the trials of each variant: what was varied, without the seed."""
+    groups: dict[Variant, list[FrozenTrial]] = {}
+    for trial in trials:
+        key = tuple((name, value) for name, value in trial.params.items() if name != "seed")
+        groups.setdefault(key, []).append(trial)
+    return groups
+
+
+def is_repeated(trials: Sequence[FrozenTrial]) -> bool:
+    """Tell whether the trials of a variant have several seeds."""
+    return len({trial.params.get("seed") for trial in trials}) > 1
+
+
+def scores(trials: Sequence[FrozenTrial]) -> list[float]:
+    """Return the scores of finished trials."""
+    return [trial.value for trial in trials if trial.value is not None]
+
+
+def mean_score(trials: Sequence[FrozenTrial]) -> float:
+    """Return the mean score of finished trials."""
+    return float(np.mean(scores(trials)))
 
 
 def mend(path: Path) -> None:

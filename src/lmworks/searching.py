@@ -17,27 +17,25 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from lmworks.base.errors import InputError, Interrupted, LmworksError, TrainingError
+from lmworks.base.errors import FormatError, InputError, Interrupted, LmworksError, TrainingError
 from lmworks.base.files import check_output, put_in_place, read_json, write_json, write_text
 from lmworks.base.optional import require
 from lmworks.base.report import Report
 from lmworks.base.threads import cpu_count
-from lmworks.finetuning import (
-    BASELINES,
-    find_baselines,
-    publish,
-)
+from lmworks.finetune_folder import BASELINES, find_baselines, publish
 from lmworks.search_plan import LOCKS, TRIALS, Plan, Request, open_study, read_plan, settings_of
-from lmworks.search_report import make_report, write_curves, write_trials
-from lmworks.search_study import FileLock, How, SharedStudy, Trial
+from lmworks.search_report import describe, make_report, write_curves, write_trials
+from lmworks.search_study import How, SharedStudy, Trial
 from lmworks.tasks.base import one_of
+from lmworks.training.callbacks import Callback
 from lmworks.training.tuning import Tuning
 
 if TYPE_CHECKING:
-    from lmworks.training.finetune import Tuned
+    from lmworks.training.finetune import Setup, Tuned
     from lmworks.training.train_config import TrainResult
     from lmworks.training.trainer import Trainer
 
@@ -88,20 +86,24 @@ def tune(
         raise InputError("--jobs is out of range", found=str(jobs), expected="1 to 64")
     check_output(out, overwrite=overwrite)
     plan = read_plan(request)
-    study = open_study(plan, overwrite=overwrite)
-    with helpers(request, jobs - 1):
-        run_trials(plan, study)
-    return finish(plan, study)
+    with open_study(plan, overwrite=overwrite) as study:
+        with more_processes(request, jobs - 1):
+            run_trials(plan, study)
+        with study.held():
+            return finish(plan, study)
 
 
 @contextmanager
-def helpers(request: Request, count: int) -> Iterator[None]:
-    """Run so many more processes on the same search; they share the processors with this one, and end before it."""
+def more_processes(request: Request, count: int) -> Iterator[None]:
+    """Run so many more processes on the same search; they share the processors with this one, and end before it.
+
+    One that fails has said why, and its trial is taken over.
+    """
     if not count:
         yield
         return
-    threads = str(max(1, cpu_count() // (count + 1)))
-    before, os.environ["LMWORKS_THREADS"] = os.environ.get("LMWORKS_THREADS"), threads
+    before = os.environ.get("LMWORKS_THREADS")
+    os.environ["LMWORKS_THREADS"] = str(max(1, cpu_count() // (count + 1)))
     code = "from lmworks.searching import join; join()"
     started = [subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) for _ in range(count)]
     try:
@@ -110,28 +112,26 @@ def helpers(request: Request, count: int) -> Iterator[None]:
             process.stdin.write(pickle.dumps((request, os.getpid())))
             process.stdin.close()
         yield
-        if max(process.wait() for process in started):
-            raise LmworksError("a process of the search failed", fix="see its message above")
     except BaseException:
         for process in started:
             process.terminate()  # it saves its trial
-            process.wait()
         raise
     finally:
-        if before is None:
-            del os.environ["LMWORKS_THREADS"]
-        else:
-            os.environ["LMWORKS_THREADS"] = before
+        for process in started:
+            process.wait()
+        os.environ.pop("LMWORKS_THREADS")
+        os.environ.update({} if before is None else {"LMWORKS_THREADS": before})
 
 
 def join() -> None:
-    """Take part in the search that standard input describes: the body of a process that `helpers` starts."""
+    """Take part in the search that standard input describes: the body of a process that `more_processes` starts."""
     request, parent = pickle.load(sys.stdin.buffer)
     try:
         plan = read_plan(request)
-        run_trials(plan, open_study(plan, overwrite=False), parent=parent)
+        with open_study(plan, overwrite=False) as study:
+            run_trials(plan, study, parent=parent)
     except LmworksError as error:
-        print(f"lmworks: {error}", file=sys.stderr)  # noqa: T201
+        say(f"lmworks: {error}")
         sys.exit(error.exit_code)
 
 
@@ -154,16 +154,22 @@ def run_trials(plan: Plan, study: SharedStudy, *, parent: int | None = None) -> 
             os.close(trial.handle)
 
 
+@dataclass(frozen=True)
 class Watch:
     """Listens to a trial: successive halving may end it, and a process whose parent is gone stops."""
 
-    def __init__(self, plan: Plan, study: SharedStudy, trial: Trial, parent: int | None) -> None:
-        self.plan, self.study, self.trial, self.parent = plan, study, trial, parent
+    plan: Plan
+    study: SharedStudy
+    trial: Trial
+    parent: int | None
 
     def on_start(self, trainer: Trainer) -> None:
         """Nothing."""
 
     def on_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def on_end(self, trainer: Trainer, result: TrainResult | None) -> None:
         """Nothing."""
 
     def on_validation(self, trainer: Trainer, row: dict[str, Any]) -> None:
@@ -173,57 +179,66 @@ class Watch:
         if self.plan.request.search != "halving" or trainer.finished:
             return
         rung = math.ceil(trainer.state.step / trainer.config.eval_every)
-        score = row.get("val_loss" if self.plan.criterion == "loss" else self.plan.criterion)
-        if score is not None and not self.study.goes_on(self.trial, rung, score):
+        score = row["val_loss" if self.plan.criterion == "loss" else self.plan.criterion]
+        if not self.study.goes_on(self.trial, rung, score):
             trainer.stop(f"halving: not among the best at validation {rung}")
 
-    def on_end(self, trainer: Trainer, result: TrainResult | None) -> None:
-        """Nothing."""
 
-
-def train(plan: Plan, number: int, tuning: Tuning, callbacks: Sequence[Watch] = ()) -> tuple[Any, Tuned]:
-    """Run a trial to its end, or read it if it is at its end: its setup, and what came out."""
+def prepare(plan: Plan, tuning: Tuning) -> Setup:
+    """Open the model for a trial."""
     from lmworks.training.finetune import set_up
+
+    return set_up(plan.folder, plan.data, plan.held_out, task=plan.task, tuning=tuning, domains=plan.domains)
+
+
+def train(plan: Plan, setup: Setup, place: Path, tuning: Tuning, *callbacks: Callback) -> Tuned:
+    """Run a trial to its end, or read it if it is at its end."""
     from lmworks.training.finetune import tune as fit
 
-    setup = set_up(plan.folder, plan.data, plan.held_out, task=plan.task, tuning=tuning, domains=plan.domains)
-    place = plan.partial / TRIALS / str(number)
     place.mkdir(parents=True, exist_ok=True)
-    baselines = None if callbacks else find_baselines(place / BASELINES, setup, plan.data, plan.held_out)
-    tuned = fit(setup, plan.held_out, place, task=plan.task, tuning=tuning, callbacks=callbacks)
-    return (setup, baselines), tuned
+    return fit(setup, plan.held_out, place, task=plan.task, tuning=tuning, callbacks=callbacks)
 
 
 def run_trial(plan: Plan, study: SharedStudy, trial: Trial, parent: int | None) -> None:
     """Run one trial and tell its score: the main metric of the weights that scored best."""
     from lmworks.training.measure import measure
 
-    tuning = settings_of(plan, trial.params)
+    name, place = f"trial {trial.number} of {plan.count}", plan.partial / TRIALS / str(trial.number)
+    say(f"{name}: {describe(trial.params)}")
     try:
-        (setup, _), tuned = train(plan, trial.number, tuning, [Watch(plan, study, trial, parent)])
-    except TrainingError as error:
+        tuning = settings_of(plan.request.tuning, trial.params)
+        setup = prepare(plan, tuning)
+        result = train(plan, setup, place, tuning, Watch(plan, study, trial, parent)).result
+    except LmworksError as error:
+        if is_for_all(error, study):
+            raise
         study.tell(trial, None, {"failed": error.what})
-        say(f"trial {trial.number}: {error.what}")
+        say(f"{name} failed: {error.what}")
         return
-    result = tuned.result
     value = result.best_loss
     if plan.criterion != "loss":
         value = measure(setup.predictor, plan.held_out, problem=setup.problem)[plan.criterion]
-    facts = {"seconds": round(result.seconds, 2), "steps": result.steps, "best_step": result.best_step,
-             "loss": result.best_loss, "stopped": result.stopped}  # fmt: skip
+    facts = {"seconds": round(result.seconds, 2), "steps": result.steps, "planned": setup.data.steps,
+             "best_step": result.best_step, "loss": result.best_loss, "stopped": result.stopped}  # fmt: skip
     study.tell(trial, value, facts, pruned=bool(result.stopped))
-    shown = ", ".join(f"{name} {x:.3g}" if isinstance(x, float) else f"{name} {x}" for name, x in trial.params.items())
     ended = f" ({result.stopped})" if result.stopped else ""
-    say(f"trial {trial.number} of {plan.count}: {plan.criterion} {value:.4f} · {shown} · {result.seconds:.0f} s{ended}")
+    say(f"{name}: {plan.criterion} {value:.4f} after {result.seconds:.0f} s{ended}")
+
+
+def is_for_all(error: LmworksError, study: SharedStudy) -> bool:
+    """Tell whether an error ends the search: Ctrl-C, a full disk, or data that no trial has got through so far."""
+    if isinstance(error, TrainingError):  # it diverged
+        return False
+    unusable = isinstance(error, InputError | FormatError) and not study.finished()
+    return isinstance(error, Interrupted) or isinstance(error.__cause__, OSError) or unusable
 
 
 def sweep(plan: Plan, study: SharedStudy) -> None:
     """Remove the weights of every trial that is over, but for the best one's; the curves stay."""
     trials = study.trials()
-    done = [trial for trial in trials if trial.state.name == "COMPLETE"]
-    best = min(done, key=study.order, default=None)
+    best = study.best()
     for trial in trials:
-        if trial.state.is_finished() and trial is not best:
+        if trial.state.is_finished() and (best is None or trial.number != best.number):
             drop_weights(plan.partial / TRIALS / str(trial.number))
 
 
@@ -235,37 +250,38 @@ def drop_weights(place: Path) -> None:
 
 
 def finish(plan: Plan, study: SharedStudy) -> Report:
-    """Write OUT: the best trial's model and the report; of several processes one does, and the others wait."""
+    """Write OUT: the best trial's model and the report; of several processes the first does."""
     request, partial, out = plan.request, plan.partial, plan.request.out
-    lock = FileLock(request.storage.with_name(f"{request.storage.name}.finish.lock"))
-    lock.acquire()
-    try:
-        best = study.best()
-        if best is None:
-            raise LmworksError("no trial came to its end", where=str(request.storage),
-                               found=str(study.trials()[0].user_attrs.get("failed", "")),
-                               fix="search lower rates: --space lr=1e-6..1e-4:log, and another --storage")  # fmt: skip
-        facts: dict[str, Any] = {"criterion": plan.criterion, "held_out": len(plan.held_out), "out": str(out)}
-        if is_published(out, study):  # another process was faster
-            shutil.rmtree(partial, ignore_errors=True)
-            return make_report(study, plan.knobs, out / TRIALS, **facts)
-        tuning = settings_of(plan, best.params)
-        (setup, baselines), tuned = train(plan, best.number, tuning)
-        report = make_report(study, plan.knobs, partial / TRIALS, **facts)
-        write_trials(study, partial)
-        write_curves(study, partial, partial / TRIALS)
-        write_json(partial / "search.json", report.to_dict())
-        write_text(partial / "search.html", report.to_html())
-        for path in (partial / TRIALS / str(best.number)).glob("*.json*"):
-            shutil.copy(path, partial / "training")
-        publish(partial, plan.folder, request.model, tuned, setup, plan.data, plan.held_out, baselines or {}, tuning,
-                plan.task, out)  # fmt: skip
-        put_in_place(partial, out.absolute())
-        drop_weights(out / TRIALS / str(best.number))
-        shutil.rmtree(out / LOCKS, ignore_errors=True)
-        return report
-    finally:
-        lock.release()
+    trials, best = study.trials(), study.best()
+    failures = [trial.user_attrs["failed"] for trial in trials if trial.state.name == "FAIL"]
+    if best is None:
+        raise LmworksError(f"all {len(trials)} trials failed", where=str(request.storage), found=failures[0],
+                           fix="search lower rates, --space lr=1e-6..1e-4:log, with another --storage and -o"
+                           )  # fmt: skip
+    facts: dict[str, Any] = {"criterion": plan.criterion, "held_out": len(plan.held_out), "out": str(out)}
+    if is_published(out, study):  # another process was faster
+        shutil.rmtree(partial, ignore_errors=True)
+        return make_report(study, plan.knobs, out / TRIALS, **facts)
+    tuning, place = settings_of(request.tuning, best.params), partial / TRIALS / str(best.number)
+    setup = prepare(plan, tuning)
+    place.mkdir(parents=True, exist_ok=True)
+    baselines = find_baselines(place / BASELINES, setup, plan.data, plan.held_out)
+    tuned = train(plan, setup, place, tuning)
+    report = make_report(study, plan.knobs, partial / TRIALS, **facts)
+    write_trials(study, partial)
+    write_curves(study, partial, partial / TRIALS)
+    write_json(partial / "search.json", report.to_dict())
+    write_text(partial / "search.html", report.to_html())
+    for path in place.glob("*.json*"):
+        shutil.copy(path, partial / "training")  # as finetune leaves them
+    publish(partial, plan.folder, request.model, tuned, setup, plan.data, plan.held_out, baselines, tuning, plan.task,
+            out)  # fmt: skip
+    drop_weights(place)
+    shutil.rmtree(partial / LOCKS)
+    put_in_place(partial, out.absolute())
+    if failures:
+        say(f"{len(failures)} of {len(trials)} trials failed: {failures[0]}")
+    return report
 
 
 def is_published(out: Path, study: SharedStudy) -> bool:

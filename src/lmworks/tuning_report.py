@@ -178,7 +178,7 @@ def loss_chart(tuned: Tuned) -> Chart:
 def estimate(setup: Setup, tuning: Tuning, task: str) -> Report:
     """Return parameters, memory, time and disk of a run; a few batches are timed, nothing is written."""
     from lmworks.training.lora import trainable_parameters
-    from lmworks.training.state import COPIES, KEPT, SMALL_FILES
+    from lmworks.training.state import forecast_bytes
     from lmworks.training.train_config import count_moments
 
     config, data = setup.model.config, setup.data
@@ -188,22 +188,30 @@ def estimate(setup: Setup, tuning: Tuning, task: str) -> Report:
     widest = max((data.places(rows) for rows in data.plan), default=0)
     states = 2 if tuning.method == "head" else config.num_hidden_layers  # what is kept for the backward pass
     states = min(states, 2) if tuning.gradient_checkpointing else states
-    activations = widest // tuning.accumulation * states * config.hidden_size * BYTES_AN_ACTIVATION
     moments = count_moments(tuning.optimizer, tuning.momentum)
-    memory = FIXED_MEMORY + 4 * total + 4 * (1 + moments) * trainable + activations
-    disk = 4 * (COPIES * total + KEPT * moments * trainable) + SMALL_FILES
+    memory = {
+        "program": FIXED_MEMORY,
+        "weights": sum(tensor.nbytes for tensor in (*setup.model.parameters(), *setup.model.buffers())),
+        "gradients": 4 * trainable,
+        "optimizer": 4 * moments * trainable,
+        "activations": widest // tuning.accumulation * states * config.hidden_size * BYTES_AN_ACTIVATION,
+    }
+    disk = forecast_bytes(setup.model, moments=moments)
     values = {
         "task": task, "method": tuning.method, "parameters": total, "trainable": trainable,
         "trainable_share": trainable / total, "train_rows": len(data.rows), "validation_rows": len(data.held_out),
-        "steps": data.steps, "memory_bytes": memory, "disk_bytes": disk, "train_seconds": round(seconds),
+        "steps": data.steps, "memory": memory,
+        "memory_bytes": sum(memory.values()), "disk_bytes": disk, "train_seconds": round(seconds),
         "tokens_per_second": round(tokens), "threads": cpu_count(), "labels": list(config.labels),
         "settings": asdict(tuning),
     }  # fmt: skip
     rows: tuple[tuple[Cell, ...], ...] = (
         ("parameters", f"{total:,}, {trainable / total:.2%} of them trained: {trainable:,}"),
         ("data", f"{len(data.rows):,} rows to train on, {len(data.held_out):,} held out"),
-        ("memory", f"about {memory / 1e9:.1f} GB"),
+        ("memory", f"about {sum(memory.values()) / 1e9:.1f} GB"),
+        *((f"  {name}", f"{size / 1e6:,.0f} MB") for name, size in memory.items()),
         ("disk", f"at most {disk / 1e6:,.0f} MB while it runs"),
+        ("speed", f"about {tokens:,.0f} {'pictures' if config.vision else 'tokens'}/s"),
         ("time", f"about {max(1, round(seconds / 60))} min: {data.steps:,} steps on {cpu_count()} threads"),
     )
     return Report("What this run would cost", values, tables=(Table("Estimate", ("what", "value"), rows),))
@@ -217,14 +225,16 @@ def time_batches(setup: Setup) -> tuple[float, float]:
     import torch
 
     from lmworks.training.data import split
+    from lmworks.training.machine import to_device
 
     data, spent, seen = setup.data, 0.0, 0
+    device = next(setup.model.parameters()).device
     setup.model.train()
     for number in range(MEASURED + 1):
         whole = data.batch(number * data.steps // (MEASURED + 1))
         batch = next(split(whole, PARTS))
         rows, of = (len(next(iter(part.values()))) for part in (batch, whole))
-        tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+        tensors = to_device(batch, device)
         began = time.perf_counter()
         with torch.random.fork_rng(devices=[]):
             setup.objective(setup.model, tensors).backward()  # type: ignore[no-untyped-call]

@@ -2,9 +2,9 @@
 
     python kill_finetune.py FOLDER KILLS SEED METHOD
 
-METHOD is one of finetune's, or "distill". FOLDER holds `body` (for distill `teacher`), `train.jsonl` and
-`validation.jsonl`. Prints a JSON object: the kills, the runs they were spread over, and what differed from a run that
-nobody killed. Every run is a fork of this process.
+METHOD is one of finetune's, "distill", or "tasks": two tasks at once. FOLDER holds `body` (for distill `teacher`),
+`train.jsonl`, `validation.jsonl` and, for two tasks, `names.conll`. Prints a JSON object: the kills, the runs they
+were spread over, and what differed from a run that nobody killed. Every run is a fork of this process.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ def run(root: Path, out: Path, method: str, resume: bool) -> None:
     """Fine-tune, or resume, to the end, in a child process that never returns."""
     try:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
-        which = {"layers": 1} if method == "distill" else {"method": method}
+        which: dict[str, Any] = {"layers": 1} if method == "distill" else {"method": method}
+        if method == "tasks":
+            which = {"also_task": (f"{root}/names.conll=token-classification=0.2",), "epochs": 2}
         (distill if method == "distill" else finetune)(
             root / ("teacher" if method == "distill" else "body"),
             root / "train.jsonl",
             out,
             validation=root / "validation.jsonl",
             task="text-classification",
-            **which,
-            epochs=3,
+            **{"epochs": 3, **which},
             lr=2e-3,
             batch_size=8,
             accumulation=2,
@@ -67,7 +68,7 @@ def result(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(out.rglob("*"))
-        if path.is_file() and path.name not in UNEQUAL and path.parent.name == out.name
+        if path.is_file() and path.name not in UNEQUAL and path.relative_to(out).parts[0] != "training"
     }
     rows = [json.loads(line) for line in (out / "training/metrics.jsonl").read_text().splitlines()]
     found["metrics"] = [{name: value for name, value in row.items() if name not in TIMES} for row in rows]

@@ -14,15 +14,19 @@ import torch
 import transformers
 
 from lmworks.base.errors import InputError
+from lmworks.finetune_data import read_domains
 from lmworks.finetuning import finetune
 from lmworks.tasks.base import Feature
+from lmworks.text.labelled import read_labelled
 from lmworks.tokens.train import train_tokenizer
 from lmworks.training import before
 from lmworks.training.before import DIFFICULTY, DOMAINS
 from lmworks.training.examples import Examples, Row
-from lmworks.training.mixture import DomainRows, check_weights, mix, name_domains, read_weight
+from lmworks.training.mixture import Domain, DomainRows, check_weights, mix, name_domains, read_weight
 from lmworks.training.supervision import check_order
 from lmworks.training.tuning import Tuning
+
+COLUMNS: dict[str, Any] = {"text_column": None, "label_column": None, "header": True}
 
 
 def rows_of(lengths: list[int], domain: int) -> list[Row]:
@@ -88,6 +92,17 @@ def test_held_out_rows_of_a_domain() -> None:
     assert changed.fingerprint() != data.fingerprint() == make_mixture().fingerprint()
 
 
+def test_epochs_are_planned_until_there_are_enough_batches() -> None:
+    """As many as asked for: the beginning of a run of more epochs, whether longer or shorter than one."""
+    for steps in (20, 50, 161):
+        data = make_mixture()
+        longer = Examples(data.main, epochs=4, batch_size=20, domains=data.domains)
+        data.plan_for(steps)
+        assert data.steps == steps
+        for step in (0, steps // 2, steps - 1):
+            assert np.array_equal(data.batch(step)["input_ids"], longer.batch(step)["input_ids"])
+
+
 def test_files_and_weights() -> None:
     assert read_weight("data/law=2.jsonl=0.3") == (Path("data/law=2.jsonl"), 0.3)
     for text in ("law.jsonl", "law.jsonl=", "law.jsonl=2", "=0.5", "law.jsonl=nan", "law.jsonl=0"):
@@ -95,6 +110,8 @@ def test_files_and_weights() -> None:
             read_weight(text)
     with pytest.raises(InputError, match="leave nothing"):
         check_weights([0.7, 0.3])
+    with pytest.raises(InputError, match="one file"):
+        Tuning(shots=4, also=("law.jsonl=0.3",)).check()
     names = name_domains([Path("a/x.txt"), Path("b/x.txt"), Path("y.txt"), Path("a/x.csv")])
     assert names == ["a/x.1", "b/x", "y", "a/x.4"]
 
@@ -185,6 +202,22 @@ def test_the_loss_of_every_domain_is_reported_before_and_after(
     assert again["domains"] == values["domains"]
     for name in ("model.safetensors", f"training/{DIFFICULTY}", f"training/{DOMAINS}"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_another_file_names_its_own_split(languages: Path, tmp_path: Path) -> None:
+    """--split is that of the main file; a file that has splits is refused until one is named."""
+    parts = {"train": [["toki", "x"]] * 20, "later": [["pona", "y"]] * 20}
+    (tmp_path / "nested.json").write_text(json.dumps(parts))
+    data = read_labelled(languages / "toki.jsonl", "text-generation")
+
+    def read(text: str) -> list[Domain]:
+        return read_domains(data, "text-generation", Tuning(also=(text,)), COLUMNS)
+
+    (domain,) = read(f"{tmp_path}/nested.json:later=0.2")
+    assert set(domain.train.examples) == {"pona"} and domain.weight == 0.2 and len(domain.held_out) == 2
+    with pytest.raises(InputError, match="which split") as error:
+        read(f"{tmp_path}/nested.json=0.2")
+    assert error.value.fix.startswith(f"write {tmp_path}/nested.json:NAME, or {tmp_path}/nested.json:NAME+NAME")
 
 
 @pytest.mark.usefixtures("one_thread")

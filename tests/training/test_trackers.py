@@ -114,6 +114,7 @@ def sit_apart(folder: Path, names: str, step: int, **environment: str) -> int:
     return done.returncode
 
 
+@pytest.mark.slow
 def test_a_killed_run_repeats_and_misses_nothing(tmp_path: Path) -> None:
     """The steps after the last checkpoint are made again, and are not logged twice."""
     names = "tensorboard,mlflow"

@@ -13,7 +13,10 @@ from lmworks.base.errors import InputError
 from lmworks.cli.inputs import Column, File, mend, read_lines, read_stdin, read_texts, read_whole
 from lmworks.cli.output import Json, Model, Revision, print_json
 
-Dtype = Annotated[Literal["auto", "fp32", "bf16"], Parameter(help="The precision; bf16 is faster and less exact.")]
+Dtype = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16", "int8", "uint8", "q4", "q4f16", "bnb4"],
+    Parameter(help="The precision: fp32 or bf16 (faster, less exact) in torch, or that of an exported graph."),
+]
 Long = Annotated[
     Literal["error", "truncate", "window"],
     Parameter(help="A text that is longer than the model: refuse it, cut it, or read it in windows."),

@@ -64,9 +64,17 @@ class TorchRuntime:
             pack(self.model)
         self.dtype, config = dtype, self.model.config
         self.vocab_size, self.max_length = config.vocab_size, config.max_tokens - self.model.transformer.prefix.length
-        self.device = next(self.model.parameters()).device
-        self.leaves_padding_out = self.device.type == "cpu" and not self.model.parts
         self.slots = slots
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is now."""
+        return next(self.model.parameters()).device
+
+    @property
+    def leaves_padding_out(self) -> bool:
+        """Whether padding is better left out: on a graphics card many small products cost more than padding."""
+        return self.device.type == "cpu" and not self.model.parts
 
     @cached_property
     def cache(self) -> KVCache:

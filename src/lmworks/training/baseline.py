@@ -26,6 +26,7 @@ from lmworks.text.labelled import Labelled
 from lmworks.training.data import IGNORED, draw
 from lmworks.training.examples import Examples, Row, collate_rows
 from lmworks.training.lora_layers import without_adapters
+from lmworks.training.machine import to_device
 
 MOST_ROWS = 2000  # of the training data for the frozen features: a pass over them takes a while
 PENALTY = 1e-3  # of the squared weights, on features of variance 1
@@ -61,7 +62,7 @@ def random_spans(data: Labelled) -> list[str]:
 def frozen_features(
     model: Model, data: Examples, held_out: Labelled, labels: Sequence[str], *, seed: int = 0
 ) -> dict[str, float] | None:
-    """Return the metrics of logistic regression on the model without adapters; None where labels are no single classes."""
+    """Return the metrics of logistic regression on the model without adapters; None without single classes."""
     task = held_out.task
     if task not in ("text-classification", "token-classification") or not isinstance(
         data.rows[0].targets["labels"], int | list
@@ -88,13 +89,14 @@ def frozen_features(
 def features(model: Model, rows: Sequence[Row], *, pad_id: int) -> tuple[Tensor, Tensor, list[int]]:
     """Return the features (n, D) of rows or of their scored tokens, the labels (n,), and the example of each."""
     found: list[Any] = [None] * len(rows)
+    device = next(model.parameters()).device
     with inference(model), without_adapters(model):
         for places in make_batches([len(row.feature) for row in rows], batch_tokens=2048, max_rows=64):
-            batch = {k: torch.from_numpy(v) for k, v in collate_rows([rows[i] for i in places], pad_id=pad_id).items()}
+            batch = to_device(collate_rows([rows[i] for i in places], pad_id=pad_id), device)
             mask = batch.get("attention_mask")
             states = model.hidden_states(batch["input_ids"], mask, token_type_ids=batch.get("token_type_ids"))
-            labels = batch["labels"]
-            pooled = pool(states, "mean", mask) if labels.ndim == 1 else states
+            labels = batch["labels"].cpu()
+            pooled = (pool(states, "mean", mask) if labels.ndim == 1 else states).cpu()
             for place, state, label in zip(places, pooled, labels, strict=True):
                 kept = label != IGNORED
                 found[place] = (state[kept], label[kept]) if labels.ndim > 1 else (state[None], label[None])

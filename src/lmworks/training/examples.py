@@ -102,6 +102,13 @@ class Examples:
             plan += batches
         return plan
 
+    def plan_for(self, steps: int) -> None:
+        """Plan so many batches, of as many epochs as it takes."""
+        while self.steps < steps:
+            self.epochs = max(self.epochs + 1, self.epochs * steps // self.steps)
+            self.plan = self.make_plan()
+        self.plan = self.plan[:steps]
+
     def sort_by(self, difficulty: NDArray[Any]) -> None:
         """Begin with easy rows: difficulty (n,) of the main rows."""
         self.plan = self.make_plan(difficulty)

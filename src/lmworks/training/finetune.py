@@ -39,6 +39,7 @@ from lmworks.training.distributed import find_ranks
 from lmworks.training.examples import Examples, balance
 from lmworks.training.fewshot import fit_head
 from lmworks.training.forgetting import Scores, read_texts, score_base, score_texts
+from lmworks.training.machine import find_device
 from lmworks.training.measure import main_metric, measure
 from lmworks.training.mixture import Domain, DomainRows
 from lmworks.training.objectives import Objective
@@ -110,7 +111,7 @@ def set_up(
     put_parts(model, tuning)
     tokenizer, extended = learn_tokens(model, folder, train.examples, tuning)
     choose_parameters(model, tuning, () if extended is None else sorted(extended.pieces))
-    find_ranks().place(model)
+    find_ranks().place(model.to(find_device()))
     if tuning.pack and model.transformer.prefix.rows() is not None:
         raise InputError("--pack does not go with a prefix", fix="choose another --method, or leave --pack out")
     if tokenizer is not None and model.spec.pool == "last" and model.config.pad_token_id is None:
@@ -191,16 +192,7 @@ def tune(
         callbacks=[*make_trackers(tuning.track, folder, asdict(tuning), stream=stream), *callbacks],
         workers=tuning.workers,
     )
-    try:
-        result = trainer.fit()
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        raise LmworksError(
-            "out of memory", where=str(folder), found=str(error).splitlines()[0] if str(error) else "",
-            fix=f"double --accumulation ({tuning.accumulation}), which changes nothing else, halve --batch-size "
-            f"({tuning.batch_size}), or choose a smaller --max-length",
-        ) from None  # fmt: skip
+    result = fit(trainer, tuning)
     if tuning.contrastive:
         fit_head(setup.model, setup.data.rows, read_by_head, pad_id=setup.data.pad_id)
     domains = {name: (before[name], loss) for name, loss in ranks.once(partial(losses_by_domain, setup)).items()}
@@ -211,6 +203,20 @@ def tune(
         model=setup.model, predictor=setup.predictor, result=result, new_head=setup.new_head, domains=domains,
         before=was, after=now,
     )  # fmt: skip
+
+
+def fit(trainer: Trainer, tuning: Tuning) -> TrainResult:
+    """Train to the end; where memory runs out, say what to change."""
+    try:
+        return trainer.fit()
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise LmworksError(
+            "out of memory", where=str(trainer.folder), found=str(error).splitlines()[0] if str(error) else "",
+            fix=f"double --accumulation ({tuning.accumulation}), which changes nothing else, halve --batch-size "
+            f"({tuning.batch_size}), or choose a smaller --max-length",
+        ) from None  # fmt: skip
 
 
 def train_config(steps: int, tuning: Tuning, criterion: str) -> TrainConfig:

@@ -108,7 +108,7 @@ class BucketSum(GradientSum):
 
 
 def make_buckets(parameters: Sequence[nn.Parameter]) -> list[Bucket]:
-    """Return buckets of at most BUCKET_BYTES or one parameter, each of one dtype on one device, from the last parameter to the first."""
+    """Return buckets of at most BUCKET_BYTES, or one parameter, each of one dtype and device; the last come first."""
     groups: list[list[nn.Parameter]] = []
     held = 0
     for p in reversed(parameters):

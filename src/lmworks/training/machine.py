@@ -61,6 +61,16 @@ def keep_freed_memory() -> None:
         mallopt(M_TOP_PAD, 64 * 2**20)
 
 
+def find_device() -> torch.device:
+    """Return where to train: the graphics card in use, where there is one; LMWORKS_DEVICE names another."""
+    named = os.environ.get("LMWORKS_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=named).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError("LMWORKS_DEVICE names no device that works here", found=named, expected="cpu or cuda",
+                         fix=str(error).splitlines()[0]) from None  # fmt: skip
+
+
 def has_bf16() -> bool:
     """Tell whether the processor multiplies bf16 in hardware."""
     abilities = torch.cpu.get_capabilities()

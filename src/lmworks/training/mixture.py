@@ -46,21 +46,33 @@ class DomainRows:
     held_out: Sequence[Row]
 
 
-def read_weight(text: str, option: str = "--also") -> tuple[Path, float]:
+def read_weight(text: str) -> tuple[Path, float]:
     """Read FILE=WEIGHT: "law.jsonl=0.3" -> (law.jsonl, 0.3); raise InputError for anything else."""
     name, _, number = text.rpartition("=")
-    try:
-        weight = float(number)
-    except ValueError:
-        weight = 0.0
-    if not name or not 0 < weight < 1:
+    weight = read_share(number)
+    if not name or not weight:
         raise InputError(
-            f"{option} is not a file and its share",
+            "--also is not a file and its share",
             found=text,
             expected="FILE=WEIGHT, with a weight between 0 and 1, such as law.jsonl=0.3",
             fix="the weight is the file's share of each batch",
         )
     return Path(name), weight
+
+
+def read_share(text: str) -> float:
+    """Return the number that a text says, 0 where it is none between 0 and 1."""
+    try:
+        weight = float(text)
+    except ValueError:
+        return 0.0
+    return weight if 0 < weight < 1 else 0.0
+
+
+def find_split(file: Path) -> tuple[Path, str | None]:
+    """Read FILE:SPLIT where FILE is there: clinc.json:train -> (clinc.json, "train"); else there is no split."""
+    name, colon, split = str(file).rpartition(":")
+    return (Path(name), split) if colon and not file.exists() and Path(name).exists() else (file, None)
 
 
 def check_weights(weights: Sequence[float], option: str = "--also") -> None:

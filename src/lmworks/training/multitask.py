@@ -3,30 +3,39 @@
 The tasks take turns as evenly as their weights allow, so that the task of a step follows from its number. An epoch is
 one of the first task. Each task's model stays an ordinary one, which can be saved alone with the body it shares.
 
-    joined = join([first, second], [0.5])
-    Trainer(joined.model, objective=joined.objective, data=joined.data, config=…, folder=…).fit()
-    save_model(first.model, folder)
+    tune_tasks([first, second], held_out, names, [0.5], folder, tuning=tuning)
+    save_model(first.model, out)
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 import numpy as np
 from torch import Tensor, nn
 
 from lmworks.base.errors import InputError
 from lmworks.base.types import Batch
+from lmworks.training.callbacks import Callback
 from lmworks.training.data import DataSource
+from lmworks.training.distributed import find_ranks
+from lmworks.training.finetune import Setup, Tuned, fit, train_config
 from lmworks.training.measure import main_metric, measure
 from lmworks.training.mixture import check_weights, share
 from lmworks.training.objectives import Objective
+from lmworks.training.trackers import make_trackers
+from lmworks.training.trainer import Trainer
+from lmworks.training.tuning import Tuning
+from lmworks.training.validation import held_out_loss
 
 if TYPE_CHECKING:
     from lmworks.text.labelled import Labelled
-    from lmworks.training.finetune import Setup
 
 TASK = "task"  # (B,): the number of the task that a batch's rows belong to
 
@@ -51,8 +60,8 @@ class TaskMixture:
 
     def __init__(self, sources: Sequence[DataSource], weights: Sequence[float], *, steps: int) -> None:
         """Take turns for `steps` batches of the first source; `weights` are the shares of the others."""
-        check_weights(weights, "the other tasks")
-        self.sources, counts = sources, [steps, *share(steps, weights)]
+        check_weights(weights, "--also-task")
+        self.sources, self.counts = sources, (counts := [steps, *share(steps, weights)])
         places = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
         order = np.argsort(places, kind="stable")
         self.tasks = np.repeat(np.arange(len(counts)), counts)[order]  # (steps of all,)
@@ -116,23 +125,75 @@ def join(setups: Sequence[Setup], weights: Sequence[float]) -> Joined:
 
     Raises InputError where the bodies differ or the weights leave nothing for the first task.
     """
-    data = TaskMixture([setup.data for setup in setups], weights, steps=setups[0].data.steps)
+    first, *others = (setup.data for setup in setups)
+    data = TaskMixture([first, *others], weights, steps=first.steps)
+    for source, count in zip(others, data.counts[1:], strict=True):
+        source.plan_for(count)
     objective = MixedObjective([setup.objective for setup in setups])
     return Joined(SharedBody([setup.model for setup in setups]), objective, data)
 
 
 def measure_tasks(setups: Sequence[Setup], held_out: Sequence[Labelled], names: Sequence[str]) -> dict[str, float]:
-    """Return the metrics of every task, as `NAME_accuracy`, and `mean`: that of their main ones.
+    """Return the metrics of every task, as `NAME_accuracy`, and `mean`: that of their main ones, each at most 1.
 
     The loss of all says little about which weights are the best: a tag is a term of it just as a whole text is.
     """
     found: dict[str, float] = {}
     mains = []
     for setup, data, name in zip(setups, held_out, names, strict=True):
-        scores = measure(setup.predictor, data, problem=setup.problem)
+        main = main_metric(data.task, data, setup.problem)
+        scores = (
+            {"perplexity": math.exp(own_loss(setup) or 0.0)}
+            if data.references[0] is None
+            else measure(setup.predictor, data, problem=setup.problem)
+        )
         found |= {f"{name}_{metric}": value for metric, value in scores.items()}
-        mains.append(scores[main_metric(data.task, data, setup.problem)])
+        if main in scores:
+            mains.append(scores[main])
+        else:
+            mains.append(1 / scores["perplexity"] if "perplexity" in scores else 1 / (1 + scores["mse"]))
     return {**found, "mean": sum(mains) / len(mains)}
+
+
+def own_loss(setup: Setup) -> float | None:
+    """Return the held-out loss of one task."""
+    training = setup.model.training
+    loss = held_out_loss(setup.model, setup.objective, setup.data.validation(), dtype="fp32")
+    setup.model.train(training)
+    return loss
+
+
+def tune_tasks(
+    setups: Sequence[Setup], held_out: Sequence[Labelled], names: Sequence[str], weights: Sequence[float],
+    folder: Path, *, tuning: Tuning, stream: TextIO | None = None, callbacks: Sequence[Callback] = (),
+) -> list[Tuned]:  # fmt: skip
+    """Train (or resume) in `folder`; the models end with the weights that scored best on average.
+
+    Each Tuned has the held-out loss of its own task and the curves of the whole run.
+    """
+    joined = join(setups, weights)
+    trainer = Trainer(
+        joined.model,
+        objective=joined.objective,
+        data=joined.data,
+        config=train_config(joined.data.steps, tuning, "mean"),
+        folder=folder,
+        stream=stream,
+        measure=partial(measure_tasks, setups, held_out, names),
+        callbacks=[*make_trackers(tuning.track, folder, asdict(tuning), stream=stream), *callbacks],
+        workers=tuning.workers,
+    )
+    result = fit(trainer, tuning)
+    losses = find_ranks().once(lambda: [own_loss(setup) for setup in setups])
+    return [
+        Tuned(
+            model=setup.model,
+            predictor=setup.predictor,
+            result=replace(result, best_loss=loss),
+            new_head=setup.new_head,
+        )
+        for setup, loss in zip(setups, losses, strict=True)
+    ]
 
 
 def mark(batch: Batch, task: int) -> Batch:

@@ -78,7 +78,7 @@ def learning_scales(model: nn.Module, config: TrainConfig) -> dict[str, float]:
 
 def is_head(name: str) -> bool:
     """Tell whether a parameter belongs to the head."""
-    return name.startswith("head.")
+    return re.search(r"(?:^|\.)head\.", name) is not None
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

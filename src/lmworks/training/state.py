@@ -262,11 +262,15 @@ def check_same_run(state: State, config: dict[str, Any], data: str, folder: Path
         )
 
 
+def forecast_bytes(model: nn.Module, *, moments: int = 2) -> int:
+    """Return what the checkpoints of a run take at most, with so many moments a parameter."""
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    return COPIES * sum(t.nbytes for t in saved_tensors(model).values()) + KEPT * moments * trained + SMALL_FILES
+
+
 def check_space(folder: Path, model: nn.Module, *, moments: int = 2) -> None:
-    """Raise InputError where the checkpoints of this model, with so many moments a parameter, will not fit."""
-    tensors = saved_tensors(model)
-    parameters = {name: p.nbytes for name, p in model.named_parameters() if p.requires_grad}
-    need = COPIES * sum(t.nbytes for t in tensors.values()) + KEPT * moments * sum(parameters.values()) + SMALL_FILES
+    """Raise InputError where the checkpoints of this model will not fit."""
+    need = forecast_bytes(model, moments=moments)
     held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     free = free_bytes(folder) + held
     if free < need:

@@ -112,7 +112,11 @@ class Tuning:
     curriculum
         Begin with easy rows: short ones, those the model finds likely, or as the file has them.
     also
-        FILE=WEIGHT: more data of the same task, and its share of each batch; may be given several times.
+        FILE=WEIGHT: more data of the same task, and its share of each batch; may be given several times. FILE:SPLIT
+        where the file has splits.
+    also_task
+        FILE=TASK=WEIGHT: another task, learned by the same body with a head of its own, and its share of the steps; may
+        be given several times. OUT then holds a model folder for each task.
     also_evaluate
         A text on which to compare the model before and after (text-generation); may be given several times.
     every_token
@@ -187,6 +191,7 @@ class Tuning:
     pack: bool = False
     curriculum: Curriculum = "none"
     also: tuple[str, ...] = ()
+    also_task: tuple[str, ...] = ()
     also_evaluate: tuple[str, ...] = ()
     every_token: bool = False
     whole_words: bool = False
@@ -223,6 +228,9 @@ class Tuning:
                 raise InputError(f"{option} is out of range", found=str(value), expected=f"{low} to {high}")
         if self.draws > 1 and self.shots is None:
             raise InputError("--draws repeats the choice of --shots", fix="--shots 8, say; or leave --draws out")
+        if self.shots is not None and self.also:
+            raise InputError("--shots learns from a few examples of one file", found="--also " + " ".join(self.also),
+                             fix="leave out --also, or --shots")  # fmt: skip
         lists: dict[str, Any] = {name: tuple(getattr(self, name)) for name in LISTS}
         return replace(self, **lists, lr=self.lr or LEARNING_RATES[self.method])
 
@@ -249,7 +257,7 @@ class Tuning:
         return Tuning(**knobs)
 
 
-LISTS = ("freeze", "train_only", "insert", "swap", "code", "also", "also_evaluate")
+LISTS = ("freeze", "train_only", "insert", "swap", "code", "also", "also_task", "also_evaluate")
 RANGES: dict[str, tuple[float, float]] = {
     "epochs": (1, 10_000),
     "lr": (1e-8, 10.0),

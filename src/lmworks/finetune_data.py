@@ -1,0 +1,143 @@
+"""The data of a fine-tuning run: read, checked, and a tenth of them held out where no validation file is given."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lmworks.base.errors import InputError, did_you_mean
+from lmworks.models.families import read_config, read_kind
+from lmworks.tasks.registry import find_task
+from lmworks.text.labelled import Labelled, check_labels, read_labelled
+from lmworks.text.read import Document
+from lmworks.text.split import split_documents
+from lmworks.training.mixture import Domain, check_weights, find_split, name_domains, read_weight
+from lmworks.training.tuning import Tuning
+
+TUNABLE = (
+    "text-classification", "token-classification", "question-answering", "image-classification", "text-generation",
+    "fill-mask", "feature-extraction",
+)  # fmt: skip
+HELD_OUT = 0.1  # of the training data, where no validation file is given
+HELD_STREAM = 2**32 + 16
+PathLike = str | Path
+
+
+def choose_task(task: str | None, folder: Path) -> str:
+    """Return the task that is named, or the checkpoint's own; raise InputError where neither can be fine-tuned."""
+    found = task or find_task(read_kind(read_config(folder)))
+    if found in TUNABLE and (task or found != "feature-extraction"):
+        return found
+    what = f"no fine-tuning for the task {found!r}" if task else "this checkpoint has no head that says what to learn"
+    near = did_you_mean(found, TUNABLE) if task else ""
+    raise InputError(what, expected=", ".join(TUNABLE), fix=f"choose one with --task;{near}")
+
+
+def read_data(
+    train: Path, validation: PathLike | None, task: str, split: str | None, seed: int, columns: dict[str, Any]
+) -> tuple[Labelled, Labelled]:
+    """Return the training and the validation data; raise InputError where their labels differ."""
+    first, _, second = (split or "").partition(",")
+    kind = "text-generation" if task == "fill-mask" else task
+    data = read_labelled(train, kind, split=first or None, **columns)
+    if task == "fill-mask" and not all(isinstance(example, str) for example in data.examples):
+        raise InputError("fill-mask learns from plain texts", where=str(train), found="prompts or conversations")
+    if validation is None and not second:
+        return hold_out(data, seed)
+    held = Path(validation) if validation is not None else train
+    other = check_labels(data, read_labelled(held, kind, split=second or (None if validation else first), **columns))
+    if task in ("text-classification", "image-classification"):
+        check_all_labels(data, other)
+    return data, other
+
+
+def read_domains(data: Labelled, task: str, tuning: Tuning, columns: dict[str, Any]) -> list[Domain]:
+    """Return the files of --also with their weights; of each a tenth is held out. Their labels must be known.
+
+    --split is that of the main file: another file's own is written behind it, FILE:SPLIT=WEIGHT.
+    """
+    weighed = [read_weight(text) for text in tuning.also]
+    check_weights([weight for _, weight in weighed])
+    domains = []
+    for name, (file, weight) in zip(name_domains([file for file, _ in weighed]), weighed, strict=True):
+        train, held_out = read_other(file, task, tuning.seed, columns)
+        domains.append(Domain(name, weight, check_labels(data, train), check_labels(data, held_out)))
+    return domains
+
+
+def read_other(file: Path, task: str, seed: int, columns: dict[str, Any]) -> tuple[Labelled, Labelled]:
+    """Return the training and the held-out data of another file than the main one: FILE, or FILE:SPLIT."""
+    path, split = find_split(file)
+    try:
+        return read_data(path, None, task, split, seed, columns)
+    except InputError as error:
+        if error.fix.startswith("--split"):  # which is that of the main file
+            error.fix = f"write {path}:NAME" + error.fix.removeprefix("--split NAME").replace("NAME", f"{path}:NAME", 1)
+        raise
+
+
+def check_all_labels(data: Labelled, other: Labelled) -> None:
+    """Raise InputError for a label of the training data that the validation data lack, or that is a slip of the pen."""
+    seen = {label for reference in other.references for label in label_names(reference)}
+    missing = [label for label in data.labels if label not in seen]
+    if missing:
+        near = did_you_mean(missing[0], seen)
+        raise InputError(
+            f'no validation example has the label "{missing[0]}"',
+            where=other.where,
+            found=f"{len(seen)} of {len(data.labels)} labels; missing: {', '.join(missing[:8])}",
+            expected="every label of the training data",
+            fix="correct the label" + near
+            if near
+            else "add examples of it, or leave --validation out: then a tenth of the training data is held out",
+        )
+
+
+def label_names(reference: Any) -> tuple[str, ...]:
+    """Return the labels of one example: none for a number."""
+    return () if isinstance(reference, float) else (reference,) if isinstance(reference, str) else tuple(reference)
+
+
+def hold_out(data: Labelled, seed: int) -> tuple[Labelled, Labelled]:
+    """Return the data without a tenth of them, and that tenth: of every label its share, chosen by the seed.
+
+    Of a few plain texts each gives its own last part.
+    """
+    from lmworks.training.data import draw
+
+    if data.references[0] is None and all(isinstance(example, str) for example in data.examples):
+        texts = [Document(str(i), text) for i, text in enumerate(data.examples)]
+        sides = split_documents(texts, validation=HELD_OUT, seed=seed)
+        train, held = (
+            replace(data, examples=[one.text for one in side], references=[None] * len(side)) for side in sides
+        )
+        return train, held
+    single = bool(data.references) and isinstance(data.references[0], str)
+    groups: dict[Any, list[int]] = {}
+    for place, _ in sorted(enumerate(draw(seed, 0, len(data), stream=HELD_STREAM).tolist()), key=lambda row: row[1]):
+        groups.setdefault(data.references[place] if single else None, []).append(place)
+    places = {place for group in groups.values() for place in group[: round(HELD_OUT * len(group))]}
+    places = places or set(next(iter(groups.values()))[: len(data) // 2])
+    if not places:
+        raise InputError("one example cannot be trained on and held out", where=data.where, fix="give more examples")
+    return take(data, [i for i in range(len(data)) if i not in places]), take(data, sorted(places))
+
+
+def take(data: Labelled, places: list[int]) -> Labelled:
+    """Return some of the examples."""
+    return replace(data, examples=[data.examples[i] for i in places], references=[data.references[i] for i in places])
+
+
+def fingerprint(*parts: Labelled) -> str:
+    """Return a SHA-256 of everything in the data."""
+    digest = hashlib.sha256()
+    for data in parts:
+        digest.update(repr((data.task, data.labels, data.examples, data.references)).encode())
+    return digest.hexdigest()
+
+
+def as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings as they come back from a file: lists for tuples."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
