@@ -46,20 +46,25 @@ def main() -> None:
     """Kill one of them so many times, then let them end."""
     root, space = Path(sys.argv[1]), sys.argv[6:]
     trials, kills, seed, workers = map(int, sys.argv[2:6])
-    rng, done, running = random.Random(seed), 0, list[int]()
+    rng, done, running, log = random.Random(seed), 0, list[int](), root / "log.txt"
+    log.touch()
     while not (root / "killed").is_dir():
+        before = log.stat().st_size
         running += [start(root, trials, space) for _ in range(workers - len(running))]
         if done < kills:
-            time.sleep(rng.uniform(0.3, 2.5) / workers)
+            while done % 4 and log.stat().st_size == before and not (root / "killed").is_dir():
+                time.sleep(0.01)  # every fourth is killed at its start, the others once a trial has begun or ended
+            time.sleep(rng.uniform(0, 2))
             os.kill(rng.choice(running), signal.SIGKILL)
         child, status = os.wait()
-        assert status in (0, signal.SIGKILL, 3 << 8), (status, (root / "log.txt").read_text())
+        assert status in (0, signal.SIGKILL, 3 << 8), (status, log.read_text())
         running.remove(child)
         done += status == signal.SIGKILL
     for child in running:
         _, status = os.waitpid(child, 0)
-        assert status in (0, signal.SIGKILL, 3 << 8), (status, (root / "log.txt").read_text())
-    print(json.dumps({"kills": done}))
+        assert status in (0, signal.SIGKILL, 3 << 8), (status, log.read_text())
+    begun = [line for line in log.read_text().splitlines() if ": lr " in line]
+    print(json.dumps({"kills": done, "begun_again": len(begun) - len(set(begun))}))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import itertools
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).with_name("training")))
 from tuning_models import make_body, two_languages, write_rows
 
 from lmworks import api
-from lmworks.base.errors import InputError
+from lmworks.base.errors import InputError, Interrupted
 from lmworks.evaluation.metrics import score
 from lmworks.evaluation.prompting import BETWEEN, Prompting, calibrate, fill, make_prompts, score_labels
 from lmworks.evaluation.retrieval import nearest_labels, rank_partners
@@ -240,6 +241,34 @@ def test_a_few_examples_are_enough_and_the_folder_is_an_ordinary_one(root: Path,
             said = [int(model(**tokenizer(row["text"], return_tensors="pt")).logits.argmax()) for row in rows]
         right = [model.config.id2label[i] == row["label"] for i, row in zip(said, rows, strict=True)]
         assert float(np.mean(right)) == values["accuracy"]
+
+
+class StopAfterTheFirstStep:
+    """Ctrl-C that comes at once."""
+
+    def __enter__(self) -> bool:
+        return True
+
+    def __exit__(self, *_: Any) -> None:
+        return None
+
+
+def test_an_interrupted_draw_is_kept_and_resumed(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoints are a folder deeper than those of other runs; they are found, and the bits are the same."""
+    settings = {**QUICK, "task": "text-classification", "shots": 6, "draws": 2, "epochs": 2, "batch_size": 4}
+    make = partial(finetune, root / "body", root / "train.jsonl", validation=root / "validation.jsonl", **settings)
+    with monkeypatch.context() as changed:
+        changed.setattr("lmworks.training.trainer.StopRequest", StopAfterTheFirstStep)
+        with pytest.raises(Interrupted, match="everything is saved"):
+            make(tmp_path / "a")
+    with pytest.raises(InputError, match="interrupted run is here already"):
+        make(tmp_path / "a")
+    resumed = make(tmp_path / "a", resume=True).values
+    assert resumed["draws"] == make(tmp_path / "b").values["draws"]
+    lines = (tmp_path / "a/training/draw-1/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if '"loss"' in line] == list(range(1, 7))
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
 
 
 def test_shots_that_cannot_be_meant_are_refused(root: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from lmworks.export.receipt import check_receipt
 from lmworks.finetuning import evaluate_task, finetune
 from lmworks.runtime.predictor import load
 from lmworks.tokens.train import train_tokenizer
+from lmworks.training.log import read_history
 from lmworks.training.state import hold
 
 SCRIPT = Path(__file__).with_name("training") / "kill_finetune.py"
@@ -88,7 +89,10 @@ def test_full_fine_tuning_learns_and_transformers_reads_the_folder(languages: Pa
     receipt = json.loads((out / "lmworks.json").read_text())
     assert receipt["task"] == "text-classification" and receipt["scores"]["metrics"] == values["metrics"]
     assert json.loads((out / "report.json").read_text())["accuracy"] == values["accuracy"]
-    assert "frozen features" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert all(part in page for part in ("frozen features", "gap of the last losses", receipt["data_sha256"]))
+    history = read_history(out / "training")
+    assert values["gap"] == history.validation[-1][1] - history.train[-1][1]
     assert not list(out.rglob("last.*")) and not out.with_name("out.partial").exists()
 
 
@@ -413,6 +417,17 @@ def change(path: Path, number: int, label: str) -> None:
         ({"learning_rate": 1.0}, "no knob"),
         ({"validation": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"max_length": 8}, "longer than the model"),
+        ({"rank": 4}, "--rank belongs to lora"),
+        ({"prefix_length": 4}, "--prefix-length belongs to prefix"),
+        ({"bottleneck": 4}, "--bottleneck belongs to adapter"),
+        ({"momentum": 0.5}, "--momentum belongs to sgd"),
+        ({"decay": 0.5}, "--decay belongs to wsd"),
+        ({"init": "random"}, "--init is for new tokens"),
+        ({"every_token": True}, "--every-token is for words with tags"),
+        ({"whole_words": True}, "--whole-words is for hidden words"),
+        ({"symmetric": True}, "--symmetric is for vectors of texts"),
+        ({"triplet_loss": True}, "--triplet-loss is for vectors of texts"),
+        ({"temperature": 0.5}, "--temperature is for texts that are compared"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(
@@ -422,6 +437,33 @@ def test_what_cannot_be_meant_is_refused(
     with pytest.raises(InputError, match=message):
         tune(languages, tmp_path / "out", **settings)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "message"),
+    [
+        ("text,label\n" + "a,0\n" * 20, {}, "all examples have the same label"),
+        ("text,label\na,0.5\nb,1.5\nc,2.5\n", {"balanced": True}, "--balanced is for rows with one label each"),
+        ("tokens,tags\na b,O O\nc,O\nd,B-X\n", {"balanced": True, "task": "token-classification"}, "--balanced is for"),
+    ],
+)  # fmt: skip
+def test_labels_that_a_knob_cannot_use_are_refused(
+    content: str, settings: dict[str, Any], message: str, languages: Path, tmp_path: Path
+) -> None:
+    """One class teaches nothing; rows can be drawn by class only where each has one."""
+    (tmp_path / "data.csv").write_text(content)
+    settings = {"task": "text-classification", **settings}
+    with pytest.raises(InputError, match=message):
+        finetune(languages / "body", tmp_path / "data.csv", tmp_path / "out", dry_run=True, **settings)
+
+
+def test_two_examples_are_enough_to_begin_with(languages: Path, tmp_path: Path) -> None:
+    """One is trained on, one held out: the frozen features' spread over one row is no number."""
+    (tmp_path / "two.csv").write_text("text,label\ngood,0\nbad,1\n")
+    report = finetune(
+        languages / "body", tmp_path / "two.csv", tmp_path / "out", task="text-classification", **QUICK
+    )  # fmt: skip
+    assert np.isfinite(report.values["baselines"]["frozen features"]["accuracy"])
 
 
 @pytest.mark.parametrize(
@@ -488,3 +530,45 @@ def test_several_labels_and_numbers_are_learned(languages: Path, tmp_path: Path)
             assert values["accuracy"] > values["baselines"]["majority"]["accuracy"] and scored["accuracy"] > 0.55
         else:
             assert values["mse"] < 0.5 * values["baselines"]["majority"]["mse"] and scored["spearman"] > 0.7
+
+
+def test_an_instruction_model_is_scored_on_its_answers(tmp_path: Path) -> None:
+    """The perplexity of the answers alone, as transformers' loss gives it one example at a time."""
+    from lmworks import api
+
+    rows = [{"prompt": f"What is {a} and {b}? ", "completion": f"It is {a + b}."} for a in range(5) for b in range(5)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = tmp_path / "decoder"
+    tokenizer = train_tokenizer([row["prompt"] + row["completion"] for row in rows], vocab_size=300)
+    tokenizer.save(base)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=tokenizer.vocab_size, n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    transformers.GPT2LMHeadModel(config).save_pretrained(base)
+    report = api.evaluate(base, tmp_path / "sums.jsonl")
+    theirs, total, count = transformers.GPT2LMHeadModel.from_pretrained(base).eval(), 0.0, 0
+    for row in rows:
+        prompt, answer = tokenizer.encode(row["prompt"]), [*tokenizer.encode(row["completion"]), tokenizer.eos_id]
+        with torch.no_grad():
+            logits = theirs(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum"))
+        count += len(answer)
+    assert report.values["answer_tokens"] == count
+    assert report.values["loss"] == pytest.approx(total / count, abs=1e-5)
+
+    rows[0]["prompt"] = "so long " * 200  # its answer is cut off, and that is said
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tuned = finetune(
+        base, tmp_path / "sums.jsonl", tmp_path / "out", validation=tmp_path / "sums.jsonl", epochs=1, dtype="fp32",
+        long="truncate",
+    )  # fmt: skip
+    assert tuned.values["left_out"] == 1
+    assert any("1 training examples had nothing to learn" in note for note in tuned.notes)
+
+
+def test_an_adapter_is_opened_by_load_and_not_trained_further(languages: Path, tmp_path: Path) -> None:
+    import lmworks
+
+    tune(languages, tmp_path / "adapter", method="lora", epochs=1)
+    assert lmworks.load(tmp_path / "adapter")("Ein kleiner Hund.")[0].label in ("de", "en")
+    with pytest.raises(InputError, match="adapter cannot be fine-tuned further"):
+        finetune(tmp_path / "adapter", languages / "train.jsonl", tmp_path / "more", task="text-classification")

@@ -21,6 +21,8 @@ from lmworks.export.receipt import check_receipt
 from lmworks.finetune_tasks import name_tasks, read_task
 from lmworks.finetuning import evaluate_task, finetune
 from lmworks.runtime.predictor import load
+from lmworks.searching import tune
+from lmworks.training.tuning import Tuning
 
 TASKS = ("text-classification", "token-classification")
 QUICK = {"epochs": 3, "lr": 4e-3, "batch_size": 8, "dtype": "fp32", "task": TASKS[0]}
@@ -128,6 +130,13 @@ def test_what_does_not_go_together_is_refused(
     with pytest.raises(InputError) as error:
         learn(root, tmp_path / "out", **changes)
     assert error.value.found == found if found else "did you mean" in error.value.fix
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_search_is_for_one_task(root: Path, tmp_path: Path) -> None:
+    tuning = Tuning(also_task=(f"{root}/names.conll={TASKS[1]}=0.4",))
+    with pytest.raises(InputError, match="one task"):
+        tune(root / "body", root / "train.jsonl", tmp_path / "out", storage=tmp_path / "s.jsonl", tuning=tuning)
     assert not list(tmp_path.iterdir())
 
 

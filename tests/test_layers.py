@@ -35,6 +35,9 @@ LAYERS = [
     {"finetune_folder"},
     {"finetune_tasks"},
     {"inspection", "doctor", "finetuning"},
+    {"compress_trial", "compress_knobs"},
+    {"compressing"},
+    {"compress_budget"},
     {"search_space"},
     {"search_study"},
     {"search_report"},
@@ -152,6 +155,7 @@ def test_public_names_are_pinned() -> None:
         "Report",
         "Tokenizer",
         "build",
+        "distill",
         "evaluate",
         "finetune",
         "generate",
@@ -159,6 +163,7 @@ def test_public_names_are_pinned() -> None:
         "predict",
         "search",
         "train",
+        "tune",
         "verify",
     ]
     for name in lmworks.__all__:

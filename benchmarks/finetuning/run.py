@@ -2,7 +2,7 @@
 
     LMWORKS_DATA=… python benchmarks/finetuning/run.py [--only sst2 …] [--seeds 3] [--work FOLDER]
 
-results.jsonl in the work folder holds one line a run; what is there is not run again. RESULTS.md beside this file is
+results.jsonl in the work folder holds one line a run; what is there is not run again. docs/finetuning-results.md is
 written from it.
 """
 
@@ -180,7 +180,8 @@ def main() -> int:
         began = time.monotonic()
         STUDIES[name](studies)
         print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    (HERE / "RESULTS.md").write_text(table(list(studies.rows.values())), encoding="utf-8")
+    results = HERE.parents[1] / "docs" / "finetuning-results.md"
+    results.write_text(table(list(studies.rows.values())), encoding="utf-8")
     return 0
 
 

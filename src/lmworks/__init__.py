@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lmworks.api import build, evaluate, finetune, generate, predict, search, train, verify
+    from lmworks.api import build, distill, evaluate, finetune, generate, predict, search, train, tune, verify
     from lmworks.base.errors import InputError, LmworksError
     from lmworks.base.report import Report
     from lmworks.runtime.auto import AutoClass
-    from lmworks.runtime.predictor import load
     from lmworks.tokens.tokenizer import Tokenizer
 
     AutoModel: type[AutoClass]
@@ -30,14 +29,16 @@ PUBLIC = {  # name -> module; imported at first use, so that `import lmworks` co
     "LmworksError": "lmworks.base.errors",
     "Report": "lmworks.base.report",
     "build": "lmworks.api",
+    "distill": "lmworks.api",
     "evaluate": "lmworks.api",
     "finetune": "lmworks.api",
     "generate": "lmworks.api",
-    "load": "lmworks.runtime.predictor",
+    "load": "lmworks.api",
     "predict": "lmworks.api",
     "search": "lmworks.api",
     "Tokenizer": "lmworks.tokens.tokenizer",
     "train": "lmworks.api",
+    "tune": "lmworks.api",
     "verify": "lmworks.api",
 }
 
@@ -56,6 +57,7 @@ __all__ = [
     "Report",
     "Tokenizer",
     "build",
+    "distill",
     "evaluate",
     "finetune",
     "generate",
@@ -63,6 +65,7 @@ __all__ = [
     "predict",
     "search",
     "train",
+    "tune",
     "verify",
 ]
 

@@ -3,6 +3,8 @@
 lmworks.build("texts/", "my_model")            text -> a verified model in a web page
 lmworks.train("texts/", "my_model")            text -> a tokenizer and a trained model
 lmworks.finetune("encoder", "reviews.csv", "out") a checkpoint and labelled data -> a model, or an adapter
+lmworks.tune("encoder", "reviews.csv", "out", storage="s.jsonl") many settings of finetune -> the best model
+lmworks.distill("teacher", "reviews.csv", "out") a fine-tuned model -> a smaller one that says the same
 lmworks.generate("my_model", "Once upon")      an iterator over pieces of text
 lmworks.predict("my_classifier", ["I love it"])  what the checkpoint was made for: labels, entities, answers …
 lmworks.search("my_encoder", ["a query"], texts) the nearest texts in meaning
@@ -126,9 +128,10 @@ def generate(
     runtime: str = "auto",
     dtype: str = "auto",
     revision: str | None = None,
+    code: Sequence[str] = (),
 ) -> TextStream:
     """Continue a prompt: an iterator over pieces of text that never end inside a character; then `.result`."""
-    return open_model(model, "text-generation", runtime=runtime, dtype=dtype, revision=revision).generate(
+    return load(model, "text-generation", runtime=runtime, dtype=dtype, revision=revision, code=code).generate(
         prompt,
         stream=True,
         max_tokens=max_tokens,
@@ -146,20 +149,28 @@ def predict(
     revision: str | None = None, **options: Any,
 ) -> Any:  # fmt: skip
     """Answer a list of examples: one answer each. `task` None: what the checkpoint was made for; its options follow."""
-    return open_model(model, task, runtime=runtime, dtype=dtype, revision=revision, **options)(list(examples))
+    return load(model, task, runtime=runtime, dtype=dtype, revision=revision, **options)(list(examples))
 
 
-def open_model(
-    model: PathLike, task: str | None = None, *, runtime: str = "auto", dtype: str = "auto",
-    revision: str | None = None, code: Sequence[str] = (), **options: Any,
+def load(
+    model: PathLike, task: str | None = None, *, runtime: str = "auto", dtype: str = "auto", slots: int = 1,
+    threads: int | None = None, revision: str | None = None, code: Sequence[Any] = (), **options: Any,
 ) -> Predictor:  # fmt: skip
-    """Open a model, or an adapter's folder together with its base, which torch alone runs."""
+    """Open a model folder, a model of the Hub by its name, or an adapter together with its base.
+
+    `task` is a pipeline name; None: what the model was made for. runtime "auto" takes the ONNX graph where there is
+    one; an adapter runs in torch only. `code` is that of layers of its maker's own: classes, or "FILE.py:Name".
+    `options` are the task's. Raises InputError or FormatError that names the path.
+    """
     from lmworks.base.hub import find_folder
-    from lmworks.runtime.predictor import load
+    from lmworks.runtime import predictor
 
     folder = find_folder(model, revision=revision)
     if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
-        return load(model, task, runtime=runtime, dtype=dtype, revision=revision, code=code, **options)
+        return predictor.load(
+            model, task, runtime=runtime, dtype=dtype, slots=slots, threads=threads, revision=revision, code=code,
+            **options,
+        )  # fmt: skip
     from lmworks.base.optional import require
 
     require("torch", extra="torch")
@@ -182,7 +193,7 @@ def search(
     """Return for each query the texts that are nearest in meaning: by the cosine of their sentence embeddings."""
     from lmworks.tasks.embed import search as find
 
-    predictor = open_model(model, "feature-extraction", dtype=dtype, **options)
+    predictor = load(model, "feature-extraction", dtype=dtype, **options)
     return find(predictor(list(queries)), predictor(list(texts)), texts, top_k=top_k)
 
 
@@ -205,6 +216,27 @@ def tune(model: PathLike, train: PathLike, out: PathLike, **settings: Any) -> Re
     from lmworks.searching import tune as run
 
     return run(model, train, out, **settings)
+
+
+def quantize(model: PathLike, out: PathLike, **settings: Any) -> Report:
+    """Write a model in whole numbers; the settings are those of `lmworks.compressing.quantize`."""
+    from lmworks.compressing import quantize as run
+
+    return run(model, out, **settings)
+
+
+def prune(model: PathLike, out: PathLike, **settings: Any) -> Report:
+    """Write a model with fewer weights; the settings are those of `lmworks.compressing.prune`."""
+    from lmworks.compressing import prune as run
+
+    return run(model, out, **settings)
+
+
+def compress(model: PathLike, out: PathLike, *, budget: str, data: PathLike, **settings: Any) -> Report:
+    """Write the smallest and fastest model that keeps a budget; settings as of `lmworks.compress_budget.compress`."""
+    from lmworks.compress_budget import compress as run
+
+    return run(model, out, budget=budget, data=data, **settings)
 
 
 def evaluate(
@@ -243,13 +275,20 @@ def evaluate(
     if task in MAKERS and task != "fill-mask":
         from lmworks.finetuning import evaluate_task
 
-        return evaluate_task(folder, texts, text_column=column, code=code, **layout)
+        return evaluate_task(folder, texts, text_column=column, runtime=runtime, dtype=dtype, code=code, **layout)
+    if task == "text-generation" and Path(texts).suffix.lower() in (".jsonl", ".json") and column is None:
+        from lmworks.finetuning import evaluate_answers
+        from lmworks.text.labelled import read_labelled
+
+        data = read_labelled(texts, "text-generation", split=split)
+        if not all(isinstance(example, str) for example in data.examples):
+            return evaluate_answers(folder, data, code=code)
     from lmworks.base.report import Table
     from lmworks.corpus import count_bytes, read_clean
     from lmworks.evaluation.perplexity import bits_per_byte, token_logprobs
     from lmworks.tokens.batch import make_stream
 
-    predictor = open_model(folder, "text-generation", runtime=runtime, dtype=dtype, code=code)
+    predictor = load(folder, "text-generation", runtime=runtime, dtype=dtype, code=code)
     tokenizer, engine = predictor.tokenizer, predictor.runtime
     documents = read_clean(Path(texts), column=column)
     stream = make_stream(tokenizer, [document.text for document in documents])

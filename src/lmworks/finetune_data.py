@@ -27,6 +27,9 @@ PathLike = str | Path
 
 def choose_task(task: str | None, folder: Path) -> str:
     """Return the task that is named, or the checkpoint's own; raise InputError where neither can be fine-tuned."""
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise InputError("an adapter cannot be fine-tuned further", where=str(folder), expected="a whole model",
+                         fix="lmworks merge makes a LoRA a whole model; else start from its base")  # fmt: skip
     found = task or find_task(read_kind(read_config(folder)))
     if found in TUNABLE and (task or found != "feature-extraction"):
         return found
@@ -121,7 +124,10 @@ def hold_out(data: Labelled, seed: int) -> tuple[Labelled, Labelled]:
     places = {place for group in groups.values() for place in group[: round(HELD_OUT * len(group))]}
     places = places or set(next(iter(groups.values()))[: len(data) // 2])
     if not places:
-        raise InputError("one example cannot be trained on and held out", where=data.where, fix="give more examples")
+        raise InputError(
+            "one example cannot be trained on and held out", where=data.where,
+            fix="give more examples; in a CoNLL file a blank line ends each sentence",
+        )  # fmt: skip
     return take(data, [i for i in range(len(data)) if i not in places]), take(data, sorted(places))
 
 

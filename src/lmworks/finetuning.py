@@ -6,6 +6,7 @@ lmworks finetune MODEL TRAIN --task text-classification -o OUT      OUT is a mod
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -17,19 +18,21 @@ from lmworks.base.errors import InputError
 from lmworks.base.files import check_output, read_json
 from lmworks.base.hub import find_folder
 from lmworks.base.optional import require
-from lmworks.base.report import Report
+from lmworks.base.report import Report, Table
 from lmworks.few_shot import tune_draws
 from lmworks.finetune_data import as_json, choose_task, fingerprint, read_data, read_domains
 from lmworks.finetune_folder import BASELINES, find_baselines, publish, tuning_folder
 from lmworks.finetune_tasks import finetune_tasks, read_parts
 from lmworks.models.families import read_config, read_kind
 from lmworks.run import check_same_run
+from lmworks.runtime.predictor import read_facts
 from lmworks.tasks.base import Long
 from lmworks.tasks.registry import find_task
-from lmworks.text.labelled import check_labels, read_labelled
+from lmworks.text.labelled import Labelled, check_labels, read_labelled
 from lmworks.training.tuning import Tuning
 
 PathLike = str | Path
+LONG_TASKS = ("text-classification", "token-classification", "feature-extraction")  # they may read long texts in parts
 
 
 def finetune(
@@ -108,6 +111,8 @@ def evaluate_task(
     header: bool = True,
     split: str | None = None,
     long: Long | None = None,
+    runtime: str = "auto",
+    dtype: str = "auto",
     revision: str | None = None,
     code: Sequence[str] = (),
 ) -> Report:
@@ -126,19 +131,24 @@ def evaluate_task(
         raise InputError(
             f"{task} has no labels to compare with", fix="lmworks evaluate MODEL TEXT gives its perplexity"
         )
-    require("torch", extra="torch")
-    from lmworks.training.finetune import open_predictor
-    from lmworks.training.measure import answer
-    from lmworks.training.supervision import problem_type
+    from lmworks.training.measure import answer, problem_type
 
     receipt = read_json(folder / "lmworks.json") if (folder / "lmworks.json").is_file() else {}
     settings = receipt.get("settings", {}) if receipt.get("task") == task else {}
     problem = problem_type(data)
     if data.labels:
         data = check_labels(replace(data, labels=config.labels, where=str(folder)), data)
-    predictor = open_predictor(
-        folder, task, long=long or settings.get("long", "error"), max_length=settings.get("max_length"), code=code
-    )
+    cut = long or settings.get("long", "error")
+    if (folder / "onnx").is_dir() or runtime == "onnx":
+        from lmworks.runtime.predictor import load
+
+        options: dict[str, Any] = {"long": cut} if task in LONG_TASKS else {}
+        predictor = load(folder, task, runtime=runtime, dtype=dtype, code=code, **options)
+    else:
+        require("torch", extra="torch")
+        from lmworks.training.finetune import open_predictor
+
+        predictor = open_predictor(folder, task, long=cut, max_length=settings.get("max_length"), code=code)
     said = answer(predictor, data, problem=problem)
     labels = config.labels if data.labels else ()
     metrics = score(task, said, data.references, labels=labels)
@@ -146,3 +156,31 @@ def evaluate_task(
     values = {"model": str(model), "task": task, "examples": len(data), **metrics, "metrics": metrics, "classes": rows}
     tables = (metric_table(f"On {path}", {"this model": metrics}), *class_table(rows))
     return Report(f"{model}: {len(data):,} examples of {task}", values, tables=tables)
+
+
+def evaluate_answers(folder: Path, data: Labelled, *, code: Sequence[str] = ()) -> Report:
+    """Score a language model, or an adapter, on prompts with completions or on conversations: on the answers alone.
+
+    The perplexity is that of an answer's tokens and of the end of the text after it, each given all before it.
+    """
+    require("torch", extra="torch")
+    from lmworks.training.data import IGNORED
+    from lmworks.training.examples import Examples
+    from lmworks.training.finetune import open_predictor
+    from lmworks.training.objectives import CausalLoss
+    from lmworks.training.rows import make_language_rows
+    from lmworks.training.validation import held_out_loss
+
+    predictor = open_predictor(folder, "text-generation", code=code)
+    network: Any = getattr(predictor.runtime, "model")  # noqa: B009 (torch's runtime has one)
+    facts = read_facts(read_config(folder), predictor.tokenizer)
+    rows = make_language_rows(predictor.tokenizer, data.examples, facts, long="error")
+    batches = Examples(rows, rows, epochs=1, batch_size=16, pad_id=predictor.tokenizer.pad_id or 0)
+    loss = held_out_loss(network, CausalLoss(), batches.validation(), dtype="fp32") or 0.0
+    scored = sum(label != IGNORED for row in rows for label in row.targets["labels"])
+    values: dict[str, Any] = {
+        "model": str(folder), "task": "text-generation", "examples": len(data), "perplexity": math.exp(loss),
+        "loss": loss, "answer_tokens": scored,
+    }  # fmt: skip
+    shown = tuple((name.replace("_", " "), value) for name, value in values.items() if name not in ("model", "task"))
+    return Report(f"{folder}: the answers of {data.where}", values, tables=(Table("Scores", ("what", "value"), shown),))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,6 +98,8 @@ def run_folder(out: Path, *, resume: bool, overwrite: bool) -> Iterator[Path]:
             where=str(partial),
             fix="add --resume to continue it, or --overwrite to start again",
         )
+    if resume and not started:
+        sys.stderr.write("there is nothing to resume: starting from the beginning\n")
     if partial.exists() and not (started and resume):
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
@@ -115,11 +118,11 @@ def is_started(partial: Path) -> bool:
     from lmworks.training.state import load_checkpoint
 
     training = partial / "training"
-    try:
-        found = load_checkpoint(training) if training.is_dir() else None
+    try:  # each choice of few examples (few_shot.py) is trained in a folder of its own
+        found = [load_checkpoint(folder) for folder in (training, *training.glob("draw-*")) if folder.is_dir()]
     except FormatError:
         return True
-    return found is not None and found[1].step > 0
+    return any(one is not None and one[1].step > 0 for one in found)
 
 
 def check_same_run(folder: Path, settings: dict[str, Any], data_sha256: str) -> None:

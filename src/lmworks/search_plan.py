@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import itertools
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +94,6 @@ def read_plan(request: Request) -> Plan:
         count = len(grid)
     if not 1 <= count <= MOST_TRIALS:
         raise InputError("--trials is out of range", found=str(count), expected=f"1 to {MOST_TRIALS:,}")
-    for row in itertools.islice(itertools.product(*(knob.choices or (knob.low, knob.high) for knob in knobs)), 1000):
-        settings_of(tuning, dict(zip((knob.name for knob in knobs), row, strict=True)))  # knobs that exclude each other
     epochs = next((knob for knob in knobs if knob.name == "epochs"), None)
     most = tuning.epochs if epochs is None else max(float(str(x)) for x in (epochs.choices or (epochs.high,)))
     if how == "halving" and most < 2:
@@ -173,9 +170,3 @@ def in_use(partial: Path) -> InputError:
     """Return the error for a folder with another run."""
     return InputError("another run is in this folder", where=str(partial),
                       fix="finish it with its own --storage, add --overwrite, or choose another -o")  # fmt: skip
-
-
-def settings_of(tuning: Tuning, params: dict[str, Value]) -> Tuning:
-    """Return a trial's knobs."""
-    change: dict[str, Any] = params
-    return replace(tuning, **change).check()

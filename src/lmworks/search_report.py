@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 STATES = {"COMPLETE": "done", "PRUNED": "stopped", "FAIL": "failed"}
 EDGE = 0.05  # of the range: nearer to an end than this, the best may lie beyond it
 MOST_LINES = 8  # that a chart can tell apart
+LONGEST_NAME = 9  # letters that a line's name may have before its score
 MOST_POINTS = 40  # of a line
 ENOUGH = 8  # finished trials from which on importance is worth a word
 
@@ -85,10 +86,11 @@ def describe(params: dict[str, Any]) -> str:
 
 def trial_row(trial: FrozenTrial) -> dict[str, Any]:
     """Return a trial as one flat row."""
-    facts = {name: trial.user_attrs.get(name) for name in ("loss", "steps", "best_step", "seconds")}
+    facts = {name: trial.user_attrs.get(name) for name in ("steps", "best_step", "seconds")}
     told = trial.user_attrs.get("failed") or trial.user_attrs.get("stopped") or ""
     return {"trial": trial.number, "state": STATES[trial.state.name],
-            "score": trial.value, **trial.params, **facts, "why": told}  # fmt: skip
+            "score": trial.value, **trial.params,
+            "validation_loss": trial.user_attrs.get("loss"), **facts, "why": told}  # fmt: skip
 
 
 def find_noise(
@@ -96,13 +98,17 @@ def find_noise(
 ) -> tuple[float | None, str]:
     """Return how far scores of equals lie apart, and how that is known: over the seeds, or from the number of examples.
 
-    The seeds' spread is the pooled standard deviation; an accuracy p of n examples has a standard error √(p(1−p)/n),
+    The seeds' spread is the pooled standard deviation, or the best variant's own if that is larger (one that learned
+    nothing has none); an accuracy p of n examples has a standard error √(p(1−p)/n),
     with p as if one more were right and one more wrong.
     """
     repeated = [scores(trials) for trials in groups.values() if is_repeated(trials)]
     squares = sum(float(((np.array(row) - np.mean(row)) ** 2).sum()) for row in repeated)
     if squares:
-        return math.sqrt(squares / sum(len(row) - 1 for row in repeated)), "the standard deviation over the seeds"
+        mine = [scores(trials) for trials in groups.values() if best in trials and is_repeated(trials)]
+        own = max((float(np.std(row, ddof=1)) for row in mine), default=0.0)
+        pooled = math.sqrt(squares / sum(len(row) - 1 for row in repeated))
+        return max(own, pooled), "the standard deviation over the seeds"
     if criterion == "accuracy" and best.value is not None:
         share = (best.value * held_out + 1) / (held_out + 2)
         return math.sqrt(share * (1 - share) / held_out), f"the standard error of {held_out:,} held-out examples"
@@ -134,13 +140,14 @@ def make_notes(
             text += "" if margin > 2 * noise else " That may still be chance."
         notes.append(text)
     if noise is not None:
-        equals = [trial for trial in done if sign * (best.value - (trial.value or 0.0)) <= noise]
+        equals = [trial for key, trials in groups.items() for trial in trials
+                  if sign * (means[chosen] - means[key]) <= noise and key != chosen] or [best]  # fmt: skip
         cheap = min(equals, key=lambda trial: trial.user_attrs.get("seconds", math.inf))
         spent, least = (trial.user_attrs.get("seconds", math.nan) for trial in (best, cheap))
-        if cheap is not best and least < 0.9 * spent:
+        if cheap is not best and least < 0.75 * spent:
             notes.append(
                 f"The cheapest that is as good within {noise:.4f} is trial {cheap.number}: {criterion} "
-                f"{cheap.value:.4f} in {least:.0f} s instead of {spent:.0f} s, with {describe(cheap.params)}."
+                f"{cheap.value:.4f} in {least:.1f} s instead of {spent:.1f} s, with {describe(cheap.params)}."
             )
     for knob in knobs:
         value = best.params.get(knob.name)
@@ -239,8 +246,9 @@ def curve_charts(
     """Return the curves of the best variants over each other, each the mean of its seeds, with their scores."""
     sign = -1 if study.maximize else 1
     order = sorted(groups, key=lambda key: (sign * mean_score(groups[key]), min(map(study.order, groups[key]))))
-    lines = [(curve_name(key, groups[key]), [read_curve(folder / str(trial.number)) for trial in groups[key]])
-             for key in order[:MOST_LINES]]  # fmt: skip
+    chosen = order[:MOST_LINES]
+    runs = [[read_curve(folder / str(trial.number)) for trial in groups[key]] for key in chosen]
+    lines = list(zip(name_lines(groups, chosen), runs, strict=True))
     repeated = any(map(is_repeated, groups.values()))
     ending = f" of the {len(lines)} best variants" if len(order) > len(lines) else " of each variant"
     ending += ", the mean of its seeds" if repeated else ""
@@ -253,10 +261,12 @@ def curve_charts(
     return tuple(charts)
 
 
-def curve_name(key: Variant, trials: Sequence[FrozenTrial]) -> str:
-    """Return a line's name with its score: what was varied where that is short, else the trial."""
-    values = "/".join(f"{value:.2g}" if isinstance(value, float) else str(value) for _, value in key)
-    return f"{values if len(values) <= 9 else f'trial {trials[0].number}'} {mean_score(trials):.3f}"
+def name_lines(groups: dict[Variant, list[FrozenTrial]], keys: Sequence[Variant]) -> list[str]:
+    """Return the lines' names with their scores: what was varied if that is short enough, else the trials."""
+    names = ["/".join(f"{x:.2g}" if isinstance(x, float) else str(x) for _, x in key) for key in keys]
+    if max(map(len, names)) > LONGEST_NAME:
+        names = [f"trial {groups[key][0].number}" for key in keys]
+    return [f"{name} {mean_score(groups[key]):.3f}" for name, key in zip(names, keys, strict=True)]
 
 
 def points(rows: Sequence[dict[str, Any]], name: str) -> dict[int, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -59,12 +59,21 @@ def read_space(texts: Sequence[str], tuning: Tuning) -> tuple[Knob, ...]:
         if getattr(tuning, name) != getattr(Tuning(), name):
             raise InputError(f"{name} is both fixed and searched", found=f"{getattr(tuning, name)} and {text}",
                              fix=f"leave out --{name.replace('_', '-')}, or take it out of --space")  # fmt: skip
-        knobs.append(read_knob(name, values.strip(), text, tuning))
+        knobs.append(read_knob(name, values.strip(), text))
+    combinations = itertools.product(*(knob.choices or (knob.low, knob.high) for knob in knobs))
+    for row in itertools.islice(combinations, LARGEST_GRID):  # each in its range, and none excludes another
+        settings_of(tuning, dict(zip((knob.name for knob in knobs), row, strict=True)))
     return tuple(knobs)
 
 
-def read_knob(name: str, values: str, text: str, tuning: Tuning) -> Knob:
-    """Return the knob of one --space; its ends, or its choices, are checked as Tuning checks them."""
+def settings_of(tuning: Tuning, params: Mapping[str, Value]) -> Tuning:
+    """Return a trial's knobs; raise InputError for values that cannot go together."""
+    change: dict[str, Any] = dict(params)
+    return replace(tuning, **change).check()
+
+
+def read_knob(name: str, values: str, text: str) -> Knob:
+    """Return the knob of one --space."""
     allowed = kinds(name)
     if ".." in values:
         ends, _, scale = values.partition(":")
@@ -78,17 +87,11 @@ def read_knob(name: str, values: str, text: str, tuning: Tuning) -> Knob:
                              expected="the lower number first")  # fmt: skip
         if scale and first <= 0:
             raise InputError("a log range begins above 0", where=f"--space {text}", found=low)
-        knob = Knob(name, first, last, bool(scale), float not in allowed)
-        examples: tuple[Value, ...] = (first, last)
-    else:
-        examples = tuple(read_value(name, one, text) for one in values.split(","))
-        if len(set(examples)) < len(examples):
-            raise InputError("a value is given twice", where=f"--space {text}", found=values)
-        knob = Knob(name, choices=examples)
-    for value in examples:
-        change: dict[str, Any] = {name: value}
-        replace(tuning, **change).check()
-    return knob
+        return Knob(name, first, last, bool(scale), float not in allowed)
+    choices = tuple(read_value(name, one, text) for one in values.split(","))
+    if len(set(choices)) < len(choices):
+        raise InputError("a value is given twice", where=f"--space {text}", found=values)
+    return Knob(name, choices=choices)
 
 
 def kinds(name: str) -> tuple[Any, ...]:
@@ -116,11 +119,9 @@ def read_value(name: str, text: str, where: str) -> Value:
             if math.isfinite(number):
                 return number
     words = [word for kind in allowed if isinstance(kind, tuple) for word in kind]
-    expected = (
-        ", ".join(words) or "true or false" * (bool in allowed) or "a number" + ", whole" * (float not in allowed)
-    )
-    near = did_you_mean(text, words).strip()
-    raise InputError(f"{name} cannot be {text!r}", where=f"--space {where}", expected=expected, fix=near)
+    usual = "true or false" if bool in allowed else "a number" if float in allowed else "a whole number"
+    raise InputError(f"{name} cannot be {text!r}", where=f"--space {where}", expected=", ".join(words) or usual,
+                     fix=did_you_mean(text, words).strip())  # fmt: skip
 
 
 def default_space(tuning: Tuning, *, halving: bool, grid: bool) -> tuple[Knob, ...]:

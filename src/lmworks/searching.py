@@ -16,19 +16,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from lmworks.base.errors import FormatError, InputError, Interrupted, LmworksError, TrainingError
+from lmworks.base.errors import FormatError, InputError, Interrupted, LmworksError
 from lmworks.base.files import check_output, put_in_place, read_json, write_json, write_text
 from lmworks.base.optional import require
 from lmworks.base.report import Report
 from lmworks.base.threads import cpu_count
 from lmworks.finetune_folder import BASELINES, find_baselines, publish
-from lmworks.search_plan import LOCKS, TRIALS, Plan, Request, open_study, read_plan, settings_of
+from lmworks.search_plan import LOCKS, TRIALS, Plan, Request, open_study, read_plan
 from lmworks.search_report import describe, make_report, write_curves, write_trials
+from lmworks.search_space import settings_of
 from lmworks.search_study import How, SharedStudy, Trial
 from lmworks.tasks.base import one_of
 from lmworks.training.callbacks import Callback
@@ -109,8 +110,8 @@ def more_processes(request: Request, count: int) -> Iterator[None]:
     try:
         for process in started:
             assert process.stdin is not None
-            process.stdin.write(pickle.dumps((request, os.getpid())))
-            process.stdin.close()
+            with suppress(BrokenPipeError), process.stdin:  # it is over already
+                process.stdin.write(pickle.dumps((request, os.getpid())))
         yield
     except BaseException:
         for process in started:
@@ -227,8 +228,6 @@ def run_trial(plan: Plan, study: SharedStudy, trial: Trial, parent: int | None) 
 
 def is_for_all(error: LmworksError, study: SharedStudy) -> bool:
     """Tell whether an error ends the search: Ctrl-C, a full disk, or data that no trial has got through so far."""
-    if isinstance(error, TrainingError):  # it diverged
-        return False
     unusable = isinstance(error, InputError | FormatError) and not study.finished()
     return isinstance(error, Interrupted) or isinstance(error.__cause__, OSError) or unusable
 

@@ -16,6 +16,8 @@ from lmworks.base.threads import cpu_count
 from lmworks.estimate import BYTES_AN_ACTIVATION, FIXED_MEMORY
 from lmworks.evaluation.metrics import class_scores, entity_scores, score
 from lmworks.few_shot import spread, spread_tables
+from lmworks.finetune_data import fingerprint
+from lmworks.summary import versions
 from lmworks.text.labelled import Labelled
 
 if TYPE_CHECKING:
@@ -51,10 +53,11 @@ def make_report(
     values: dict[str, Any] = {
         "out": str(out), "model": name, "task": task, "method": tuning.method, "new_head": tuned.new_head,
         "labels": list(labels), "parameters": total, "trainable": trainable,
-        "train_examples": len(data), "validation_examples": len(held_out),
+        "train_examples": len(data), "validation_examples": len(held_out), "left_out": setup.left_out,
         **metrics, "metrics": metrics, "baselines": {key: dict(value) for key, value in baselines.items()},
         "classes": rows, "validation_loss": result.best_loss, "steps": result.steps, "best_step": result.best_step,
-        "stopped_early": result.stopped_early, "overfitting": overfits(result), "history": result.history.measured,
+        "stopped_early": result.stopped_early, "gap": loss_gap(result), "overfitting": overfits(result),
+        "history": result.history.measured,
         "train_seconds": round(result.seconds, 1), "dtype": result.dtype, "settings": asdict(tuning),
         "draws": list(tuned.draws), "spread": spread(tuned.draws) if tuned.draws else {},
         "added_tokens": added_facts(setup), "before": tuned.before, "after": tuned.after,
@@ -67,6 +70,7 @@ def make_report(
         ("parameters", f"{total:,}, {trainable / total:.1%} of them trained"),
         ("data", f"{len(data):,} examples, {len(held_out):,} held out"),
         ("training", f"{result.steps:,} steps in {result.seconds:.0f} s, best at step {result.best_step:,}"),
+        *((("gap of the last losses, held out - training", values["gap"]),) if values["gap"] is not None else ()),
         ("precision while training", result.dtype),
         *((name.replace("_", " "), value) for name, value in added_facts(setup).items()),
         *((("the frozen base while training", tuning.base_dtype),) if tuning.base_dtype != "fp32" else ()),
@@ -81,15 +85,17 @@ def make_report(
             *domain_table(tuned.domains),
             *forgetting_table(tuned.before, tuned.after),
             Table("The run", ("what", "value"), facts),
+            receipt_table(fingerprint(data, held_out), tuning),
         ),
         charts=(loss_chart(tuned),),
-        notes=tuple(make_notes(tuned, metrics, baselines, values["overfitting"])),
+        notes=tuple(make_notes(tuned, metrics, baselines, values["overfitting"], setup.left_out)),
     )  # fmt: skip
 
 
 def make_notes(
-    tuned: Tuned, metrics: Mapping[str, float], baselines: Mapping[str, dict[str, float]], overfitting: bool
-) -> list[str]:
+    tuned: Tuned, metrics: Mapping[str, float], baselines: Mapping[str, dict[str, float]], overfitting: bool,
+    left_out: int = 0,
+) -> list[str]:  # fmt: skip
     """Say in sentences whether it was worth it, and whether training went too far."""
     from lmworks.training.measure import MAIN
 
@@ -99,6 +105,8 @@ def make_notes(
         if main in scores and main is not None:
             better = "better than" if metrics[main] > scores[main] else "NOT better than"
             notes.append(f"{main} {metrics[main]:.4f} is {better} {name} ({scores[main]:.4f}).")
+    if left_out:
+        notes.append(f"{left_out:,} training examples had nothing to learn: empty, or the answer was cut off.")
     if overfitting:
         notes.append(
             "Overfitting: the validation loss rose while the training loss went on falling. The weights of step "
@@ -108,6 +116,22 @@ def make_notes(
     elif result.best_step == result.steps:
         notes.append("The last weights were the best: more epochs may bring more.")
     return notes
+
+
+def receipt_table(data_sha256: str, tuning: Tuning) -> Table:
+    """Return what it takes to make the run again; lmworks.json, the receipt, has all of it and a hash of each file."""
+    plain = type(tuning)()
+    changed = {name: value for name, value in asdict(tuning).items() if value != getattr(plain, name)}
+    rows: list[tuple[Cell, ...]] = [("data SHA-256", data_sha256), ("seed", tuning.seed)]
+    rows += [("settings", ", ".join(f"{name} {value}" for name, value in changed.items() if name != "seed"))]
+    rows += [(name, str(version)) for name, version in versions().items()]
+    return Table("The receipt (lmworks.json)", ("what", "value"), tuple(rows))
+
+
+def loss_gap(result: TrainResult) -> float | None:
+    """Return the last validation loss less the last training loss; None where one of them is missing."""
+    train, validation = result.history.train, result.history.validation
+    return validation[-1][1] - train[-1][1] if train and validation else None
 
 
 def overfits(result: TrainResult) -> bool:

@@ -169,7 +169,7 @@ def test_a_missing_graph_names_its_path_and_the_fix(folder, tmp_path):
     with pytest.raises(InputError) as caught:
         OnnxRuntime(tmp_path)
     assert caught.value.where == str(tmp_path / "onnx" / "model.onnx")
-    assert "export_onnx" in caught.value.fix
+    assert "lmworks export MODEL --to onnx" in caught.value.fix
     with pytest.raises(InputError, match="dtype"):
         OnnxRuntime(folder, dtype="fp64")
 
@@ -185,6 +185,77 @@ def test_a_broken_graph_or_config_is_named(folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": "many"}))
     with pytest.raises(FormatError, match="number of positions"):
         OnnxRuntime(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "q4", "q4f16"])
+def test_other_dtypes_keep_a_cache_of_their_own_type(folder, tmp_path, dtype):
+    """Prompts and steps equal the same graph over the whole sequence: the caches are float16 where the graph's are."""
+    export_onnx(folder, tmp_path, dtypes=[dtype])
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    runtime = make(tmp_path, dtype=dtype, slots=2)
+    assert {cache.dtype for cache in runtime.caches} == {np.dtype(np.float16 if "16" in dtype else np.float32)}
+    whole = runtime.run({"input_ids": IDS[:2, :20]})["logits"]
+    assert whole.dtype == np.float32
+    spread = whole.std()
+    found = runtime.prefill([0, 1], [IDS[0][:12], IDS[1][:17]])
+    assert np.abs(found - [whole[0, 11], whole[1, 16]]).max() < 0.15 * spread
+    for i in range(3):
+        found = runtime.step([0, 1], [IDS[0][12 + i], IDS[1][17 + i]])
+        assert np.abs(found - [whole[0, 12 + i], whole[1, 17 + i]]).max() < 0.15 * spread
+
+
+def test_a_window_holds_with_slots_of_different_lengths(tmp_path):
+    """Mistral: each step sees the last `window` tokens of its own row, whatever the other row's length."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
+                           num_key_value_heads=2, intermediate_size=96, max_position_embeddings=POSITIONS,
+                           sliding_window=12)  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        known = [model(torch.from_numpy(row[None])).logits[0].numpy() for row in IDS[:2]]
+    model.save_pretrained(tmp_path)
+    export_onnx(tmp_path, tmp_path, dtypes=["fp32"])
+    runtime = make(tmp_path, slots=2)
+    found = runtime.prefill([0, 1], [IDS[0][:40], IDS[1][:5]])
+    np.testing.assert_allclose(found, [known[0][39], known[1][4]], atol=1e-4)
+    for i in range(20):
+        found = runtime.step([0, 1], [IDS[0][40 + i], IDS[1][5 + i]])
+        np.testing.assert_allclose(found, [known[0][40 + i], known[1][5 + i]], atol=1e-4)
+
+
+def test_batches_are_as_large_as_the_runtime_likes():
+    from lmworks.runtime.batching import run_features
+    from lmworks.tasks.base import Feature
+
+    class Counts:
+        batch_tokens, sizes = 20, list[int]()
+
+        def run(self, batch):
+            self.sizes.append(batch["input_ids"].size)
+            return {"logits": batch["input_ids"][:, :1].astype(np.float32)}
+
+    features, runtime = [Feature({"input_ids": [i] * 9}, i) for i in range(7)], Counts()
+    rows = run_features(runtime, features, output="logits")
+    assert [int(row[0]) for row in rows] == list(range(7))
+    assert runtime.sizes == [18, 18, 18, 9]
+    assert OnnxRuntime.batch_tokens < 2048
+
+
+def test_a_graph_whose_answer_nobody_reads_is_named(tmp_path):
+    from lmworks.runtime.onnx_runtime import choose_outputs
+
+    assert choose_outputs(["start_logits", "end_logits"], tmp_path) == {
+        "start_logits": "logits",
+        "end_logits": "logits",
+    }
+    assert choose_outputs(["last_hidden_state", "pooler_output"], tmp_path) == {"last_hidden_state": "hidden_states"}
+    with pytest.raises(FormatError, match="nothing that a task reads") as caught:
+        choose_outputs(["sentence_embedding"], tmp_path)
+    assert caught.value.found == "sentence_embedding"
 
 
 TORCH_FREE = """

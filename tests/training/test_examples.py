@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from lmworks.base.errors import FormatError, InputError
@@ -305,6 +307,21 @@ def test_only_the_answers_of_instructions_are_scored(writer: Tokenizer) -> None:
         assert len(row.targets["labels"]) == len(row.feature)
         ids, labels = row.feature.inputs["input_ids"], row.targets["labels"]
         assert all(label in (IGNORED, following) for label, following in zip(labels, ids[1:], strict=False))
+
+
+def test_what_is_learned_begins_as_what_is_answered(writer: Tokenizer) -> None:
+    """Llama's tokenizers put <s> before a prompt: a model that was trained without it would be asked with it."""
+    backend = tokenizers.Tokenizer.from_str(writer.backend.to_str())
+    mark = "<|im_start|>"
+    backend.post_processor = TemplateProcessing(
+        single=f"{mark} $A", pair=f"{mark} $A $B", special_tokens=[(mark, backend.token_to_id(mark))]
+    )
+    marked = Tokenizer(backend, config=writer.config)
+    examples: list[Any] = [{"prompt": "Who art thou?", "completion": " A king."}, "To be"]
+    pair, text = make_language_rows(marked, examples, facts(length=200), long="error")
+    assert pair.feature.inputs["input_ids"] == marked.encode_prompt("Who art thou?") + marked.encode(" A king.")
+    assert text.feature.inputs["input_ids"] == marked.encode_prompt("To be")
+    assert said(marked, text) == "To be" + (marked.token(marked.eos_id or 0) or "")
 
 
 def test_long_texts_are_read_in_windows_and_long_instructions_refused(writer: Tokenizer, data_folder: Path) -> None:

@@ -15,6 +15,8 @@ from lmworks.base.errors import InputError
 from lmworks.finetune_data import read_data
 from lmworks.training.finetune import Setup, set_up
 from lmworks.training.multitask import TASK, TaskMixture, join
+from lmworks.training.optim import learning_scales
+from lmworks.training.train_config import TrainConfig
 from lmworks.training.tuning import Tuning
 
 COLUMNS: dict[str, Any] = {"text_column": None, "label_column": None, "header": True}
@@ -103,3 +105,12 @@ def test_different_bodies_are_refused(root: Path, data_folder: Path, tmp_path: P
     second = set_up(other, train, held, task="text-classification", tuning=Tuning(long="truncate").check())
     with pytest.raises(InputError, match="different bodies"):
         join([first, second], [0.5])
+
+
+def test_every_head_has_the_rate_of_the_head(root: Path) -> None:
+    """--head-lr acts on the heads alone, though their names begin with the number of their task."""
+    joined = join(set_up_both(root)[0], [0.4])
+    scales = learning_scales(joined.model, TrainConfig(steps=1, lr=1e-3, head_lr=5e-3))
+    assert {scale for name, scale in scales.items() if ".head." in name} == {5.0}
+    assert {scale for name, scale in scales.items() if ".transformer." in name} == {1.0}
+    assert sum(name.startswith("models.1.head.") for name in scales) == 2

@@ -81,6 +81,7 @@ def from_os_error(error: OSError, doing: str) -> LmworksError:
     """Turn an operating system's refusal into a message with a fix."""
     fixes = {
         errno.ENOSPC: "free some disk space, or write to another disk with -o",
+        errno.EFBIG: "raise the limit of a file's size (ulimit -f), or write to another disk with -o",
         errno.EDQUOT: "free some of your disk quota, or write to another disk with -o",
         errno.EACCES: "choose a path that you may write to with -o, or change its permissions",
         errno.EROFS: "choose a path that is not read-only with -o",

@@ -41,6 +41,22 @@ VERBS = {  # verb -> where it lives, what it does, two examples
             "lmworks distill my_classifier reviews.csv --student small_encoder --temperature 4 -o out",
         ),
     ),
+    "quantize": (
+        "lmworks.cli.compress:quantize",
+        "Round a model to 8 or 4 bits, or find the smallest that keeps a budget of quality, speed and size.",
+        (
+            "lmworks quantize my_classifier -o smaller",
+            'lmworks quantize my_classifier --data reviews.csv --budget "accuracy>=-1%, speed>=2x" -o smaller',
+        ),
+    ),
+    "prune": (
+        "lmworks.cli.compress:prune",
+        "Take weights, neurons or ranks away, and fine-tune what is left; or keep a budget.",
+        (
+            "lmworks prune my_classifier --sparsity 0.5 -o sparse",
+            "lmworks prune my_classifier --structured --sparsity 0.25 --data reviews.csv --epochs 1 -o narrower",
+        ),
+    ),
     "tune": (
         "lmworks.cli.tune:tune",
         "Search the settings of finetune: many trials, resumable, in several processes.",

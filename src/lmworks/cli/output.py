@@ -18,6 +18,9 @@ Json = Annotated[bool, Parameter(help="Print the result as JSON.", negative="")]
 LabelColumn = Annotated[str | None, Parameter(help="The column of the labels, or its number without a header.")]
 Header = Annotated[bool, Parameter(help="Whether the first row names the columns.")]
 Model = Annotated[str, Parameter(help="A model folder, or the name of a model on the Hub.")]
+Code = Annotated[
+    tuple[str, ...], Parameter(help="FILE.py:Name of layers of its maker's own, which is run; may be repeated.")
+]
 Revision = Annotated[str | None, Parameter(help="A branch, tag or commit of a model on the Hub.")]
 
 

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from lmworks.base.errors import InputError
 from lmworks.cli.inputs import mend, read_stdin, read_whole
-from lmworks.cli.output import Header, Json, LabelColumn, Model, Revision, print_json, show
+from lmworks.cli.output import Code, Header, Json, LabelColumn, Model, Revision, print_json, show
 from lmworks.evaluation.prompting import Prompting
 
 Prompt = Annotated[Prompting, Parameter(name="*")]
@@ -33,6 +33,7 @@ def generate(
     runtime: Runtime = "auto",
     dtype: Annotated[str, Parameter(help="fp32 or int8 (onnx), fp32 or bf16 (torch).")] = "auto",
     revision: Revision = None,
+    code: Code = (),
     json: Json = False,
 ) -> int:
     """Continue a prompt; the text appears as it is made."""
@@ -56,6 +57,7 @@ def generate(
         runtime=runtime,
         dtype=dtype,
         revision=revision,
+        code=code,
     )
     if not json:
         sys.stdout.write(prompt)
@@ -96,9 +98,7 @@ def evaluate(
     runtime: Runtime = "auto",
     dtype: Annotated[str, Parameter(help="fp32 or int8 (onnx), fp32 or bf16 (torch).")] = "auto",
     revision: Revision = None,
-    code: Annotated[
-        tuple[str, ...], Parameter(help="FILE.py:Name of layers of its maker's own, which is run; may be repeated.")
-    ] = (),
+    code: Code = (),
     json: Json = False,
     prompt: Prompt = Prompting(),  # noqa: B008 (frozen)
 ) -> int:

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from lmworks.base.errors import InputError
 from lmworks.cli.inputs import Column, File, mend, read_lines, read_stdin, read_texts, read_whole
-from lmworks.cli.output import Json, Model, Revision, print_json
+from lmworks.cli.output import Code, Json, Model, Revision, print_json
 
 Dtype = Annotated[
     Literal["auto", "fp32", "bf16", "fp16", "int8", "uint8", "q4", "q4f16", "bnb4"],
@@ -38,6 +38,7 @@ def classify(
     long: Long = "error",
     dtype: Dtype = "auto",
     revision: Revision = None,
+    code: Code = (),
     json: Json = False,
 ) -> int:
     """Label texts (or images): every label with its score, the likeliest first."""
@@ -62,7 +63,7 @@ def classify(
         task = "image-classification"
     else:
         task, options["long"] = "text-classification", long
-    answers = run(folder, task, examples, dtype, options)
+    answers = run(folder, task, examples, dtype, {**options, "code": code})
     if json:
         print_json([[asdict(label) for label in labels] for labels in answers])
     else:
@@ -89,12 +90,13 @@ def ner(
     long: Long = "error",
     dtype: Dtype = "auto",
     revision: Revision = None,
+    code: Code = (),
     json: Json = False,
 ) -> int:
     """Find the names in texts: label, score, word, and the characters from start to end."""
     found, single = read_texts(texts, file, column)
     options = {"aggregation": aggregation, "words": words, "long": long}
-    answers = run(model, "token-classification", found, dtype, options, revision)
+    answers = run(model, "token-classification", found, dtype, {**options, "code": code}, revision)
     if json:
         shown = [[asdict(entity) for entity in entities] for entities in answers]
         print_json(shown[0] if single else shown)
@@ -119,6 +121,7 @@ def qa(
     no_answer: Annotated[bool, Parameter(help="The answer may be that there is none.", negative="")] = False,
     dtype: Dtype = "auto",
     revision: Revision = None,
+    code: Code = (),
     json: Json = False,
 ) -> int:
     """Answer questions from a context of any length: the text, its score, and the characters from start to end."""
@@ -126,7 +129,7 @@ def qa(
         context = read_stdin() if file is None else read_whole(file)
     options = {"top_k": top_k, "no_answer": no_answer}
     examples = [(mend(one), mend(context)) for one in question]
-    answers = run(model, "question-answering", examples, dtype, options, revision)
+    answers = run(model, "question-answering", examples, dtype, {**options, "code": code}, revision)
     shown = [[asdict(one) for one in answer] if isinstance(answer, list) else asdict(answer) for answer in answers]
     if json:
         print_json(shown[0] if len(shown) == 1 else shown)
@@ -148,12 +151,13 @@ def fill_mask(
     long: Long = "error",
     dtype: Dtype = "auto",
     revision: Revision = None,
+    code: Code = (),
     json: Json = False,
 ) -> int:
     """Fill the masks in texts: the likeliest tokens, their scores, and the text with each."""
     found, single = read_texts(texts, file, column)
     options = {"top_k": top_k, "targets": targets, "long": long}
-    answers = run(model, "fill-mask", found, dtype, options, revision)
+    answers = run(model, "fill-mask", found, dtype, {**options, "code": code}, revision)
     if json:
         shown = to_json(answers)
         print_json(shown[0] if single else shown)
@@ -179,6 +183,7 @@ def embed(
     long: Long = "error",
     dtype: Dtype = "auto",
     revision: Revision = None,
+    code: Code = (),
     json: Json = False,
 ) -> int:
     """Turn texts into vectors, one a text; or find the texts of a file that are nearest in meaning."""
@@ -190,7 +195,7 @@ def embed(
     if search is not None:
         from lmworks import api
 
-        answers = api.search(folder, found, read_lines(search, column), top_k=top_k, dtype=dtype, **options)
+        answers = api.search(folder, found, read_lines(search, column), top_k=top_k, dtype=dtype, code=code, **options)
         if json:
             print_json(to_json(answers))
         else:
@@ -198,7 +203,7 @@ def embed(
                 for match in matches:
                     line(f"{match.score:.4f}", match.text, *([query] if len(found) > 1 else []))
         return 0
-    vectors = run(folder, "feature-extraction", found, dtype, options)
+    vectors = run(folder, "feature-extraction", found, dtype, {**options, "code": code})
     rounded = [[float(f"{x:.8g}") for x in vector.tolist()] for vector in vectors]
     if json:
         print_json(rounded)

@@ -88,8 +88,8 @@ def score(
 
     Predictions and references by task: a label, a tuple of labels or a number for "text-classification" (and
     "image-classification"); a sequence of tags, one a word, for "token-classification"; for "question-answering" a text
-    ("" for no answer) and a tuple of (text, start); for "feature-extraction" a rank and (), a cosine and a number, or the
-    nearest text's label and a label. `labels`: those of the model; with them an unknown one is an error.
+    ("" for no answer) and a tuple of (text, start); for "feature-extraction" a rank and (), a cosine and a number, or
+    the nearest text's label and a label. `labels`: those of the model; with them an unknown one is an error.
     Raises InputError for predictions that do not match the references.
     """
     if task not in SCORES:

@@ -1,45 +1,56 @@
-"""Write a causal language model as ONNX files, in the folder layout that transformers.js reads."""
+"""Write a model as ONNX files, in the folder layout that transformers.js reads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from lmworks.base.errors import InputError
+from lmworks.base.errors import InputError, did_you_mean
 from lmworks.base.files import write_bytes
 from lmworks.export.arithmetic import ARITHMETIC
-from lmworks.export.emit import Walk, emit_causal_lm
+from lmworks.export.emit import make_graph
 from lmworks.models.checkpoint import load_model
 from lmworks.models.heads import Model
+from lmworks.runtime.onnx_runtime import FILES
 
-# transformers.js finds a dtype by its file's suffix; our int8 is its q8, its default in a browser without a GPU
-FILES = {"fp32": "model.onnx", "int8": "model_quantized.onnx"}
+ALIASES = {"q8": "int8"}  # transformers.js's name of model_quantized.onnx
 
 
 def export_onnx(
-    model: Model | str | Path, out_folder: str | Path, *, dtypes: Sequence[str] = ("fp32", "int8")
-) -> dict[str, Path]:
+    model: Model | str | Path, out_folder: str | Path, *, dtypes: Sequence[str] = ("fp32", "int8"),
+    external: bool | None = None,
+) -> dict[str, Path]:  # fmt: skip
     """Write `out_folder/onnx/model*.onnx`, one file a dtype, each whole or not at all; return their paths.
 
-    `model` is a loaded model or its folder. The same weights give the same bytes. Raises InputError for a dtype or a
-    module that the exporter does not know, and for a model of more than 2 GB.
+    `model` is a loaded model or its folder. The same weights give the same bytes. `external` puts the weights beside
+    the graph, in model*.onnx_data; None: where one file could not hold them. Raises InputError for a dtype or a module
+    that the exporter does not know.
     """
-    unknown = [dtype for dtype in dtypes if dtype not in ARITHMETIC]
-    if unknown:
-        raise InputError(
-            "the exporter does not know this dtype", found=", ".join(unknown), expected=", ".join(ARITHMETIC)
-        )
+    dtypes = check_dtypes(dtypes)
     found = model if isinstance(model, Model) else load_model(model)
     folder = Path(out_folder) / "onnx"
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {dtype: folder / FILES[dtype] for dtype in dtypes}
-    for dtype, path in paths.items():
-        write_bytes(path, make_onnx(found, dtype=dtype))
-    return paths
+    made = {}
+    for dtype in dtypes:
+        files = make_graph(found, dtype=dtype).to_files(FILES[dtype], external=external)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in reversed(files.items()):  # the graph last: what it names is there
+            write_bytes(folder / name, data)
+        made[dtype] = folder / FILES[dtype]
+    return made
 
 
 def make_onnx(model: Model, *, dtype: str = "fp32") -> bytes:
-    """Return the serialized ONNX graph of a language model."""
-    walk = Walk(model, ARITHMETIC[dtype]())
-    emit_causal_lm(walk, model)
-    return walk.done()
+    """Return the serialized ONNX graph of a model."""
+    return make_graph(model, dtype=dtype).to_bytes()
+
+
+def check_dtypes(dtypes: Sequence[str]) -> list[str]:
+    """Return the dtypes by our names, each once; raise InputError for one that does not exist."""
+    found = list(dict.fromkeys(ALIASES.get(dtype, dtype) for dtype in dtypes))
+    unknown = [dtype for dtype in found if dtype not in ARITHMETIC]
+    if unknown or not found:
+        raise InputError(
+            "the exporter does not know this dtype", found=", ".join(unknown) or "none",
+            expected=", ".join(ARITHMETIC), fix=did_you_mean(unknown[0], ARITHMETIC).strip() if unknown else "",
+        )  # fmt: skip
+    return found

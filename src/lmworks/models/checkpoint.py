@@ -17,17 +17,23 @@ from torch import Tensor
 
 from lmworks.base.errors import FormatError, InputError
 from lmworks.base.files import read_json, write_bytes, write_json
+from lmworks.models.compact_files import compact_layers, describe_layers, own_state, read_layers, sayable
+from lmworks.models.compact_files import restore as restore_compact
 from lmworks.models.config import Config, HeadSpec
 from lmworks.models.custom import OWN, Code, Part, is_own, is_replaced, own_tensors, read_parts, restore
 from lmworks.models.families import (
+    COMPACT_KEY,
     LABELLED,
     architecture,
     find_family,
     find_head,
+    mark_compact,
     mark_custom,
+    plain_source,
     read_config,
     read_kind,
     token_ids,
+    unsayable,
     write_config,
 )
 from lmworks.models.heads import CausalLM, Head, Model, initialise
@@ -94,7 +100,14 @@ def load_model(
         model.spec = HeadSpec(outputs="none")
         model.head = Head(config, model.spec)
     parts = read_parts(config)
-    own = {key: file.pop(key) for key in list(file) if parts and key.startswith(OWN)}
+    layers = read_layers(config)
+    compact = bool(layers) or COMPACT_KEY in config.source
+    own = {key: file.pop(key) for key in list(file) if (parts or compact) and key.startswith(OWN)}
+    if compact:  # what is held in another form comes after the rest
+        held = {key.removeprefix(OWN) for key in own} | {f"{layer}.weight" for layer in layers}
+        held |= {f"{layer}.bias" for layer in layers}
+        missing = [row for row in make_rows(model) if row.key not in file and held & set(row.names)]
+        file |= {row.key: torch.empty(row.shape, device="meta") for row in missing}
     state = from_hf(file, model, where=str(folder), new_head=new_head, parts=parts)
     for name, tensor in state.items():
         module, _, leaf = name.rpartition(".")
@@ -103,6 +116,9 @@ def load_model(
     model.tie()
     if new_head:
         draw_head(model, seed, dtype or torch.float32)
+    if compact:
+        restore_compact(model, layers, own, str(folder), dtype)
+        model.config = plain_source(model.config)
     if parts:
         restore(model, parts, code, own, str(folder))
     return model.eval()
@@ -155,15 +171,24 @@ def save_model(model: Model, folder: str | Path) -> None:
     broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise InputError("the weights hold NaN or infinity", found=", ".join(broken), fix="use an earlier checkpoint")
-    rows = make_rows(Model(model.config, model.kind, model.spec, seed=None) if model.parts else model)
+    layers, sizes = compact_layers(model), unsayable(model.config, model.kind)
+    if model.parts and (layers or sizes):
+        raise InputError("compact layers do not go with layers of a user's own", fix="leave one of them out")
+    rows = make_rows(Model(model.config, model.kind, model.spec, seed=None) if model.parts or layers else model)
     rows = [row for row in rows if not any(is_own(model, name) or name not in state for name in row.names)]
     dtype = str(state[rows[0].names[0]].dtype).removeprefix("torch.")
-    write_bytes(folder / WEIGHTS, serialize({**to_hf(state, rows), **own_tensors(model)}, metadata={"format": "pt"}))
+    own = own_tensors(model)
+    if layers:
+        rows = [row for row in rows if not any(name.rpartition(".")[0] in layers for name in row.names)]
+        own = own_state(state, [name for row in rows for name in row.names], model)
+    write_bytes(folder / WEIGHTS, serialize({**to_hf(state, rows), **own}, metadata={"format": "pt"}))
     if model.config.causal:
         path = folder / "generation_config.json"
         ids = {name: value for name, value in token_ids(model.config).items() if value is not None}
         write_json(path, {"_from_model_config": True, **(read_json(path) if path.exists() else {}), **ids})
-    config = write_config(model.config, model.kind)
+    config = write_config(sayable(model.config) if sizes else model.config, model.kind)
+    if layers or sizes:
+        config = mark_compact(config, model.config, describe_layers(layers), sizes)
     if model.parts:
         config = mark_custom(config, [part._asdict() for part in model.parts])
     write_json(folder / "config.json", {**config, "dtype": dtype, "torch_dtype": dtype})

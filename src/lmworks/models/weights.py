@@ -58,7 +58,7 @@ def find_files(folder: Path) -> list[str]:
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
     fix = "convert it to safetensors: a pickle can run code" if pickled else "fetch the whole checkpoint"
     if (folder / "adapter_config.json").is_file():
-        fix = f"this is an adapter: put it into its base first, lmworks merge {folder} -o OUT"
+        fix = "this is an adapter: lmworks.load opens it with its base, and lmworks merge makes a LoRA a whole model"
     raise FormatError(
         "there are no weights that can be read safely",
         where=str(folder),

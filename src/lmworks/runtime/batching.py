@@ -35,19 +35,20 @@ class Runs(Protocol):
 
 def run_features(
     runtime: Runs, features: Sequence[Feature], *, output: str, pad_id: int = 0,
-    batch_tokens: int = BATCH_TOKENS, max_rows: int = MAX_ROWS, reduce: Reduce | None = None,
+    batch_tokens: int | None = None, max_rows: int = MAX_ROWS, reduce: Reduce | None = None,
 ) -> list[NDArray[Any]]:  # fmt: skip
     """Run features in batches; return one array each, in their order: (T, …) of its own length, or (O,) of a whole row.
 
     `output` names the runtime's array, "logits" or "hidden_states": of three dimensions (B, T, …) it holds something a
     token and is cut to each feature's length; of two (B, O), something a row. `reduce` makes each output small as soon
-    as its batch has run: (T, vocabulary) of many texts would fill the memory. Raises InputError where the model lacks
-    `output`, FormatError where its numbers are not finite.
+    as its batch has run: (T, vocabulary) of many texts would fill the memory. `batch_tokens` None: what the runtime
+    is fastest with. Raises InputError where the model lacks `output`, FormatError where its numbers are not finite.
     """
     outputs: list[NDArray[Any]] = [np.empty(0)] * len(features)
     padding = MOST_LEFT_OUT if getattr(runtime, "leaves_padding_out", False) else MOST_PADDING
+    preferred: int = getattr(runtime, "batch_tokens", BATCH_TOKENS)
     lengths = [len(feature) for feature in features]
-    for rows in make_batches(lengths, batch_tokens=batch_tokens, max_rows=max_rows, padding=padding):
+    for rows in make_batches(lengths, batch_tokens=batch_tokens or preferred, max_rows=max_rows, padding=padding):
         found = runtime.run(collate([features[row] for row in rows], pad_id=pad_id))
         if output not in found:
             raise InputError(

@@ -1,9 +1,10 @@
 """Run an exported graph with ONNX Runtime: no torch.
 
-Shapes: B batch, T tokens, S keys (past and new), K key/value heads, E head size, C capacity of a cache, V vocabulary.
+Shapes: B batch, T tokens, S keys (past and new), K key/value heads, E head size, C capacity of a cache, V vocabulary,
+O outputs of a head, D hidden size.
 
-The graph is the one that the web page runs (transformers.js's names, growing past and present). Two facts, both of
-them tested, make it a server's graph as well:
+The graph is the one that the web page runs (transformers.js's names). A graph without a cache reads whole sequences or
+images. One with a growing past and present writes text; two facts, both of them tested, make it a server's graph:
 
 * A cache bound as past *and* present is written in place: nothing is copied, and C may exceed the length.
 * The graph takes a row's length from its attention mask (the last 1), so rows of different lengths share a step.
@@ -28,9 +29,20 @@ from lmworks.base.files import read_json
 from lmworks.base.optional import require
 from lmworks.base.threads import cpu_count
 from lmworks.base.types import Batch
+from lmworks.models.families import read_config
 from lmworks.runtime.base import Logits, check_ids, check_length, check_slots
 
-FILES = {"fp32": "model.onnx", "int8": "model_quantized.onnx"}
+FILES = {  # transformers.js finds a dtype by its file's suffix; the best first. Our int8 is its q8, the default in WASM
+    "fp32": "model.onnx",
+    "int8": "model_quantized.onnx",
+    "uint8": "model_uint8.onnx",
+    "q4": "model_q4.onnx",
+    "bnb4": "model_bnb4.onnx",
+    "fp16": "model_fp16.onnx",
+    "q4f16": "model_q4f16.onnx",
+}
+STATES = ("last_hidden_state", "token_embeddings")  # what bodies call their answer, here and elsewhere
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 CHUNK = 512  # tokens of a prompt in one call: bounds the (T, S) mask
 FIRST_CAPACITY = 256  # positions; doubled when a slot needs more
 
@@ -41,38 +53,77 @@ class OnnxRuntime:
     """The Runtime over `folder/onnx/model*.onnx` on the CPU."""
 
     name = "onnx"
+    batch_tokens = 512  # of texts that are read whole: measured, larger batches are slower, int8 by a third
 
     def __init__(self, folder: str | Path, *, dtype: str = "fp32", slots: int = 1, threads: int | None = None) -> None:
-        self.dtype = dtype
-        self.session = open_session(find_graph(Path(folder), dtype), threads or cpu_count())
-        self.max_length = read_max_length(Path(folder))
-        shapes = {item.name: item.shape for item in (*self.session.get_inputs(), *self.session.get_outputs())}
-        self.vocab_size = int(shapes["logits"][-1])
-        self.takes_positions = "position_ids" in shapes
+        folder, self.dtype = Path(folder), dtype
+        self.session = open_session(find_graph(folder, dtype), threads or cpu_count())
+        self.inputs = {item.name: item for item in self.session.get_inputs()}
+        shapes = {item.name: item.shape for item in (*self.inputs.values(), *self.session.get_outputs())}
+        self.outputs = choose_outputs([item.name for item in self.session.get_outputs()], folder)
         self.cache_names = [name.removeprefix("past_key_values.") for name in shapes if name.startswith("past_")]
-        self.row_shape = [shapes[f"past_key_values.{name}"] for name in self.cache_names]  # (B, K, S, E) each
         self.lengths = np.zeros(slots, np.int64)
-        self.caches: list[Floats] = []
+        self.caches: list[NDArray[Any]] = []
         self.bindings: dict[tuple[int, int], Any] = {}  # rows -> their caches, bound
         self.capacity = 0
+        if not self.cache_names:
+            config = read_config(folder)
+            self.vocab_size, self.max_length = config.vocab_size, config.max_tokens
+            return
+        self.max_length = read_max_length(folder)
+        self.max_length -= read_config(folder).position_offset
+        self.vocab_size = int(shapes["logits"][-1])
+        self.row_shape = [shapes[f"past_key_values.{name}"] for name in self.cache_names]  # (B, K, S, E) each
+        self.cache_type = TYPES[self.inputs[f"past_key_values.{self.cache_names[0]}"].type]
         self._reserve(min(FIRST_CAPACITY, self.max_length))
 
     def run(self, batch: Batch) -> dict[str, NDArray[Any]]:
-        """Run whole sequences, padded on either side: input_ids (B, T) -> logits (B, T, V)."""
+        """Run whole sequences, padded on either side.
+
+        input_ids (B, T), or pixel_values -> logits (B, T, O) or (B, O); hidden_states (B, T, D) of a bare body.
+        """
+        if "pixel_values" in self.inputs:
+            feed = {"pixel_values": np.ascontiguousarray(batch["pixel_values"], dtype=np.float32)}
+            self._check_images(feed["pixel_values"])
+        else:
+            feed = self._read_texts(batch)
+        found = self.session.run(list(self.outputs), feed)
+        if len(found) == 2:  # where an answer starts, and where it ends
+            return {"logits": np.stack(found, -1)}
+        return {next(iter(self.outputs.values())): np.asarray(found[0], np.float32)}
+
+    def _read_texts(self, batch: Batch) -> dict[str, NDArray[Any]]:
+        """Return what the graph is fed for a batch of texts; what it does not ask for is left out."""
         input_ids = np.ascontiguousarray(batch["input_ids"], dtype=np.int64)  # (B, T)
         mask = batch.get("attention_mask")
         mask = np.ones_like(input_ids) if mask is None else np.ascontiguousarray(mask, dtype=np.int64)
         check_ids(input_ids, self.vocab_size)
         check_length(input_ids.shape[1], self.max_length)
         feed = {"input_ids": input_ids, "attention_mask": mask, "num_logits_to_keep": np.array(0, np.int64)}
-        if self.takes_positions:
+        if "position_ids" in self.inputs:
             feed["position_ids"] = batch.get("position_ids", np.maximum(mask.cumsum(1) - 1, 0))
-        for name, (_, heads, _, size) in zip(self.cache_names, self.row_shape, strict=True):
-            feed[f"past_key_values.{name}"] = np.empty((len(input_ids), heads, 0, size), np.float32)
-        return {"logits": self.session.run(["logits"], feed)[0]}
+        if "token_type_ids" in self.inputs:
+            types = batch.get("token_type_ids")
+            feed["token_type_ids"] = np.zeros_like(input_ids) if types is None else np.asarray(types, np.int64)
+        if self.cache_names:
+            for name, (_, heads, _, size) in zip(self.cache_names, self.row_shape, strict=True):
+                feed[f"past_key_values.{name}"] = np.empty((len(input_ids), heads, 0, size), self.cache_type)
+        return {name: value for name, value in feed.items() if name in self.inputs}
+
+    def _check_images(self, pixels: NDArray[np.float32]) -> None:
+        """Raise InputError for images of another shape than the graph's."""
+        expected = self.inputs["pixel_values"].shape[1:]
+        fits = pixels.ndim == 4 and all(
+            not isinstance(size, int) or size == found for size, found in zip(expected, pixels.shape[1:], strict=True)
+        )
+        if not fits:
+            raise InputError(
+                "the images have the wrong shape", found=f"{tuple(pixels.shape[1:])}", expected=f"{tuple(expected)}"
+            )
 
     def prefill(self, slots: Sequence[int], input_ids: Sequence[Sequence[int]]) -> Logits:
         """Start these slots over with a prompt each, of any length; return the last token's logits (n, V)."""
+        self._check_writes()
         check_slots(slots, len(input_ids), len(self.lengths))
         rows = [np.asarray(row, dtype=np.int64)[None] for row in input_ids]  # n of (1, T)
         for row in rows:
@@ -87,6 +138,7 @@ class OnnxRuntime:
 
     def step(self, slots: Sequence[int], input_ids: Sequence[int]) -> Logits:
         """Add one token to each of these slots, whatever their lengths; return its logits (n, V)."""
+        self._check_writes()
         check_slots(slots, len(input_ids), len(self.lengths))
         tokens = np.asarray(input_ids, dtype=np.int64)[:, None]  # (n, 1)
         check_ids(tokens, self.vocab_size)
@@ -97,6 +149,11 @@ class OnnxRuntime:
             self._forward(rows, tokens[order], out)
             logits[order] = out
         return logits
+
+    def _check_writes(self) -> None:
+        """Raise InputError for a graph without a cache."""
+        if not self.cache_names:
+            raise InputError("this graph reads whole texts: it cannot write one", fix="export a causal language model")
 
     def _forward(self, rows: slice, input_ids: NDArray[np.int64], logits: Floats) -> None:
         """Feed (B, T) new tokens to the slots `rows`, in place; write the last token's logits into (B, V)."""
@@ -109,7 +166,7 @@ class OnnxRuntime:
         binding = self._bind(rows)
         binding.bind_cpu_input("input_ids", input_ids)
         binding.bind_cpu_input("attention_mask", mask)
-        if self.takes_positions:
+        if "position_ids" in self.inputs:
             binding.bind_cpu_input("position_ids", past[:, None] + np.arange(input_ids.shape[1]))  # (B, T)
         binding.bind_output("logits", "cpu", 0, np.float32, (len(logits), 1, self.vocab_size), logits.ctypes.data)
         self.session.run_with_iobinding(binding)
@@ -123,7 +180,7 @@ class OnnxRuntime:
             binding.bind_cpu_input("num_logits_to_keep", np.array(1, np.int64))
             for name, cache in zip(self.cache_names, self.caches, strict=True):
                 held = cache[rows]  # (B, K, C, E), a view
-                place = ("cpu", 0, np.float32, held.shape, held.ctypes.data)
+                place = ("cpu", 0, self.cache_type, held.shape, held.ctypes.data)
                 binding.bind_input(f"past_key_values.{name}", *place)
                 binding.bind_output(f"present.{name}", *place)
         return self.bindings[key]
@@ -135,7 +192,7 @@ class OnnxRuntime:
         capacity = max(length, min(2 * self.capacity, self.max_length))
         grown = []
         for i, (_, heads, _, size) in enumerate(self.row_shape):
-            cache = np.empty((len(self.lengths), heads, capacity, size), np.float32)
+            cache = np.empty((len(self.lengths), heads, capacity, size), self.cache_type)
             if self.caches:
                 cache[:, :, : self.capacity] = self.caches[i]
             grown.append(cache)
@@ -162,9 +219,24 @@ def find_graph(folder: Path, dtype: str) -> Path:
             f"the {dtype} graph is missing",
             where=str(path),
             expected="a folder with onnx files" if folder.is_dir() else "a folder that exists",
-            fix='use runtime="torch", or write it in Python: lmworks.export.onnx.export_onnx(folder, folder)',
+            fix=f'use runtime="torch", or write it: lmworks export MODEL --to onnx --dtype {dtype} -o OUT',
         )
     return path
+
+
+def choose_outputs(names: Sequence[str], folder: Path) -> dict[str, str]:
+    """Return the graph's outputs to ask for, and what a runtime calls them; raise FormatError where none is known."""
+    if "start_logits" in names and "end_logits" in names:
+        return {"start_logits": "logits", "end_logits": "logits"}
+    if "logits" in names:
+        return {"logits": "logits"}
+    for name in STATES:
+        if name in names:
+            return {name: "hidden_states"}
+    raise FormatError(
+        "the graph gives nothing that a task reads", where=str(folder), found=", ".join(names),
+        expected=f"logits, start_logits and end_logits, or {STATES[0]}", fix="export the model again",
+    )  # fmt: skip
 
 
 def open_session(path: Path, threads: int) -> Any:

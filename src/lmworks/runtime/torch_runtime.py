@@ -21,6 +21,7 @@ from lmworks.base.errors import InputError
 from lmworks.base.types import Batch
 from lmworks.models.cache import KVCache
 from lmworks.models.checkpoint import load_model
+from lmworks.models.compact import is_compact
 from lmworks.models.heads import Model
 from lmworks.models.inference import PackedLinear, pack, pack_if_faster, run_ragged
 from lmworks.runtime.base import Logits, check_ids, check_length, check_slots
@@ -58,7 +59,7 @@ class TorchRuntime:
             self.model = deepcopy(model).to(wanted)
         else:
             self.model = model
-        if self.model.parts:  # packing, and rows end to end, know the core's own layers only
+        if self.model.parts or is_compact(self.model):  # packing knows the core's own layers only
             self.cold = 0
         elif dtype == "bf16":
             pack(self.model)

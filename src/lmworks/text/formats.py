@@ -99,6 +99,10 @@ def read_table(text: str, path: Path, *, header: bool) -> Iterator[Row]:
         where = f"{path}, line {line}"
         if not names:
             names = [name.strip() for name in fields] if header else [str(n) for n in range(1, len(fields) + 1)]
+            twice = [name for name in names if name and names.count(name) > 1]
+            if twice:
+                fix = f'call one "{twice[0]}" otherwise, or --no-header if the first row is data'
+                raise InputError("two columns have the same name", where=where, found=", ".join(names), fix=fix)
             if header:
                 continue
         if len(fields) > len(names):

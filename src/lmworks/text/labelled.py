@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import ast
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 
 from lmworks.base.errors import InputError, did_you_mean
 from lmworks.text.formats import read_rows
+from lmworks.text.label_kinds import INTEGER, unify
 from lmworks.text.read import find_column, read_documents
 from lmworks.text.similar import read_similar
 
@@ -34,7 +34,6 @@ PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question", "se
 LABEL = ("label", "labels")
 WORDS, TAGS = ("tokens", "words"), ("ner_tags", "tags", "labels")
 IMAGE = ("image", "file_name", "path")
-INTEGER = re.compile(r"[+-]?\d+")
 
 
 @dataclass(frozen=True)
@@ -207,34 +206,6 @@ def as_label(value: Any, where: str) -> str | float | tuple[str, ...]:
     raise InputError(
         "this is no label", where=where, found=repr(value)[:80], expected="a name, a number, or a list of names"
     )
-
-
-def unify(references: list[Any], places: Sequence[str], *, is_table: bool) -> list[Any]:
-    """Return labels of one kind; integers among numbers become numbers. Raises InputError for a mixture."""
-    is_integer = [isinstance(r, str) and bool(INTEGER.fullmatch(r)) for r in references]
-    if is_table and not all(is_integer) and all(is_number(r) for r in references):
-        return [float(r) for r in references]
-    kind = float if is_integer[0] and float in map(type, references) else type(references[0])
-    for reference, integer, where in zip(references, is_integer, places, strict=True):
-        if type(reference) is not kind and not (kind is float and integer):
-            raise InputError(
-                "labels of different kinds",
-                where=where,
-                found=f"{reference!r}, after {KINDS[kind]}",
-                expected="a name, a list of names, or a number in every row",
-            )
-    return [float(r) for r in references] if kind is float else references
-
-
-KINDS: dict[type, str] = {str: "names", float: "numbers", tuple: "lists of names"}
-
-
-def is_number(text: str) -> bool:
-    """Tell a finite decimal number."""
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 def names_of(references: Iterable[Any]) -> tuple[str, ...]:

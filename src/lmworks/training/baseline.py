@@ -70,7 +70,7 @@ def frozen_features(
         return None
     chosen = np.sort(np.argsort(draw(seed, 0, len(data.rows), stream=SAMPLE), kind="stable")[:MOST_ROWS])
     x, y, _ = features(model, [data.rows[i] for i in chosen], pad_id=data.pad_id)
-    mean, spread = x.mean(0), x.std(0).clamp(min=1e-6)
+    mean, spread = x.mean(0), x.std(0, correction=min(1, len(x) - 1)).clamp(min=1e-6)  # one row spreads by 0
     weight, bias = fit((x - mean) / spread, y, len(labels))
     x, _, owner = features(model, data.held_out, pad_id=data.pad_id)
     scores = ((x - mean) / spread) @ weight.t() + bias  # (n, L)

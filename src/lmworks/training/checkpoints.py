@@ -112,4 +112,4 @@ class Checkpoints:
 
     def last_good(self) -> str:
         """Return '; the checkpoint of step N is intact', or nothing before the first one."""
-        return f"; the checkpoint of step {self.saved_step:,} is intact" if self.saved_step >= 0 else ""
+        return f"; the checkpoint of step {self.saved_step:,} is intact" if self.saved_step > 0 else ""

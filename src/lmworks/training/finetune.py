@@ -13,6 +13,7 @@ score are those that remain.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -46,6 +47,7 @@ from lmworks.training.objectives import Objective
 from lmworks.training.peft_format import CONFIG as ADAPTER_CONFIG
 from lmworks.training.supervision import (
     WORDS,
+    check_classes,
     check_order,
     class_weights,
     make_comparison,
@@ -94,6 +96,7 @@ class Setup:
     extended: Extended | None = None  # the tokens that were added
     base: Path | None = None
     texts: Mapping[str, list[str]] = field(default_factory=dict)  # of --also-evaluate
+    left_out: int = 0  # training examples without anything to learn, such as answers that were cut off
 
 
 def set_up(
@@ -107,6 +110,7 @@ def set_up(
     check_order(task, tuning)
     texts = read_texts(task, held_out.examples, tuning.also_evaluate)
     problem = problem_type(train)
+    check_classes(train, problem, tuning)
     model, new_head = opened or open_model(folder, task, train.labels, problem, seed=tuning.seed, code=tuning.code)
     put_parts(model, tuning)
     tokenizer, extended = learn_tokens(model, folder, train.examples, tuning)
@@ -123,6 +127,7 @@ def set_up(
         facts = replace(facts, max_length=tuning.max_length)
     predictor = make_predictor(model, folder, task, tokenizer, facts, **long_option(task, tuning.long))
     rows = make_rows(train, task, predictor.prepared, tokenizer, facts, model.config.labels, problem, tuning)
+    left_out = len(train) - len({row.feature.example for row in rows})
     held_rows = make_rows(held_out, task, predictor.prepared, tokenizer, facts, model.config.labels, problem, tuning)
     others = []
     for domain in domains:
@@ -157,7 +162,7 @@ def set_up(
         objective = make_comparison(task, problem, tuning, rows, predictor.prepared)
     else:
         objective = make_objective(task, problem, tuning, weights)
-    return Setup(model, new_head, tokenizer, predictor, data, objective, problem, extended, folder, texts)
+    return Setup(model, new_head, tokenizer, predictor, data, objective, problem, extended, folder, texts, left_out)
 
 
 def tune(
@@ -210,7 +215,7 @@ def fit(trainer: Trainer, tuning: Tuning) -> TrainResult:
     try:
         return trainer.fit()
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("(not enough|out of|allocate) memory", str(error)):
             raise
         raise LmworksError(
             "out of memory", where=str(trainer.folder), found=str(error).splitlines()[0] if str(error) else "",

@@ -13,6 +13,7 @@ from lmworks.text.labelled import Labelled
 from lmworks.training.rows import join_words
 
 LIKELY = 0.5  # from this score on, one of several labels holds
+CLASSES = ("text-classification", "image-classification")
 MAIN = {  # the number by which weights are chosen; for the other tasks the loss
     "text-classification": "accuracy",
     "image-classification": "accuracy",
@@ -43,6 +44,16 @@ def answer(predictor: Predictor, data: Labelled, *, problem: str | None = None, 
     if problem == "multi_label_classification":
         return [tuple(label.label for label in labels if label.score >= LIKELY) for labels in ranked]
     return [labels[0].label for labels in ranked]
+
+
+def problem_type(data: Labelled) -> str | None:
+    """Return what kind of labels texts or pictures have, in config.json's words; None for other tasks."""
+    if data.task not in CLASSES:
+        return None
+    first = data.references[0]
+    if isinstance(first, float):
+        return "regression"
+    return "single_label_classification" if isinstance(first, str) else "multi_label_classification"
 
 
 def main_metric(task: str, data: Labelled, problem: str | None) -> str:

@@ -9,14 +9,13 @@ Shapes: R rows, T tokens of a row, N tokens of all documents, D hidden_size, n d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
-from lmworks.models.inference import ragged_states
+if TYPE_CHECKING:  # evaluation reads rows as well, and needs no torch
+    from torch import Tensor, nn
 
 DOCUMENTS = "documents"  # (R, T): from 1, the document of its row that a token belongs to; negative on padding
 
@@ -49,6 +48,10 @@ def packed_states(model: nn.Module, input_ids: Tensor, documents: Tensor) -> tup
 
     The states come sorted by the length of their documents.
     """
+    import torch
+
+    from lmworks.models.inference import ragged_states
+
     network: Any = model
     places, lengths = sort_documents(documents.cpu().numpy())
     index = torch.from_numpy(places).to(input_ids.device)  # (N,)

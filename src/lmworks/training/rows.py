@@ -180,9 +180,9 @@ def make_language_rows(tokenizer: Tokenizer, examples: Sequence[Any], facts: Fac
     the answers are scored, and one that is longer is an error, or cut with `long` "truncate". Rows without an answer
     that is left to score are dropped.
     """
-    rows = []
+    rows, begin = [], opening(tokenizer)
     for i, example in enumerate(examples):
-        ids, scored = read_language(tokenizer, example)
+        ids, scored = read_language(tokenizer, example, begin)
         if isinstance(example, str):
             starts: Sequence[int] = range(0, max(1, len(ids) - 1), facts.max_length)
         else:
@@ -198,15 +198,24 @@ def make_language_rows(tokenizer: Tokenizer, examples: Sequence[Any], facts: Fac
     return rows
 
 
-def read_language(tokenizer: Tokenizer, example: Any) -> tuple[list[int], list[bool]]:
-    """Return the tokens of a text or of an instruction, and which of them the model should learn to say."""
+def opening(tokenizer: Tokenizer) -> list[int]:
+    """Return the tokens that the model expects before a text, as it has them when it answers: Llama's <s>."""
+    encoding = tokenizer.encode_inputs(["a"])[0]
+    return list(encoding.ids[: encoding.special_tokens_mask.index(0)]) if 0 in encoding.special_tokens_mask else []
+
+
+def read_language(tokenizer: Tokenizer, example: Any, begin: list[int]) -> tuple[list[int], list[bool]]:
+    """Return the tokens of a text or of an instruction, and which of them the model should learn to say.
+
+    A text or prompt follows `begin`; a conversation begins as its template says.
+    """
     eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     if isinstance(example, str):
         ids = tokenizer.encode(example) + eos
-        return ids, [True] * len(ids)
+        return begin + ids, [False] * len(begin) + [True] * len(ids)
     if "messages" in example:
         return read_chat(tokenizer, example["messages"])
-    prompt, answer = tokenizer.encode(example["prompt"]), tokenizer.encode(example["completion"]) + eos
+    prompt, answer = begin + tokenizer.encode(example["prompt"]), tokenizer.encode(example["completion"]) + eos
     return prompt + answer, [False] * len(prompt) + [True] * len(answer)
 
 

@@ -11,6 +11,8 @@ from lmworks.text.labelled import Labelled
 from lmworks.tokens.tokenizer import Tokenizer
 from lmworks.training.contrastive import GroupLoss, make_group_objective, make_group_rows, pooled, read_by_head
 from lmworks.training.examples import Masking, Row, balance
+from lmworks.training.measure import CLASSES
+from lmworks.training.measure import problem_type as problem_type
 from lmworks.training.objectives import BinaryLoss, CausalLoss, ClassLoss, Objective, SpanLoss, SquaredLoss
 from lmworks.training.rows import (
     make_class_rows,
@@ -21,20 +23,9 @@ from lmworks.training.rows import (
 )
 from lmworks.training.tuning import Tuning
 
-CLASSES = ("text-classification", "image-classification")
 LABELLED = (*CLASSES, "token-classification")
 PACKED_ROW = 512
 WORDS = ("fill-mask", "text-generation")  # tasks whose labels are the text itself
-
-
-def problem_type(data: Labelled) -> str | None:
-    """Return what kind of labels texts or pictures have, in config.json's words; None for other tasks."""
-    if data.task not in CLASSES:
-        return None
-    first = data.references[0]
-    if isinstance(first, float):
-        return "regression"
-    return "single_label_classification" if isinstance(first, str) else "multi_label_classification"
 
 
 def make_rows(
@@ -70,6 +61,7 @@ def make_rows(
 def check_order(task: str, tuning: Tuning) -> None:
     """Raise InputError for a way to pack, order or mix the rows that this task, or another knob, does not allow."""
     compared = task == "feature-extraction" or getattr(tuning, "contrastive", False)
+    alone = not tuning.also_task  # else a knob may be another task's
     refused = {
         "--pack is for texts whose words are learned": tuning.pack and task not in WORDS,
         "--pack fills rows, so --batch-tokens has no use": tuning.pack and tuning.batch_tokens is not None,
@@ -77,10 +69,26 @@ def check_order(task: str, tuning: Tuning) -> None:
         "all pictures have one length": tuning.curriculum == "length" and task == "image-classification",
         "a text that is compared with others has no loss of its own": tuning.curriculum == "loss" and compared,
         "--also does not go with comparing texts": bool(tuning.also) and compared,
+        "--every-token is for words with tags": tuning.every_token and alone and task != "token-classification",
+        "--whole-words is for hidden words": tuning.whole_words and alone and task != "fill-mask",
+        "--symmetric is for vectors of texts": tuning.symmetric and task != "feature-extraction",
+        "--triplet-loss is for vectors of texts": tuning.triplet_loss and task != "feature-extraction",
+        "--temperature is for texts that are compared": tuning.temperature != Tuning().temperature and not compared,
     }
     for reason, holds in refused.items():
         if holds:
             raise InputError(reason, found=f"--task {task}", fix="leave out one of them")
+
+
+def check_classes(data: Labelled, problem: str | None, tuning: Tuning) -> None:
+    """Raise InputError for data with one class only, and for --balanced where a row has not one label."""
+    if problem == "single_label_classification" and len(data.labels) < 2:
+        raise InputError("all examples have the same label", where=data.where, found=", ".join(data.labels),
+                         expected="two labels or more",
+                         fix="check --label-column, or add examples of another label")  # fmt: skip
+    if tuning.balanced and problem != "single_label_classification" and data.task != "feature-extraction":
+        found = problem.replace("_", " ") if problem else data.task
+        raise InputError("--balanced is for rows with one label each", found=found, fix="leave it out")
 
 
 def row_length(facts: Facts, tuning: Tuning) -> int:

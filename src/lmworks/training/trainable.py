@@ -117,7 +117,8 @@ def choose_parameters(model: Model, tuning: Tuning, tokens: Sequence[int] = ()) 
             model.get_parameter(name).requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(
-            "nothing is left to be trained", fix="freeze less, or choose --method full: this head is the embedding"
+            "nothing is left to be trained",
+            fix="freeze less, or choose --method full: this model's head, if it has one, is its embedding",
         )
 
 

@@ -235,12 +235,15 @@ class Tuning:
         return replace(self, **lists, lr=self.lr or LEARNING_RATES[self.method])
 
     def check_lora(self) -> None:
-        """Raise InputError for knobs that the method has no use for."""
+        """Raise InputError for knobs that the method, or another knob, has no use for."""
         plain = Tuning()
-        for name in ("alpha", "lora_dropout", "targets", "rslora", "dora", "base_dtype"):
-            if self.method != "lora" and getattr(self, name) != getattr(plain, name):
-                option = f"--{name.replace('_', '-')}"
-                raise InputError(f"{option} belongs to lora", found=f"--method {self.method}", fix="--method lora")
+        for name, (other, wanted) in BELONGS.items():
+            said = getattr(self, other)
+            if said != wanted and getattr(self, name) != getattr(plain, name):
+                option, owner = (f"--{one.replace('_', '-')}" for one in (name, other))
+                raise InputError(f"{option} belongs to {wanted}", found=f"{owner} {said}", fix=f"{owner} {wanted}")
+        if self.init != plain.init and not self.add_tokens:
+            raise InputError("--init is for new tokens", found="no --add-tokens", fix="leave it out")
         if self.add_tokens and self.method not in ("full", "lora"):
             raise InputError("new tokens are not trained by this method", found=f"--method {self.method}",
                              expected="full or lora",
@@ -257,6 +260,13 @@ class Tuning:
         return Tuning(**knobs)
 
 
+BELONGS = {  # a knob, and the choice without which it would do nothing
+    **dict.fromkeys(("rank", "alpha", "lora_dropout", "targets", "rslora", "dora", "base_dtype"), ("method", "lora")),
+    "bottleneck": ("method", "adapter"),
+    "prefix_length": ("method", "prefix"),
+    "momentum": ("optimizer", "sgd"),
+    "decay": ("schedule", "wsd"),
+}
 LISTS = ("freeze", "train_only", "insert", "swap", "code", "also", "also_task", "also_evaluate")
 RANGES: dict[str, tuple[float, float]] = {
     "epochs": (1, 10_000),

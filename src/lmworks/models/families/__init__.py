@@ -8,6 +8,7 @@ gives the head of every task that the family has been published for, with the na
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,6 +65,8 @@ TASKS = {  # pipeline name -> the head that answers
 }
 ADAPTED = "adapted_config.json"  # beside an adapter, where transformers would take a config.json for a whole model's
 CUSTOM, PARTS = "lmworks-custom", "lmworks_custom"  # the type, and the key, of a model with layers of a user's own
+SIZES = ("num_attention_heads", "num_key_value_heads", "head_dim")  # that some published configs derive
+COMPACT_TYPE, COMPACT_KEY = "lmworks-compact", "lmworks_quantization"  # the same for layers held in another form
 LABELLED = ("SequenceClassification", "TokenClassification", "ImageClassification")
 
 
@@ -121,10 +124,15 @@ def read_config(folder: str | Path) -> Config:
         raise InputError("there is no such model folder", where=str(folder), fix="check the path")
     path = folder / (ADAPTED if (folder / ADAPTED).is_file() else "config.json")
     hf = read_json(path)
-    own = hf.get(PARTS) if hf.get("model_type") == CUSTOM else None
+    own = hf.get({CUSTOM: PARTS, COMPACT_TYPE: COMPACT_KEY}.get(str(hf.get("model_type")), ""))
+    own = own if isinstance(own, dict) else {}
     try:
-        return find_family(str((own or hf).get("model_type"))).config(hf)
-    except LmworksError as error:
+        config = find_family(str((own or hf).get("model_type"))).config(hf)
+        sizes = own.get("sizes", {})
+        return replace(config, **sizes) if sizes else config
+    except (LmworksError, TypeError) as error:
+        if not isinstance(error, LmworksError):
+            raise FormatError("config.json has sizes that we do not know", where=str(path), found=str(sizes)) from None
         kind = FormatError if isinstance(error, FormatError) else InputError
         raise kind(error.what, where=str(path), found=error.found, expected=error.expected, fix=error.fix) from None
 
@@ -146,6 +154,38 @@ def write_config(c: Config, kind: str = "CausalLM") -> dict[str, Any]:
 def mark_custom(config: dict[str, Any], parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Return a config.json that no reader takes for the published model's: without its parts it answers otherwise."""
     return {**config, "model_type": CUSTOM, PARTS: {"model_type": config["model_type"], "parts": parts}}
+
+
+def mark_compact(config: dict[str, Any], c: Config, layers: Mapping[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
+    """Return a config.json that no reader takes for the published model's: its layers are held in another form."""
+    own = {"model_type": c.model_type, "layers": layers, **({"sizes": sizes} if sizes else {})}
+    return {**config, "model_type": COMPACT_TYPE, COMPACT_KEY: own}
+
+
+def read_compact(c: Config) -> dict[str, Any]:
+    """Return what a config.json of that kind says; {} for every other."""
+    own: dict[str, Any] = c.source.get(COMPACT_KEY, {}) if c.source.get("model_type") == COMPACT_TYPE else {}
+    return own
+
+
+def plain_source(c: Config) -> Config:
+    """Return the config as if it had been read from the published model's file."""
+    if c.source.get("model_type") != COMPACT_TYPE:
+        return c
+    source = {key: value for key, value in c.source.items() if key != COMPACT_KEY}
+    return replace(c, source={**source, "model_type": c.model_type})
+
+
+def unsayable(c: Config, kind: str) -> dict[str, int]:
+    """Return the sizes that the family's published config has no words for; {} for every published model."""
+    if c.hidden_size == c.num_attention_heads * c.head_dim:
+        return {}
+    try:
+        read = find_family(c.model_type).config(describe(c, kind))
+    except LmworksError:
+        return {name: getattr(c, name) for name in SIZES}
+    same = all(getattr(read, name) == getattr(c, name) for name in SIZES)
+    return {} if same else {name: getattr(c, name) for name in SIZES}
 
 
 def describe(c: Config, kind: str) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Smaller models: fewer bits, fewer weights, fewer ranks, and the choice among them by measurement."""

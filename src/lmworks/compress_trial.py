@@ -1,0 +1,163 @@
+"""What a smaller model is worth: scores on held-out examples, and time, memory and size beside the original's."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmworks.base.errors import InputError, LmworksError
+from lmworks.compress.candidates import Candidate, time_in_turn
+from lmworks.evaluation.metrics import score
+from lmworks.text.labelled import Labelled
+
+if TYPE_CHECKING:
+    from lmworks.runtime.predictor import Predictor
+
+MAIN = ("accuracy", "f1", "exact_match", "spearman", "mrr", "mse", "perplexity")  # the first that there is decides
+WEIGHTS = ("*.safetensors", "onnx/*")
+ONE, BATCHES, MANY, ROUNDS = 12, 2, 32, 5  # texts one at a time, batches of many, and how often each
+TIMED = 48  # examples that are drawn for it
+NEW_TOKENS = 16  # that a model which writes is timed for
+
+
+def judge(predictor: Predictor, data: Labelled, problem: str | None) -> tuple[dict[str, float], list[Any]]:
+    """Return the metrics of a predictor on labelled examples, and what it said; of plain text its perplexity."""
+    if predictor.prepared is None:
+        from lmworks.evaluation.perplexity import token_logprobs
+        from lmworks.tokens.batch import make_stream
+
+        texts = [text for text in data.examples if isinstance(text, str)]
+        if not texts:
+            raise InputError("a budget for a model that writes is judged on plain texts", where=data.where,
+                             fix="give a text file, or jsonl rows of text")  # fmt: skip
+        stream = make_stream(predictor.tokenizer, texts)
+        scores = token_logprobs(predictor.runtime, stream, context=predictor.runtime.max_length)
+        return {"perplexity": scores.perplexity}, []
+    from lmworks.training.measure import answer
+
+    said = answer(predictor, data, problem=problem)
+    found = score(data.task, said, data.references, labels=data.labels)
+    return {name: value for name, value in found.items() if isinstance(value, int | float)}, said
+
+
+def main_score(scores: dict[str, float]) -> str:
+    """Return the metric that candidates are compared by."""
+    return next((name for name in MAIN if name in scores), next(iter(scores)))
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the bytes of a folder's weights and graphs."""
+    return sum(path.stat().st_size for pattern in WEIGHTS for path in folder.glob(pattern))
+
+
+def examples_to_time(data: Labelled, seed: int) -> list[Any]:
+    """Return some examples, of every length."""
+    examples = [example for example in data.examples if data.task != "text-generation" or isinstance(example, str)]
+    return random.Random(seed).sample(examples, min(len(examples), TIMED))
+
+
+def time_pair(other: Predictor, base: Predictor, examples: Sequence[Any]) -> dict[str, float]:
+    """Return how long one example, and many, take both, in turn; milliseconds, and how many times as fast."""
+
+    def one(predictor: Predictor, turn: int) -> Any:
+        example = examples[turn % len(examples)]
+        if predictor.prepared is not None:
+            return predictor([example])
+        start = predictor.tokenizer.encode(example)[:NEW_TOKENS] or [0]
+        text = predictor.tokenizer.decode(start)
+        return predictor.generate(text, max_tokens=min(NEW_TOKENS, predictor.runtime.max_length - 2 * len(start)))
+
+    def many(predictor: Predictor, turn: int) -> Any:
+        some = [examples[(turn * MANY + i) % len(examples)] for i in range(MANY)]
+        if predictor.prepared is not None:
+            return predictor(some)
+        return judge(predictor, Labelled("text-generation", some, [None] * len(some), (), ""), None)
+
+    mine, theirs = time_in_turn(lambda i: one(other, i), lambda i: one(base, i), inputs=ONE, rounds=ROUNDS)
+    more, most = time_in_turn(lambda i: many(other, i), lambda i: many(base, i), inputs=BATCHES, rounds=ROUNDS)
+    found = {"latency": 1000 * mine, "latency_gain": theirs / mine, "many": 1000 * more, "throughput": most / more}
+    return {**found, "speed": min(found["latency_gain"], found["throughput"])}
+
+
+def weigh(folder: Path, task: str, dtype: str, examples: Sequence[Any]) -> float:
+    """Return the most memory, in MB, that a process of its own needed to open a folder and answer a few examples."""
+    asked = json.dumps({"folder": str(folder), "task": task, "dtype": dtype, "examples": list(examples)})
+    done = subprocess.run([sys.executable, "-c", "from lmworks.compress_trial import weighed; weighed()"], input=asked,
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    if done.returncode:
+        raise LmworksError("a process of its own could not open the model", where=str(folder),
+                           found=done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "")  # fmt: skip
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def weighed() -> None:
+    """Do what `weigh` asks for on standard input; write the megabytes to standard output."""
+    from lmworks.runtime.predictor import load
+
+    asked = json.load(sys.stdin)
+    predictor = load(asked["folder"], asked["task"], dtype=asked["dtype"])
+    examples = [tuple(one) if isinstance(one, list) else one for one in asked["examples"]]
+    if predictor.prepared is None:
+        predictor.generate(str(examples[0])[:100], max_tokens=4)
+    else:
+        predictor(examples)
+    sys.stdout.write(f"{peak_memory() / 1e6:.1f}\n")
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process has had in memory."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage counts what the parent had as well
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def plain_examples(task: str, examples: Sequence[Any]) -> list[Any]:
+    """Return examples as a predictor takes them: the words of a sentence as one text."""
+    if task == "token-classification":
+        return [" ".join(words) for words in examples]
+    if task == "feature-extraction":
+        return [one if isinstance(one, str) else one[0] for one in examples]
+    return list(examples)
+
+
+def measure_candidate(
+    one: Candidate, base: Candidate | None, *, task: str, held_out: Labelled, problem: str | None,
+    known: Sequence[Any] = (), seed: int = 0,
+) -> tuple[Candidate, list[Any]]:  # fmt: skip
+    """Return a candidate with everything that is measured of it beside the model as it is, and what it said.
+
+    `base` None: it is that model; its ratios are 1. `known` is what that model said.
+    """
+    from lmworks.runtime.predictor import load
+
+    assert one.folder is not None
+    predictor = load(one.folder, task, dtype=one.dtype)
+    scores, said = judge(predictor, held_out, problem)
+    if known and said:
+        scores["agreement"] = sum(a == b for a, b in zip(said, known, strict=True)) / len(said)
+    elif said:
+        scores["agreement"] = 1.0
+    examples = plain_examples(task, examples_to_time(held_out, seed))
+    size = folder_bytes(one.folder) / 1e6
+    memory = weigh(one.folder, task, one.dtype, examples[:MANY])
+    if base is None:
+        times = time_pair(predictor, predictor, examples)
+        times |= {"latency_gain": 1.0, "throughput": 1.0, "speed": 1.0}
+        shares = {"size_share": 1.0, "memory_share": 1.0}
+    else:
+        assert base.folder is not None
+        times = time_pair(predictor, load(base.folder, task, dtype=base.dtype), examples)
+        times["latency"] = base.found["latency"] / times["latency_gain"]  # at the pace of the first measurement: the
+        times["many"] = base.found["many"] / times["throughput"]  # machine may be busier now
+        shares = {"size_share": size / base.found["size"], "memory_share": memory / base.found["memory"]}
+    return replace(one, found={**scores, "size": size, "memory": memory, **times, **shares}), said

@@ -1,0 +1,118 @@
+"""Whole sequences as nodes: their inputs, positions over real tokens, and attention that looks both ways.
+
+Shapes: B batch, T tokens (or patches and the class token), D hidden_size, H heads, E head_dim.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import nn
+
+from lmworks.base.errors import InputError
+from lmworks.export.emit_decoder import HIDDEN, share_causal_mask, share_rope
+from lmworks.export.graph import Shape
+from lmworks.export.walk import Stream, Walk
+from lmworks.models.attention import Attention
+from lmworks.models.transformer import PatchEmbeddings
+
+
+def declare_whole(walk: Walk) -> str:
+    """Declare the inputs of a model that reads whole sequences; return the ids (B, T), or the images."""
+    graph, c = walk.graph, walk.config
+    if c.vision is not None:
+        shape: Shape = ["batch_size", c.vision.num_channels, c.vision.image_size, c.vision.image_size]
+        return graph.input("pixel_values", np.float32, shape)
+    ids = graph.input("input_ids", np.int64, ["batch_size", "sequence_length"])
+    mask = graph.input("attention_mask", np.int64, ["batch_size", "sequence_length"])
+    walk.shared["mask"] = mask
+    if c.type_vocab_size > 1:
+        walk.shared["types"] = graph.input("token_type_ids", np.int64, ["batch_size", "sequence_length"])
+    if c.causal:
+        share_causal_mask(walk, ids, mask)
+    else:
+        walk.shared["seen"] = graph.cast(mask, np.int32, name="mask.int32")
+    share_positions(walk, mask)
+    return ids
+
+
+def share_positions(walk: Walk, mask: str) -> None:
+    """Count real tokens from 0: padding on the left moves nothing. What reads no positions drops them."""
+    graph = walk.graph
+    count = graph.add("CumSum", [mask, graph.constant(1)], name="positions.count")  # (B, T), from 1
+    from_zero = graph.add("Sub", [count, graph.constant(1)], name="positions.from_zero")
+    walk.shared["positions"] = graph.add("Max", [from_zero, graph.constant(0)], name="positions")
+
+
+def share_window(walk: Walk) -> str:
+    """Return the bias (1, 1, T, T) that hides what lies beyond a local layer's window."""
+    if "window" not in walk.shared:
+        graph, add = walk.graph, walk.graph.add
+        length = add("Shape", [walk.shared["mask"]], name="window.length", start=1, end=2)
+        length = add("Reshape", [length, graph.constant([])], name="window.end")
+        row = add("Range", [graph.constant(0), length, graph.constant(1)], name="window.index")  # (T,)
+        column = add("Unsqueeze", [row, graph.constant([1])], name="window.column")  # (T, 1)
+        away = add("Sub", [column, row], name="window.away")
+        away = add("Abs", [away], name="window.distance")  # (T, T)
+        far = add("Greater", [away, graph.constant(walk.config.window or 0)], name="window.far")
+        far = graph.cast(far, np.float32, name="window.hidden")
+        bias = add("Mul", [far, graph.number(HIDDEN)], name="window.bias")
+        walk.shared["window"] = add("Unsqueeze", [bias, graph.constant([0, 1])], name="window.bias.4d")
+    return walk.shared["window"]
+
+
+def emit_encoder_attention(walk: Walk, attention: Attention, path: str, x: str, local: bool) -> str:
+    """Return the mixed values (B, T, H * E).
+
+    Three products read one activation (measured: no slower than one that must be split), and their biases are added
+    inside the node, but for heads that are rotated in between.
+    """
+    graph = walk.graph
+    if attention.heads != attention.kv_heads:
+        raise InputError("the ONNX exporter has no grouped heads for a model that reads both ways", where=path)
+    cos, sin = share_rope(walk, local=local)
+    bias, values = "", []
+    parts = {name: getattr(attention, f"{name}_proj") for name in "qkv"}
+    for name, part in parts.items():
+        emit = walk.affine if cos else walk.linear
+        y = emit(part, f"{path}.{name}_proj", x)
+        values.append(rotate(walk, f"{path}.{name}_rope", y, attention, cos, sin) if cos and name != "v" else y)
+    if not cos and attention.q_proj.bias is not None:
+        joined = np.concatenate([walk.read(part.bias) for part in parts.values()])
+        bias = graph.weight(f"{path}.qkv_proj.bias", joined)
+    inputs = [*values, bias, walk.shared.get("seen", "")]
+    inputs += [share_window(walk)] if local and walk.config.window is not None else []
+    while not inputs[-1]:
+        inputs.pop()
+    return graph.add(
+        "com.microsoft.MultiHeadAttention", inputs, name=path, num_heads=attention.heads,
+        scale=attention.head_dim**-0.5,
+    )  # fmt: skip
+
+
+def rotate(walk: Walk, path: str, x: str, attention: Attention, cos: str, sin: str) -> str:
+    """Turn the pairs of each head (B, T, H * E) by their token's place."""
+    rotated = walk.config.rotary_dim or attention.head_dim
+    whole = rotated == attention.head_dim
+    return walk.graph.add(
+        "com.microsoft.RotaryEmbedding", [x, walk.shared["positions"], cos, sin], name=path,
+        num_heads=attention.heads, rotary_embedding_dim=0 if whole else rotated,
+    )  # fmt: skip
+
+
+def emit_patch_embeddings(walk: Walk, embeddings: PatchEmbeddings, path: str, pixels: str) -> Stream:
+    """Project each patch, put the class token before them, add their places."""
+    graph, patches = walk.graph, embeddings.patches
+    if type(patches) is not nn.Conv2d:
+        raise walk.unknown(patches, f"{path}.patches")
+    inputs = [pixels, walk.store(f"{path}.patches.weight", patches.weight)]
+    inputs += [walk.store(f"{path}.patches.bias", patches.bias)] if patches.bias is not None else []
+    size = list(patches.kernel_size)
+    x = graph.add("Conv", inputs, name=f"{path}.patches", kernel_shape=size, strides=size)  # (B, D, rows, columns)
+    shape = graph.constant([0, walk.config.hidden_size, -1])
+    x = graph.add("Reshape", [x, shape], name=f"{path}.patches.flat")  # (B, D, T - 1)
+    x = graph.add("Transpose", [x], name=f"{path}.patches.tokens", perm=[0, 2, 1])  # (B, T - 1, D)
+    x = graph.add("Pad", [x, graph.constant([0, 1, 0, 0, 0, 0])], name=f"{path}.room")  # (B, T, D): the first is empty
+    places = walk.read(embeddings.positions).copy()  # (1, T, D)
+    places[:, :1] += walk.read(embeddings.cls_token)
+    table = graph.weight(f"{path}.positions", places)
+    return Stream(graph.add("Add", [x, table], name=f"{path}.placed"))

@@ -1,0 +1,182 @@
+"""Export a checkpoint as a folder that runs without torch: graphs, config, tokenizer, and what they were held to.
+
+Every graph answers real texts (or images) before the folder takes its place: in fp32 as torch does, in a lossy dtype
+with numbers that are finite, whose distance and agreement are reported.
+
+Shapes: T tokens, O outputs of the head, D hidden_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from lmworks import __version__
+from lmworks.base.errors import CheckFailed, InputError
+from lmworks.base.files import check_output, new_folder, read_json, write_json
+from lmworks.base.report import Report, Table
+from lmworks.export.merge import merge
+from lmworks.export.onnx import check_dtypes, export_onnx
+from lmworks.export.parity import answer, differ, hash_weights
+from lmworks.export.probe import TEXTS, make_probes
+from lmworks.export.receipt import RECEIPT, write_receipt
+from lmworks.export.reference import Arrays
+from lmworks.export.selftest import FP32_CLOSE, FP32_MOST, FP32_PART, record_selftest
+from lmworks.export.web import GRAPHS, write_page
+from lmworks.models.checkpoint import load_model
+from lmworks.models.folder import has_tokenizer, write_folder
+from lmworks.models.heads import Model
+from lmworks.models.weights import WEIGHTS
+from lmworks.runtime.onnx_runtime import FILES, OnnxRuntime
+from lmworks.runtime.torch_runtime import TorchRuntime
+from lmworks.tokens.tokenizer import Tokenizer
+from lmworks.training.peft_format import CONFIG as ADAPTER_CONFIG
+
+PARTS = {"fp32": 1.1}  # of the weights' bytes that a graph takes at most; a smaller dtype about half
+TOKENS = 32  # that the page's self-test writes after each prompt
+
+
+def export_graphs(
+    folder: str | Path, out: str | Path, *, to: str = "onnx", dtypes: Sequence[str] = ("fp32", "int8"),
+    external: bool | None = None, overwrite: bool = False,
+) -> Report:  # fmt: skip
+    """Write the graphs of the checkpoint in `folder` to the new folder `out`, which is whole or absent.
+
+    An adapter is merged into its base first. `to`: "onnx", or "web" with the page beside them. `external` puts weights
+    beside the graphs; None: where a file of 2 GB could not hold them. Raises InputError for what cannot be exported,
+    CheckFailed for a graph that does not give torch's answers.
+    """
+    folder, out, dtypes = Path(folder), Path(out), check_dtypes(dtypes)
+    with merged(folder) as source:
+        model = load_model(source).eval()
+        if to == "web":
+            check_page(model, source, dtypes)
+        size = sum(p.numel() for p in model.parameters()) * 4
+        need = sum(size * PARTS.get(dtype, 0.6) for dtype in dtypes) + size
+        check_output(out, overwrite=overwrite, need_bytes=int(need))
+        if any(out.resolve() in (place.resolve(), *place.resolve().parents) for place in (folder, source)):
+            raise InputError("the output would replace the checkpoint itself", where=str(out), fix="choose another -o")
+        with new_folder(out) as staged:
+            write_folder(model, source, staged)
+            (staged / WEIGHTS).unlink()  # the graphs hold them
+            export_onnx(model, staged, dtypes=dtypes, external=external)
+            announce(staged)
+            graphs, limit = check_graphs(model, source, staged, dtypes)
+            if to == "web":
+                add_page(model, staged, title=folder.resolve().name)
+            values: dict[str, Any] = {
+                "out": str(out), "to": to, "head": model.kind, "graphs": graphs, "limit": limit,
+                "merged": source != folder, "source_sha": hash_weights(source),
+            }  # fmt: skip
+            made_by = {"made_by": f"lmworks {__version__}", "source": folder.resolve().name}
+            receipt = write_receipt(staged, {**made_by, **recall(folder), "export": values})
+    values["files"] = sorted([*receipt["files"], RECEIPT])
+    rows = tuple(
+        (dtype, row["file"], round(row["bytes"] / 1e6, 2), row["max_abs_diff"], row["agreement"])
+        for dtype, row in graphs.items()
+    )
+    columns = ("dtype", "file", "MB", "largest difference", "agreement")
+    return Report(f"{out}: {model.kind}, {', '.join(dtypes)}", values, tables=(Table("Graphs", columns, rows),))
+
+
+@contextmanager
+def merged(folder: Path) -> Iterator[Path]:
+    """Yield the folder itself, or that of an adapter merged into its base, for as long as it is needed."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        yield folder
+        return
+    with TemporaryDirectory(prefix="lmworks-") as place:
+        merge(folder, Path(place) / "merged")
+        yield Path(place) / "merged"
+
+
+def recall(folder: Path) -> dict[str, Any]:
+    """Return what a model's receipt says of how it was trained to read: its task and settings."""
+    path = folder / RECEIPT
+    known = read_json(path) if path.is_file() else {}
+    return {name: known[name] for name in ("task", "settings") if name in known}
+
+
+def announce(staged: Path) -> None:
+    """Say in config.json which graphs have files of weights beside them, and how many: transformers.js asks there."""
+    chunks = {
+        file: len(list((staged / "onnx").glob(f"{file}_data*")))
+        for file in FILES.values()
+        if (staged / "onnx" / f"{file}_data").is_file()
+    }
+    if chunks:
+        path = staged / "config.json"
+        config = read_json(path)
+        own = {**config.get("transformers.js_config", {}), "use_external_data_format": chunks}
+        write_json(path, {**config, "transformers.js_config": own})
+
+
+def check_graphs(
+    model: Model, source: Path, staged: Path, dtypes: Sequence[str]
+) -> tuple[dict[str, dict[str, Any]], float]:
+    """Ask every graph what torch is asked; return what each dtype gave, and fp32's limit. Raises CheckFailed."""
+    rows = [row for group in make_probes(source, model.config).values() for row in group]
+    known = [next(answer(model, [row], left=False))["numbers"] for row in rows]
+    largest = max(float(np.abs(numbers).max(initial=0)) for numbers in known)
+    limit = min(FP32_MOST, max(FP32_CLOSE, FP32_PART * largest))
+    found = {}
+    for dtype in dtypes:
+        runtime = OnnxRuntime(staged, dtype=dtype)
+        given = [next(iter(runtime.run(batch_of(row)).values()))[0] for row in rows]
+        differences = [differ(a, b) for a, b in zip(given, known, strict=True)]
+        worst = None if None in differences else max(difference for difference in differences if difference is not None)
+        if worst is None or (dtype == "fp32" and worst > limit):
+            raise CheckFailed(
+                f"the {dtype} graph does not give the model's answers", where=str(staged),
+                found="numbers that are not finite" if worst is None else f"a difference of {worst:.2e}",
+                expected=f"at most {limit:.1e}" if dtype == "fp32" else "finite numbers",
+                fix="choose another dtype: fp16 holds numbers up to 65504 only" if "16" in dtype else "",
+            )  # fmt: skip
+        files = [staged / "onnx" / FILES[dtype], *(staged / "onnx").glob(f"{FILES[dtype]}_data*")]
+        found[dtype] = {
+            "file": f"onnx/{FILES[dtype]}", "bytes": sum(path.stat().st_size for path in files),
+            "max_abs_diff": worst, "agreement": agree(given, known, model.kind),
+        }  # fmt: skip
+    return found, limit
+
+
+def batch_of(row: Arrays) -> Arrays:
+    """Return a row as a batch of one, without padding."""
+    return {name: row[name][None] for name in ("input_ids", "token_type_ids", "pixel_values") if name in row}
+
+
+def agree(given: Sequence[Any], known: Sequence[Any], kind: str) -> float | None:
+    """Return the part of equal decisions; of states their mean cosine; None where nothing is decided."""
+    if kind == "Model":
+        one, two = np.concatenate(list(given)), np.concatenate(list(known))
+        return float(((one * two).sum(-1) / (np.linalg.norm(one, axis=-1) * np.linalg.norm(two, axis=-1))).mean())
+    if known[0].shape[-1] < 2:
+        return None
+    axis = 0 if kind == "QuestionAnswering" else -1  # where an answer starts and ends is chosen among the tokens
+    same = [np.atleast_1d(a.argmax(axis) == b.argmax(axis)) for a, b in zip(given, known, strict=True)]
+    return float(np.concatenate(same).mean())
+
+
+def check_page(model: Model, source: Path, dtypes: Sequence[str]) -> None:
+    """Raise InputError for a model that the page cannot show."""
+    if model.kind != "CausalLM" or not model.config.causal or not has_tokenizer(source):
+        raise InputError("the web page shows models that write text", found=model.kind, fix="export with --to onnx")
+    if not set(dtypes) & set(GRAPHS):
+        raise InputError(
+            "the web page needs a graph that it can run", found=", ".join(dtypes), expected=", ".join(GRAPHS)
+        )
+
+
+def add_page(model: Model, staged: Path, *, title: str) -> None:
+    """Write the page and its self-test, of texts that the model can continue."""
+    tokenizer, room = Tokenizer.from_pretrained(staged), model.config.max_tokens
+    tokens = min(TOKENS, room // 2)
+    prompts = [text for text in TEXTS if 1 <= len(tokenizer.encode_prompt(text)) <= room - tokens]
+    selftest = record_selftest(TorchRuntime(model), tokenizer, prompts, tokens=tokens)
+    facts = {"parameters": sum(p.numel() for p in model.parameters())}
+    write_page(staged, title=title, facts=facts, selftest=selftest)

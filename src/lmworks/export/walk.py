@@ -1,0 +1,142 @@
+"""One pass over a model while its graph is made: what the emitters share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from lmworks.base.errors import InputError
+from lmworks.export.arithmetic import Arithmetic, Fp32
+from lmworks.export.graph import Graph
+from lmworks.models.config import Config
+from lmworks.models.heads import Model
+from lmworks.models.layers import ACTIVATIONS
+
+Emitters = Mapping[type[nn.Module], Callable[..., Any]]
+
+# activation -> operator, its attributes, the operator that takes a bias as well
+NODES: dict[Callable[..., Any], tuple[str, dict[str, Any], str]] = {
+    ACTIVATIONS["gelu"]: ("com.microsoft.Gelu", {}, "com.microsoft.BiasGelu"),
+    ACTIVATIONS["gelu_new"]: ("com.microsoft.FastGelu", {}, "com.microsoft.FastGelu"),
+    ACTIVATIONS["silu"]: ("com.microsoft.QuickGelu", {"alpha": 1.0}, ""),  # x sigmoid(alpha x)
+    ACTIVATIONS["relu"]: ("Relu", {}, ""),
+    ACTIVATIONS["tanh"]: ("Tanh", {}, ""),
+}
+
+
+@dataclass
+class Stream:
+    """The residual stream: a value, and what is still to be added to it."""
+
+    value: str
+    delta: str = ""
+    bias: str = ""
+
+
+class Walk:
+    """The graph so far, the arithmetic, and the values that all layers share."""
+
+    def __init__(self, model: Model, arithmetic: Arithmetic, emitters: Emitters) -> None:
+        self.model, self.graph, self.arithmetic, self.emitters = model, Graph(), arithmetic, emitters
+        self.exact = Fp32()  # for the small matrices, which cost nothing and decide much
+        self.parameters = {id(p): name for name, p in model.named_parameters()}
+        self.shared: dict[str, str] = {}  # what every attention reads: masks, lengths, cos, sin
+
+    @property
+    def config(self) -> Config:
+        """The model's."""
+        return self.model.config
+
+    @property
+    def writes(self) -> bool:
+        """Whether the graph has a cache, to write text with."""
+        return self.model.kind == "CausalLM" and self.config.causal
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head projects by the embedding's own matrix."""
+        project, tokens = self.model.head.project, getattr(self.model.transformer.embeddings, "tokens", None)
+        return self.model.kind != "Model" and project is not None and project.weight is getattr(tokens, "weight", None)
+
+    def emit(self, module: nn.Module, path: str, *inputs: Any) -> Any:
+        """Emit one module with the emitter of exactly its class."""
+        emitter = self.emitters.get(type(module))
+        if emitter is None:
+            raise self.unknown(module, path)
+        return emitter(self, module, path, *inputs)
+
+    def unknown(self, module: nn.Module, path: str) -> InputError:
+        """Return the error for a module that has no emitter."""
+        return InputError(
+            f"the ONNX exporter does not know the module {type(module).__name__}",
+            where=path,
+            expected="one of " + ", ".join(["Linear", *sorted(kind.__name__ for kind in self.emitters)]),
+            fix="merge or remove the changed layer before exporting",
+        )
+
+    def read(self, parameter: torch.Tensor) -> NDArray[np.float32]:
+        """Return a parameter's numbers and note that it was used."""
+        self.parameters.pop(id(parameter), None)
+        return parameter.detach().to("cpu", torch.float32).numpy()
+
+    def skip(self, module: nn.Module) -> None:
+        """Note that a module's parameters have no part in the answer."""
+        for parameter in module.parameters():
+            self.parameters.pop(id(parameter), None)
+
+    def store(self, name: str, parameter: torch.Tensor | None) -> str:
+        """Store a parameter as it is; None is an input left out."""
+        return "" if parameter is None else self.graph.weight(name, self.read(parameter))
+
+    def linear(self, module: nn.Linear, path: str, x: str, *, out: str = "", exact: bool = False) -> str:
+        """Multiply by a Linear's weight; its bias is the caller's. `exact` keeps the weight as it is in every dtype."""
+        arithmetic = self.exact if exact else self.arithmetic
+        return arithmetic.linear(self.graph, x, self.matrix(module, path).T, name=path, out=out)
+
+    def affine(self, module: nn.Linear, path: str, x: str, *, exact: bool = False) -> str:
+        """Multiply by a Linear's weight and add its bias."""
+        return self.plus(self.linear(module, path, x, exact=exact), path, module.bias)
+
+    def plus(self, x: str, path: str, bias: torch.Tensor | None) -> str:
+        """Add a bias where there is one."""
+        return x if bias is None else self.graph.add("Add", [x, self.store(f"{path}.bias", bias)], name=f"{path}.add")
+
+    def matrix(self, module: nn.Module, path: str) -> NDArray[np.float32]:
+        """Return the weight of a plain Linear (O, I) or Embedding (V, D); one that is wrapped is an error."""
+        if not (type(module) is nn.Linear or type(module) is nn.Embedding):
+            raise self.unknown(module, path)
+        return self.read(module.weight)
+
+    def settle(self, stream: Stream, path: str) -> str:
+        """Add what the stream still owes, and return its value."""
+        for part in ("delta", "bias"):
+            owed = getattr(stream, part)
+            if owed:
+                stream.value = self.graph.add("Add", [stream.value, owed], name=f"{path}.{part}")
+        stream.delta = stream.bias = ""
+        return stream.value
+
+    def activate(self, function: Callable[..., Any], path: str, x: str, bias: str) -> str:
+        """Return function(x + bias) as one node, or as two where no node takes a bias."""
+        if function not in NODES:
+            name = getattr(function, "__name__", type(function).__name__)
+            raise InputError(f"the ONNX exporter does not know the activation {name}", where=path)
+        operator, attributes, biased = NODES[function]
+        if bias and not biased:
+            x, bias = self.graph.add("Add", [x, bias], name=f"{path}.bias"), ""
+        inputs = [x, bias] if bias else [x]
+        return self.graph.add(biased if bias else operator, inputs, name=f"{path}.act", **attributes)
+
+    def done(self) -> Graph:
+        """Return the graph; a parameter that nothing has read is an error."""
+        if self.parameters:
+            raise InputError(
+                "the ONNX exporter does not know these weights", found=", ".join(sorted(self.parameters.values()))
+            )
+        return self.graph
