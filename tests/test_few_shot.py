@@ -204,6 +204,12 @@ def test_shots_are_drawn_by_label_and_seed(root: Path) -> None:
         draw_shots(data, 61, 0)
 
 
+def test_a_dry_run_counts_the_shots_alone(root: Path, tmp_path: Path) -> None:
+    settings = {"task": "text-classification", "shots": 4, "validation": root / "validation.jsonl", **QUICK}
+    report = finetune(root / "body", root / "train.jsonl", tmp_path / "out", dry_run=True, **settings)
+    assert report.values["train_rows"] == 8
+
+
 @pytest.mark.parametrize("classes", [2, 3])
 def test_the_head_is_that_of_scikit_learn(classes: int) -> None:
     """Weights, and so every prediction, are those of LogisticRegression."""

@@ -96,6 +96,12 @@ def test_fine_tuning(place: Path, data_folder: Path) -> None:
     assert scores[0]["accuracy"] == scores[1]["accuracy"]
 
 
+@pytest.mark.parametrize("line", commands("Smaller and faster"))
+def test_smaller_and_faster(line: str, place: Path) -> None:
+    """In their order: the second reads what the first wrote."""
+    run(line, place)
+
+
 def test_enough_commands() -> None:
     assert len(COMMANDS) == 8
 

@@ -19,7 +19,7 @@ from lmworks.base.files import check_output, read_json
 from lmworks.base.hub import find_folder
 from lmworks.base.optional import require
 from lmworks.base.report import Report, Table
-from lmworks.few_shot import tune_draws
+from lmworks.few_shot import draw_shots, tune_draws
 from lmworks.finetune_data import as_json, choose_task, fingerprint, read_data, read_domains
 from lmworks.finetune_folder import BASELINES, find_baselines, publish, tuning_folder
 from lmworks.finetune_tasks import finetune_tasks, read_parts
@@ -82,6 +82,8 @@ def finetune(
     if dry_run:
         from lmworks.tuning_report import estimate
 
+        if tuning.shots is not None:
+            data = draw_shots(data, tuning.shots, tuning.seed)
         return estimate(set_up(folder, data, held_out, task=task, tuning=tuning, domains=domains), tuning, task)
     with ranks.on_first(tuning_folder(out, resume=resume, overwrite=overwrite)) as run:
         settings = {"model": str(model), "task": task, **as_json(asdict(tuning))}
