@@ -205,7 +205,7 @@ def test_shots_are_drawn_by_label_and_seed(root: Path) -> None:
 
 
 def test_a_dry_run_counts_the_shots_alone(root: Path, tmp_path: Path) -> None:
-    settings = {"task": "text-classification", "shots": 4, "validation": root / "validation.jsonl", **QUICK}
+    settings = {**QUICK, "task": "text-classification", "shots": 4, "validation": root / "validation.jsonl"}
     report = finetune(root / "body", root / "train.jsonl", tmp_path / "out", dry_run=True, **settings)
     assert report.values["train_rows"] == 8
 
