@@ -111,5 +111,5 @@ class Checkpoints:
         return read_history(self.folder)
 
     def last_good(self) -> str:
-        """Return '; the checkpoint of step N is intact', or nothing before the first one."""
+        """Return '; the checkpoint of step N is intact', or nothing before the first step was saved."""
         return f"; the checkpoint of step {self.saved_step:,} is intact" if self.saved_step > 0 else ""
