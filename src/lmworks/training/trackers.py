@@ -128,7 +128,10 @@ class TensorBoard(Tracker):
         from torch.utils.tensorboard import SummaryWriter
 
         void = {"purge_step": 0} if resumed else {}
-        self.writer = SummaryWriter(str(self.folder / "tensorboard"), flush_secs=10, **void)
+        place = self.folder / "tensorboard"
+        while any(place.glob(f"events.out.tfevents.{int(time.time())}.*")):
+            time.sleep(0.05)  # readers order files by the second in their names: this one must come last
+        self.writer = SummaryWriter(str(place), flush_secs=10, **void)
         return run
 
     def send(self, numbers: dict[str, float], step: int) -> None:
