@@ -168,9 +168,8 @@ def load(
     folder = find_folder(model, revision=revision)
     if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
         return predictor.load(
-            model, task, runtime=runtime, dtype=dtype, slots=slots, threads=threads, revision=revision, code=code,
-            **options,
-        )  # fmt: skip
+            folder, task, runtime=runtime, dtype=dtype, slots=slots, threads=threads, code=code, **options
+        )
     from lmworks.base.optional import require
 
     require("torch", extra="torch")

@@ -213,7 +213,6 @@ def distill(
     with tuning_folder(out, resume=resume, overwrite=overwrite) as run:
         given = {"teacher": str(teacher), "teacher_sha256": opened.sha256, "task": task, **as_json(asdict(knobs))}
         check_same_run(run, given, fingerprint(data, held_out))
-        (run / "training").mkdir(exist_ok=True)
         baselines = first_scores(run / "training" / BASELINES, setup, data, held_out)
         tuned = tune(setup, held_out, run / "training", task=task, tuning=tuning, stream=sys.stderr)
         drop_match(setup.model)
