@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lmworks.base.errors import InputError, did_you_mean
 from lmworks.base.files import check_output, write_json
 from lmworks.base.hub import find_folder
+from lmworks.base.knobs import check_ranges, read_knobs
 from lmworks.base.optional import require
 from lmworks.base.report import Report, Table
 from lmworks.finetune_data import as_json, fingerprint, read_data
@@ -122,11 +123,7 @@ class Distilling:
     def check(self) -> Distilling:
         """Return the knobs as they are; raise InputError for a value that cannot be meant."""
         one_of(self.hidden, ("cosine", "mse"), "distance of layers")
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                option = f"--{name.replace('_', '-')}"
-                raise InputError(f"{option} is out of range", found=str(value), expected=f"{low} to {high}")
+        check_ranges(self, RANGES)
         if self.alpha == 0 and self.hidden_weight == 0:
             raise InputError("nothing would be learned from the teacher", found="--alpha 0 --hidden-weight 0",
                              fix="raise one of them, or use lmworks finetune")  # fmt: skip
@@ -152,12 +149,7 @@ class Distilling:
     @staticmethod
     def from_dict(knobs: Mapping[str, Any]) -> Distilling:
         """Return the knobs of these names; an unknown one is an InputError with a suggestion."""
-        known = [f.name for f in fields(Distilling)]
-        for name in knobs:
-            if name not in known:
-                near = did_you_mean(name, known).strip()
-                raise InputError(f"there is no knob {name!r}", expected=", ".join(known), fix=near)
-        return Distilling(**knobs)
+        return read_knobs(Distilling, knobs)
 
 
 RANGES: dict[str, tuple[float, float]] = {
@@ -226,7 +218,7 @@ def distill(
 
 def check_answers(teacher: Model, folder: Path, data: Labelled) -> None:
     """Raise InputError where the data have labels that the teacher does not know, or of another kind."""
-    from lmworks.training.supervision import problem_type
+    from lmworks.training.measure import problem_type
 
     problem, known = problem_type(data), teacher.config.labels
     usual = "regression" if len(known) == 1 else "single_label_classification"  # where config.json says nothing
@@ -256,7 +248,7 @@ def set_up_student(
         spread_layers,
     )
     from lmworks.training.finetune import set_up
-    from lmworks.training.supervision import problem_type
+    from lmworks.training.measure import problem_type
 
     new_head, files, place, problem = False, teacher.files, teacher.base, problem_type(data)
     of, width = teacher.model.config.num_hidden_layers, teacher.model.config.hidden_size

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from lmworks.base.errors import InputError, did_you_mean
+from lmworks.base.knobs import check_ranges
 
 Size = Literal["tiny", "small", "base"]
 Family = Literal["llama", "gpt2"]
@@ -134,12 +135,7 @@ class Settings:
 
     def check(self) -> None:
         """Raise InputError for the first knob outside its range."""
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise InputError(
-                    f"--{name.replace('_', '-')} is out of range", found=f"{value}", expected=f"{low} to {high}"
-                )
+        check_ranges(self, RANGES)
         for name, kind in CHOICES.items():
             if getattr(self, name) not in get_args(kind):
                 found, expected = str(getattr(self, name)), ", ".join(get_args(kind))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from lmworks.base.errors import InputError, did_you_mean
+from lmworks.base.errors import InputError
+from lmworks.base.knobs import check_ranges, read_knobs
 from lmworks.tasks.base import Long, one_of
 from lmworks.training.schedule import Shape
 from lmworks.training.trackers import check_names
@@ -221,11 +222,7 @@ class Tuning:
         self.check_lora()
         check_names(self.track)
         one_of(self.curriculum, get_args(Curriculum), "curriculum")
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                option = f"--{name.replace('_', '-')}"
-                raise InputError(f"{option} is out of range", found=str(value), expected=f"{low} to {high}")
+        check_ranges(self, RANGES)
         if self.draws > 1 and self.shots is None:
             raise InputError("--draws repeats the choice of --shots", fix="--shots 8, say; or leave --draws out")
         if self.shots is not None and self.also:
@@ -252,12 +249,7 @@ class Tuning:
     @staticmethod
     def from_dict(knobs: dict[str, Any]) -> Tuning:
         """Return the knobs of these names; an unknown one is an InputError with a suggestion."""
-        known = [f.name for f in fields(Tuning)]
-        for name in knobs:
-            if name not in known:
-                near = did_you_mean(name, known).strip()
-                raise InputError(f"there is no knob {name!r}", expected=", ".join(known), fix=near)
-        return Tuning(**knobs)
+        return read_knobs(Tuning, knobs)
 
 
 BELONGS = {  # a knob, and the choice without which it would do nothing
