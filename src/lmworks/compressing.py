@@ -73,7 +73,7 @@ def open_source(
         if validation is not None:
             raise InputError("--validation is held out beside --data", fix="give --data as well")
         return Source(str(model), folder, task)
-    from lmworks.training.supervision import problem_type
+    from lmworks.training.measure import problem_type
 
     split = columns.pop("split", None)
     train, held_out = read_data(Path(data), validation, task, split, seed, columns)

@@ -101,8 +101,7 @@ def read_plan(request: Request) -> Plan:
     folder = find_folder(request.model, revision=request.revision)
     task = choose_task(request.task, folder)
     data, held_out = read_data(request.train, request.validation, task, request.split, tuning.seed, request.columns)
-    from lmworks.training.measure import main_metric
-    from lmworks.training.supervision import problem_type
+    from lmworks.training.measure import main_metric, problem_type
 
     criterion = main_metric(task, held_out, problem_type(data))
     domains = read_domains(data, task, tuning, request.columns)

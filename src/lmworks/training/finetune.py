@@ -41,7 +41,7 @@ from lmworks.training.examples import Examples, balance
 from lmworks.training.fewshot import fit_head
 from lmworks.training.forgetting import Scores, read_texts, score_base, score_texts
 from lmworks.training.machine import find_device
-from lmworks.training.measure import main_metric, measure
+from lmworks.training.measure import main_metric, measure, problem_type
 from lmworks.training.mixture import Domain, DomainRows
 from lmworks.training.objectives import Objective
 from lmworks.training.peft_format import CONFIG as ADAPTER_CONFIG
@@ -54,7 +54,6 @@ from lmworks.training.supervision import (
     make_masking,
     make_objective,
     make_rows,
-    problem_type,
     row_length,
     single_classes,
 )

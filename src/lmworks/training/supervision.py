@@ -12,7 +12,6 @@ from lmworks.tokens.tokenizer import Tokenizer
 from lmworks.training.contrastive import GroupLoss, make_group_objective, make_group_rows, pooled, read_by_head
 from lmworks.training.examples import Masking, Row, balance
 from lmworks.training.measure import CLASSES
-from lmworks.training.measure import problem_type as problem_type
 from lmworks.training.objectives import BinaryLoss, CausalLoss, ClassLoss, Objective, SpanLoss, SquaredLoss
 from lmworks.training.rows import (
     make_class_rows,
