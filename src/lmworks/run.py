@@ -199,7 +199,8 @@ def train_in(folder: Path, settings: Settings, corpus: Corpus) -> Trained:
         train, held_out, context=settings.context or 0, batch_size=settings.batch_size or 0, seed=settings.seed
     )
     config = train_config(settings)
-    result = Trainer(model, objective=CausalLoss(), data=data, config=config, folder=folder / "training").fit()
+    place = folder / "training"
+    result = Trainer(model, objective=CausalLoss(), data=data, config=config, folder=place, stream=sys.stderr).fit()
     ranks.once(lambda: save_model(model, folder))
     runtime = TorchRuntime(model)
     known = tokenizer.is_lossless or all(tokenizer.knows(document.text) for document in corpus.validation)

@@ -9,7 +9,6 @@ Shapes: B batch, T tokens.
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -73,7 +72,7 @@ class Trainer:
         data: DataSource,
         config: TrainConfig,
         folder: str | Path,
-        stream: TextIO | None = sys.stderr,
+        stream: TextIO | None = None,
         measure: Callable[[], dict[str, float]] | None = None,
         callbacks: Sequence[Callback] = (),
         workers: int = 0,
