@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmworks.base.errors import InputError
-from lmworks.runtime.decoding import Characters, StopStrings, generate, overlap
+from lmworks.runtime.decoding import generate
 from lmworks.runtime.sampling import Sampling
+from lmworks.runtime.writing import Characters, StopStrings, overlap
 
 EOS = 256
 

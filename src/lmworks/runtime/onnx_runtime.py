@@ -136,6 +136,25 @@ class OnnxRuntime:
                 self._forward(slice(slot, slot + 1), row[:, start : start + CHUNK], logits[i : i + 1])
         return logits
 
+    def extend(self, slot: int, input_ids: Sequence[int], *, at: int) -> Logits:
+        """Keep the first `at` positions of a slot and add these tokens, at most CHUNK; return the last's logits (V,).
+
+        A long prompt so comes in parts, between the steps of other slots, and what two prompts begin with is read once.
+        """
+        self._check_writes()
+        check_slots([slot], 1, len(self.lengths))
+        row = np.asarray(input_ids, dtype=np.int64)[None]  # (1, T)
+        check_ids(row, self.vocab_size)
+        check_length(at + row.shape[1], self.max_length)
+        if not 0 <= at <= self.lengths[slot] or not 1 <= row.shape[1] <= CHUNK:
+            raise InputError("a slot cannot be extended so", found=f"{row.shape[1]} tokens at {at}",
+                             expected=f"1 to {CHUNK} tokens at 0 to {self.lengths[slot]}")  # fmt: skip
+        self.lengths[slot] = at
+        logits = np.empty((1, self.vocab_size), np.float32)
+        self._forward(slice(slot, slot + 1), row, logits)
+        last: Logits = logits[0]
+        return last
+
     def step(self, slots: Sequence[int], input_ids: Sequence[int]) -> Logits:
         """Add one token to each of these slots, whatever their lengths; return its logits (n, V)."""
         self._check_writes()
