@@ -1,4 +1,4 @@
-"""Our server on a free loopback port, in a thread."""
+"""Our server on a free loopback port, in a thread; its engine is a process of its own."""
 
 from __future__ import annotations
 
@@ -6,34 +6,69 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import uvicorn
 
-from lmworks.runtime.base import Runtime
 from lmworks.serve.app import listen, make_app
+from lmworks.serve.service import describe
+from lmworks.serve.supervisor import Supervisor
+
+
+@dataclass
+class Running:
+    """A server, by its address and from the inside."""
+
+    base: str
+    supervisor: Supervisor
+
+    def post(self, path: str, body: Any, **more: Any) -> httpx.Response:
+        """POST a body as JSON."""
+        return httpx.post(f"{self.base}{path}", json=body, timeout=60, **more)
+
+    def wait(self, ready: bool = True, seconds: float = 60) -> float:
+        """Wait until the server is ready, or not; return how long that took."""
+        started = time.monotonic()
+        while time.monotonic() - started < seconds:
+            if (httpx.get(f"{self.base}/health/ready").status_code == 200) is ready:
+                return time.monotonic() - started
+            time.sleep(0.02)
+        raise AssertionError(f"ready is not {ready} after {seconds} s")
 
 
 @contextmanager
-def running(folder: Path, runtime: Runtime | None = None, *, ready: bool = True) -> Iterator[str]:
-    """Yield the base address of a running server; with `ready`, once the model has answered."""
+def server(
+    *folders: Path, ready: bool = True, settings: dict[str, Any] | None = None, **options: Any
+) -> Iterator[Running]:
+    """Yield a running server of these folders; with `ready`, once it answers. `settings` are those of the models."""
     listening = listen("127.0.0.1", 0)
     base = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    server = uvicorn.Server(uvicorn.Config(make_app(folder, runtime), log_level="error", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    app = make_app([describe(folder, **(settings or {})) for folder in folders], **options)
+    uvicorn_server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=uvicorn_server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
+    running = Running(base, app.state.service.supervisor)
     try:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
+        for _ in range(1000):
             try:
-                if httpx.get(f"{base}/health/{'ready' if ready else 'live'}").status_code == 200:
-                    break
+                httpx.get(f"{base}/health/live")
+                break
             except httpx.TransportError:
-                pass
-            time.sleep(0.02)
-        yield base
+                time.sleep(0.02)
+        if ready:
+            running.wait()
+        yield running
     finally:
-        server.should_exit = True
+        uvicorn_server.should_exit = True
         thread.join(10)
         listening.close()
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[str]:
+    """Yield the base address of a server for the page of a folder; its model is not loaded before it is asked."""
+    with server(folder, ready=False, settings={"warm": False}) as one:
+        yield one.base

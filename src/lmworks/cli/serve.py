@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -10,14 +11,36 @@ from lmworks.cli.output import Model
 
 
 def serve(
-    model: Model,
-    /,
-    *,
-    port: Annotated[int, Parameter(help="The port to listen on.")] = 8000,
+    *models: Model,
+    port: Annotated[int, Parameter(help="The port to listen on; 0: any free one.")] = 8000,
     host: Annotated[str, Parameter(help="The address to listen on; loopback by default.")] = "127.0.0.1",
+    api_key_file: Annotated[
+        Path | None, Parameter(help="A file of keys, one a line; every route but /health then needs one.")
+    ] = None,
+    rate: Annotated[float | None, Parameter(help="Requests a second of each key, or of each address without.")] = None,
+    queue: Annotated[int, Parameter(help="Requests that may wait; more are told to come back (429).")] = 256,
+    timeout: Annotated[float, Parameter(help="Seconds that a request may take (503 beyond).")] = 120.0,
+    grace: Annotated[float, Parameter(help="Seconds that requests have to end when the server is told to.")] = 30.0,
+    slots: Annotated[int, Parameter(help="Texts that a model writes at the same time.")] = 8,
+    threads: Annotated[
+        int | None, Parameter(help="Processor threads; all that the process may use by default.")
+    ] = None,
+    dtype: Annotated[str, Parameter(help="Which of the exported graphs: fp32, int8 …; auto: the most exact.")] = "auto",
+    lazy: Annotated[bool, Parameter(help="Load a model when it is first asked for.", negative="")] = False,
 ) -> int:
-    """Serve the page of a model folder, POST /v1/completions and GET /health/ready."""
+    """Serve model folders: every task, OpenAI's interface, metrics, and the page of the first."""
+    from lmworks.base.errors import InputError
+    from lmworks.serve.app import make_app
     from lmworks.serve.app import serve as run
+    from lmworks.serve.guard import read_keys
+    from lmworks.serve.service import describe
 
-    run(model, host=host, port=port)
+    ranges = (("rate", rate, 0.001, 1e6), ("queue", queue, 1, 100_000), ("timeout", timeout, 0.1, 86_400),
+              ("grace", grace, 0, 3600), ("slots", slots, 1, 256), ("threads", threads, 1, 1024))  # fmt: skip
+    for name, value, low, high in ranges:
+        if value is not None and not low <= value <= high:
+            raise InputError(f"--{name} is out of range", found=str(value), expected=f"{low} to {high}")
+    specs = [describe(model, slots=slots, threads=threads, dtype=dtype, warm=not lazy) for model in models]
+    keys = None if api_key_file is None else read_keys(api_key_file)
+    run(make_app(specs, keys=keys, rate=rate, most=queue, seconds=timeout), host=host, port=port, grace=grace)
     return 0

@@ -1,139 +1,185 @@
-"""The server of one model folder.
+"""The server of model folders: every task, OpenAI's interface, health, metrics, and the page of the first model.
 
-    GET  /                      the page and the files of the model, with the headers that WebAssembly threads need
-    GET  /health/live           200 while the process answers
-    GET  /health/ready          200 {"status": "ready"} once the model has written a token, 503 before
-    POST /v1/completions        OpenAI's completions: whole, or streamed as server-sent events that end in [DONE]
+    GET  /health/live  /health/ready         200 while the process answers; 200 while requests are answered, else 503
+    GET  /metrics  /info  /openapi.json      for Prometheus; what is served; the description of every route
+    POST /predict … /v1/chat/completions     see task_routes and openai_routes
+    GET  /                                   the page and the files of the first model, for the browser to run itself
 
-The model runs in ONNX Runtime: no torch. Errors are {"error": {message, type, param, code}}.
+The models run in a process of their own (engine.py), in ONNX Runtime where there is a graph: no torch. Errors are
+{"error": {message, type, param, code}}.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import secrets
+import signal
 import socket
 import sys
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from lmworks import __version__
 from lmworks.base.errors import InputError, LmworksError, from_os_error
 from lmworks.base.optional import require
-from lmworks.base.types import Generation
 from lmworks.export.web import HEADERS, find_served, headers_for
-from lmworks.runtime.base import Runtime
-from lmworks.runtime.predictor import Predictor, load, read_eos_ids
-from lmworks.serve.schema import CompletionRequest, Refused, choice, completion, parse, usage
-from lmworks.serve.worker import Full, Worker
-from lmworks.tokens.tokenizer import Tokenizer
+from lmworks.serve import openai_routes, task_routes
+from lmworks.serve.engine import Spec
+from lmworks.serve.guard import Guard, Rates, Scope
+from lmworks.serve.refusals import Refused, refusal
+from lmworks.serve.schema import Unsupported
+from lmworks.serve.service import Service
+from lmworks.serve.supervisor import QUEUE, SECONDS
 
 require("fastapi", extra="serve")
 from fastapi import FastAPI, Request, Response  # noqa: E402
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse  # noqa: E402
+from fastapi.exceptions import RequestValidationError  # noqa: E402
+from fastapi.responses import FileResponse, JSONResponse  # noqa: E402
 from starlette.exceptions import HTTPException  # noqa: E402
 
-MOST_BYTES = 1_000_000  # of a request's body
-T = TypeVar("T")
+GRACE = 30  # seconds that requests have to end once the server is told to
+LINGER = 0.3  # seconds in which connections that were made before that are still taken in
+CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 
-class Model:
-    """The model behind the server: loading, ready, or failed with a reason."""
+def make_app(
+    specs: Sequence[Spec], *, keys: list[bytes] | None = None, rate: float | None = None, most: int = QUEUE,
+    seconds: float = SECONDS,
+) -> FastAPI:  # fmt: skip
+    """Return the application for some models (`lmworks.serve.service.describe`).
 
-    def __init__(self, folder: Path, runtime: Runtime | None) -> None:
-        self.folder, self.runtime, self.name = folder, runtime, folder.resolve().name
-        self.worker: Worker | None = None
-        self.ready = False
-        self.problem = "the model is loading"
-
-    async def start(self) -> None:
-        """Load the model in a thread and let it write one token."""
-        try:
-            self.worker = Worker(await asyncio.to_thread(self.load))
-            async with aclosing(self.worker.run("", {"max_tokens": 1})) as pieces:
-                async for _ in pieces:
-                    pass
-            self.ready = True
-        except LmworksError as error:
-            self.problem = f"the model cannot be used: {error.what}"
-
-    def load(self) -> Predictor:
-        """Open the runtime and the tokenizer."""
-        if self.runtime is None:
-            return load(self.folder, "text-generation", runtime="onnx")
-        tokenizer = Tokenizer.from_pretrained(self.folder)
-        return Predictor(self.runtime, tokenizer, eos_ids=read_eos_ids(self.folder, tokenizer))
-
-    def get(self) -> Worker:
-        """Return the worker. Raises Refused (503) before the model is ready."""
-        if self.worker is None or not self.ready:
-            raise Refused(503, self.problem, type="server_error", code="not_ready")
-        return self.worker
-
-
-def make_app(folder: str | Path, runtime: Runtime | None = None) -> FastAPI:
-    """Return the application for a model folder; without `runtime`, its ONNX graph is loaded in the background.
-
-    Raises InputError when there is no such folder.
+    `keys` are digests (`read_keys`); `rate` is the requests a second of each key or address; at most `most` requests
+    wait; a request may take `seconds`. Raises InputError for two models of one name.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError("there is no such model folder", where=str(folder), fix="check the path")
-    model = Model(folder, runtime)
+    names = [spec.name for spec in specs]
+    if not names or len(set(names)) < len(names):
+        raise InputError("each served model needs a name of its own", found=", ".join(names) or "no model",
+                         fix="rename a folder: a model's name is its folder's")  # fmt: skip
+    service = Service(specs, most=most, seconds=seconds)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        starting = asyncio.create_task(model.start())
+        await service.supervisor.start()
         yield
-        starting.cancel()
-        if model.worker is not None:
-            await asyncio.to_thread(model.worker.close)
+        await service.supervisor.close()
 
-    app = FastAPI(title="lmworks", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="lmworks", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.service = service
+    add_errors(app)
+    app.include_router(openai_routes.make_router(service))
+    app.include_router(task_routes.make_router(service))
+    add_own(app, service)
+    add_page(app, Path(specs[0].folder))
+
+    def done(scope: Scope, status: int, spent: float) -> None:
+        service.metrics.done(route_of(scope), status, spent)
+
+    rates = None if rate is None else Rates(rate)
+    app.add_middleware(
+        Guard, keys=keys, rates=rates, refuse=answer_refused, done=done, leaving=lambda: service.supervisor.leaving
+    )
+    return app
+
+
+def route_of(scope: Scope) -> str:
+    """Return the route of a request as it was declared: a raw path may hold a text."""
+    route = scope.get("route")
+    return str(getattr(route, "path", "other"))
+
+
+async def answer_refused(scope: Scope, receive: Any, send: Any, refused: Refused, headers: dict[str, str]) -> None:
+    """Answer before the application is asked."""
+    await to_response(refused, headers)(scope, receive, send)
+
+
+def to_response(refused: Refused, headers: dict[str, str] | None = None) -> JSONResponse:
+    """Return the answer of an error."""
+    return JSONResponse(refused.body(), refused.status, {**HEADERS, **refused.headers, **(headers or {})})
+
+
+def add_errors(app: FastAPI) -> None:
+    """Answer every error in one shape."""
 
     @app.exception_handler(Refused)
     async def refuse(_: Request, error: Refused) -> JSONResponse:
-        return JSONResponse(error.body(), error.status, HEADERS)
+        return to_response(error)
+
+    @app.exception_handler(LmworksError)
+    async def ours(_: Request, error: LmworksError) -> JSONResponse:
+        return to_response(refusal(error))
 
     @app.exception_handler(HTTPException)
     async def not_here(_: Request, error: HTTPException) -> JSONResponse:
-        refused = Refused(error.status_code, str(error.detail), code="not_found" if error.status_code == 404 else None)
-        return JSONResponse(refused.body(), error.status_code, {**HEADERS, **(error.headers or {})})
+        refused = Refused(error.status_code, str(error.detail), code=CODES.get(error.status_code))
+        return to_response(refused, dict(error.headers or {}))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        return to_response(name_the_wrong(error))
 
     @app.exception_handler(Exception)
     async def broken(_: Request, error: Exception) -> JSONResponse:
-        refused = Refused(500, f"the server failed: {type(error).__name__}", type="server_error")
-        return JSONResponse(refused.body(), 500, HEADERS)
+        return to_response(Refused(500, f"the server failed: {type(error).__name__}", type="server_error"))
 
-    @app.get("/health/live")
+
+def name_the_wrong(error: RequestValidationError) -> Refused:
+    """Return the answer that names the first parameter that is wrong."""
+    first = error.errors()[0]
+    cause = (first.get("ctx") or {}).get("error")
+    if isinstance(cause, Unsupported):
+        return Refused(400, str(cause), param=cause.name, code="unsupported_parameter")
+    if first["type"] == "json_invalid":
+        return Refused(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', '')}", code="invalid_json")
+    names = [str(part) for part in first["loc"][1:] if isinstance(part, str)]
+    name = names[0] if names else None
+    if name is None and isinstance(first.get("input"), str | bytes):
+        return Refused(415, "send the body as JSON, with Content-Type: application/json", code="invalid_content_type")
+    unknown = first["type"] == "extra_forbidden"
+    what = f"unknown parameter: {name}" if unknown else f"{name or 'body'}: {first['msg']}"
+    return Refused(400, what, param=name, code="unknown_parameter" if unknown else "invalid_value")
+
+
+def add_own(app: FastAPI, service: Service) -> None:
+    """Add health, metrics and what is served."""
+
+    @app.get("/health/live", tags=["operation"])
     async def live() -> dict[str, str]:
+        """Say that the process answers."""
         return {"status": "live"}
 
-    @app.get("/health/ready")
+    @app.get("/health/ready", tags=["operation"])
     async def ready() -> JSONResponse:
-        if model.ready:
+        """Say whether requests are answered now."""
+        problem = service.supervisor.problem
+        if not problem:
             return JSONResponse({"status": "ready"})
-        return JSONResponse({"status": "not ready", "reason": model.problem}, 503)
+        return JSONResponse({"status": "not ready", "reason": problem}, 503, {"Retry-After": "1"})
 
-    @app.post("/v1/completions", response_model=None)
-    async def completions(request: Request) -> Response:
-        wanted = parse(await read_body(request))
-        worker = model.get()
-        try:
-            if wanted.stream:
-                return await stream(wanted, worker, model.name)
-            return JSONResponse(await while_connected(request, complete(wanted, worker, model.name)))
-        except Full as error:
-            raise Refused(429, str(error), type="server_error", code="busy") from None
-        except InputError as error:
-            code = "context_length_exceeded" if "does not fit" in error.what else "invalid_value"
-            what = f"{error.what}: found {error.found}, expected {error.expected}"
-            raise Refused(400, what, param="prompt", code=code) from None
+    @app.get("/metrics", tags=["operation"], response_model=None)
+    async def metrics() -> Response:
+        """Return the counts for Prometheus."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.api_route("/{path:path}", methods=["GET", "HEAD"], response_model=None)
+    @app.get("/info", tags=["operation"])
+    async def info() -> dict[str, Any]:
+        """Say what is served, and its limits."""
+        models = service.supervisor.models
+        first = next(iter(models.values()))
+        return {
+            "version": __version__, "model_id": first.spec.name, **first.facts,
+            "max_concurrent_requests": service.supervisor.most,
+            "models": [
+                {"name": name, "task": model.spec.task, "state": model.state, **model.facts}
+                for name, model in models.items()
+            ],
+        }  # fmt: skip
+
+
+def add_page(app: FastAPI, folder: Path) -> None:
+    """Serve the page of a model folder; it comes last, as it takes every other address."""
+
+    @app.api_route("/{path:path}", methods=["GET", "HEAD"], response_model=None, include_in_schema=False)
     async def file(request: Request, path: str) -> Response:
         found = find_served(folder, path)
         if found is None:
@@ -144,123 +190,40 @@ def make_app(folder: str | Path, runtime: Runtime | None = None) -> FastAPI:
             return Response(status_code=304, headers={**headers, "etag": answer.headers["etag"]})
         return answer
 
-    return app
 
-
-async def read_body(request: Request) -> Any:
-    """Return the decoded JSON body. Raises Refused for another type, too many bytes, and what is not JSON."""
-    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-        raise Refused(415, "send the body as JSON, with Content-Type: application/json", code="invalid_content_type")
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > MOST_BYTES:
-            raise Refused(413, f"the body is larger than {MOST_BYTES:,} bytes", code="request_too_large")
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise Refused(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
-
-
-async def complete(wanted: CompletionRequest, worker: Worker, name: str) -> dict[str, Any]:
-    """Answer the prompts one after the other."""
-    results = []
-    for prompt in wanted.prompt:
-        async with aclosing(worker.run(prompt, wanted.generate_settings())) as pieces:
-            results += [item async for item in pieces if isinstance(item, Generation)]
-    choices = [choice(i, result.text, result.finish_reason) for i, result in enumerate(results)]
-    counted = usage(count_tokens(wanted, worker), results)
-    return completion(make_id(), int(time.time()), name, choices, usage=counted)
-
-
-async def stream(wanted: CompletionRequest, worker: Worker, name: str) -> StreamingResponse:
-    """Start the first prompt, so that what is wrong with it is still an error, and stream from there."""
-    pieces = worker.run(wanted.prompt[0], wanted.generate_settings())
-    first = await anext(pieces)
-    return StreamingResponse(
-        events(wanted, worker, name, first, pieces),
-        media_type="text/event-stream",
-        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
-    )
-
-
-async def events(
-    wanted: CompletionRequest,
-    worker: Worker,
-    name: str,
-    first: str | Generation,
-    pieces: AsyncGenerator[str | Generation, None],
-) -> AsyncIterator[str]:
-    """Yield server-sent events: a chunk for each piece, one with the reason for each prompt, usage if asked, [DONE]."""
-    id, created, results = make_id(), int(time.time()), list[Generation]()
-
-    def chunk(choices: list[dict[str, Any]], **more: Any) -> str:
-        return f"data: {json.dumps(completion(id, created, name, choices, **more))}\n\n"
-
-    def show(index: int, item: str | Generation) -> str:
-        if isinstance(item, str):
-            return chunk([choice(index, item, None)])
-        results.append(item)
-        return chunk([choice(index, "", item.finish_reason)])
-
-    try:
-        for index, prompt in enumerate(wanted.prompt):
-            if index:
-                pieces = worker.run(prompt, wanted.generate_settings())
-                first = await anext(pieces)
-            yield show(index, first)
-            if isinstance(first, str):
-                async for item in pieces:
-                    yield show(index, item)
-        if wanted.stream_options and wanted.stream_options.include_usage:
-            yield chunk([], usage=usage(count_tokens(wanted, worker), results))
-    except LmworksError as error:  # the status is sent already: say it in the stream
-        yield f"data: {json.dumps(Refused(500, error.what, type='server_error').body())}\n\n"
-    finally:
-        await pieces.aclose()
-    yield "data: [DONE]\n\n"
-
-
-async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Return what `work` returns; cancel it when the client goes away."""
-    task = asyncio.ensure_future(work)
-    while not (await asyncio.wait({task}, timeout=0.5))[0]:
-        if await request.is_disconnected():
-            task.cancel()
-            break
-    try:
-        return await task
-    except asyncio.CancelledError:
-        raise Refused(499, "the client went away") from None
-
-
-def count_tokens(wanted: CompletionRequest, worker: Worker) -> int:
-    """Return the tokens of all prompts."""
-    return sum(len(ids) for ids in worker.predictor.tokenizer.encode_batch(wanted.prompt))
-
-
-def make_id() -> str:
-    """Return an identifier for an answer."""
-    return f"cmpl-{secrets.token_hex(12)}"
-
-
-def serve(folder: str | Path, *, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Serve a model folder until Ctrl-C. Raises InputError for a folder or an address that cannot be used."""
+def serve(app: FastAPI, *, host: str = "127.0.0.1", port: int = 8000, grace: float = GRACE) -> None:
+    """Serve until Ctrl-C or SIGTERM; requests then have `grace` seconds to end. Raises InputError for the address."""
     uvicorn = require("uvicorn", extra="serve")
-    runtime = load(
-        folder, "text-generation", runtime="onnx"
-    ).runtime  # whatever is wrong with the folder is said before anything listens
     listening = listen(host, port)
-    app = make_app(folder, runtime)
     shown = f"[{host}]" if ":" in host else host
-    sys.stderr.write(f"Serving {folder} at http://{shown}:{listening.getsockname()[1]}/   (Ctrl-C ends)\n")
+    names = ", ".join(app.state.service.supervisor.models)
+    sys.stderr.write(f"Serving {names} at http://{shown}:{listening.getsockname()[1]}/   (Ctrl-C ends)\n")
+
+    class Server(uvicorn.Server):  # type: ignore[name-defined,misc]
+        """Says that it is no longer ready before it closes its door, and ends with exit code 0."""
+
+        @contextmanager
+        def capture_signals(self) -> Any:
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, self.told_to_end)
+            yield
+
+        def told_to_end(self) -> None:
+            if app.state.service.supervisor.closing:
+                self.force_exit = True
+            app.state.service.supervisor.leaving = True
+            asyncio.get_running_loop().call_later(LINGER, self.end)
+
+        def end(self) -> None:
+            self.should_exit = True
+
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=3, lifespan="on"
-    )
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=grace,
+        lifespan="on", limit_concurrency=None, h11_max_incomplete_event_size=64 * 1024,
+    )  # fmt: skip
     try:
-        uvicorn.Server(config).run(sockets=[listening])
-    except KeyboardInterrupt:  # some versions of uvicorn raise it again after a clean end
-        pass
+        Server(config).run(sockets=[listening])
     finally:
         listening.close()
 

@@ -1,93 +1,23 @@
-"""What clients send and get: the legacy completions interface of OpenAI, as far as it means something here.
+"""What OpenAI's clients send: completions, chat completions, embeddings, as far as they mean something here.
 
-A parameter that this server cannot honour is refused by name, never ignored. `top_k` and `repeat_penalty` are ours.
+A parameter that this server cannot honour is refused by name, never ignored; the value that changes nothing is taken.
+Every number, list and text has a bound. `top_k` and `repeat_penalty` are ours.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from lmworks.base.types import Generation
-
-MOST_PROMPTS, MOST_CHARACTERS, MOST_STOPS = 32, 200_000, 4
-NEUTRAL = {  # known to OpenAI's clients, not implemented here: accepted with the value that changes nothing
-    "n": 1,
-    "best_of": 1,
-    "echo": False,
-    "logprobs": None,
-    "suffix": None,
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "logit_bias": None,
-}
-
-
-class StreamOptions(BaseModel):
-    """`include_usage` adds a last chunk with the token counts."""
-
-    model_config = ConfigDict(extra="ignore")
-    include_usage: bool = False
-
-
-class CompletionRequest(BaseModel):
-    """The body of POST /v1/completions."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    prompt: list[str]
-    model: str | None = None
-    max_tokens: int = Field(16, ge=1, le=100_000)
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    repeat_penalty: float = Field(1.0, gt=0, le=10)
-    stop: list[str] = Field(default_factory=list, max_length=MOST_STOPS)
-    seed: int | None = Field(None, ge=0, lt=2**63)
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def refuse_the_unsupported(cls, body: Any) -> Any:
-        """Drop known parameters that ask for nothing; refuse them when they ask for something."""
-        if not isinstance(body, dict):
-            raise ValueError("the body must be a JSON object")
-        for name, neutral in NEUTRAL.items():
-            if name in body and body[name] not in (neutral, None):
-                raise Unsupported(name)
-        return {name: value for name, value in body.items() if name not in NEUTRAL}
-
-    @field_validator("prompt", "stop", mode="before")
-    @classmethod
-    def one_is_a_list(cls, value: Any) -> Any:
-        """Take a text where a list of texts may stand."""
-        return [value] if isinstance(value, str) else [] if value is None else value
-
-    @field_validator("prompt")
-    @classmethod
-    def bounded(cls, value: list[str]) -> list[str]:
-        """Refuse no prompt, too many, and too long ones."""
-        if not 1 <= len(value) <= MOST_PROMPTS:
-            raise ValueError(f"give 1 to {MOST_PROMPTS} prompts")
-        if sum(map(len, value)) > MOST_CHARACTERS:
-            raise ValueError(f"the prompts are longer than {MOST_CHARACTERS:,} characters")
-        return value
-
-    @field_validator("stop")
-    @classmethod
-    def not_empty(cls, value: list[str]) -> list[str]:
-        """Refuse an empty stop string, which would stop everything."""
-        if not all(value):
-            raise ValueError("a stop string must not be empty")
-        return value
-
-    def generate_settings(self) -> dict[str, Any]:
-        """Return the arguments of `Predictor.generate`."""
-        names = ("max_tokens", "temperature", "top_k", "top_p", "repeat_penalty", "seed", "stop")
-        return {name: getattr(self, name) for name in names}
+MOST_TEXTS, MOST_CHARACTERS, MOST_STOPS, MOST_TOKENS = 64, 200_000, 4, 100_000
+MOST_CHOICES, MOST_LOGPROBS, MOST_MESSAGES = 8, 5, 256
+Name = Annotated[str, Field(max_length=200)]
+Text = Annotated[str, Field(max_length=MOST_CHARACTERS)]
+Texts = Annotated[list[Text], Field(min_length=1, max_length=MOST_TEXTS)]
+Id = Annotated[int, Field(ge=0, lt=2**31)]
+Ids = Annotated[list[Id], Field(min_length=1, max_length=MOST_TOKENS)]
 
 
 class Unsupported(ValueError):
@@ -98,56 +28,136 @@ class Unsupported(ValueError):
         self.name = name
 
 
-class Refused(Exception):
-    """An answer that is an error, in OpenAI's shape."""
+class Asked(BaseModel):
+    """The body of a request; what it does not name is refused."""
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        type: str = "invalid_request_error",
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code, self.type = status, message, param, code, type
+    model_config = ConfigDict(extra="forbid", strict=True)
+    neutral: ClassVar[Mapping[str, Any]] = {}  # known to clients, not implemented here, and what changes nothing
 
-    def body(self) -> dict[str, Any]:
-        """Return {"error": {message, type, param, code}}."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_the_unsupported(cls, body: Any) -> Any:
+        """Drop known parameters that ask for nothing; refuse them when they ask for something."""
+        if not isinstance(body, dict):
+            raise ValueError("the body must be a JSON object")
+        for name, value in cls.neutral.items():
+            if name in body and body[name] not in (value, None):
+                raise Unsupported(name)
+        return {name: value for name, value in body.items() if name not in cls.neutral}
 
 
-def parse(body: Any) -> CompletionRequest:
-    """Check a decoded body. Raises Refused that names the first parameter that is wrong."""
-    try:
-        return CompletionRequest.model_validate(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        cause = first.get("ctx", {}).get("error")
-        if isinstance(cause, Unsupported):
-            raise Refused(400, str(cause), param=cause.name, code="unsupported_parameter") from None
-        name = str(first["loc"][0]) if first["loc"] else None
-        unknown = first["type"] == "extra_forbidden"
-        what = f"unknown parameter: {name}" if unknown else f"{name or 'body'}: {first['msg']}"
-        raise Refused(400, what, param=name, code="unknown_parameter" if unknown else "invalid_value") from None
+class StreamOptions(BaseModel):
+    """`include_usage` adds a last chunk with the token counts."""
+
+    model_config = ConfigDict(extra="ignore")
+    include_usage: bool = False
 
 
-def choice(index: int, text: str, reason: Literal["stop", "length"] | None) -> dict[str, Any]:
-    """Return one entry of `choices`."""
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+class Writing(Asked):
+    """How a text is written."""
+
+    model: Name | None = None
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, le=2**31)
+    repeat_penalty: float = Field(1.0, gt=0, le=10)
+    stop: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field(default_factory=list, max_length=MOST_STOPS)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    n: int = Field(1, ge=1, le=MOST_CHOICES)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: Name | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def one_is_a_list(cls, value: Any) -> Any:
+        """Take a text where a list of texts may stand."""
+        return [value] if isinstance(value, str) else [] if value is None else value
+
+    @field_validator("temperature", "top_p", "n", mode="before")
+    @classmethod
+    def none_is_the_default(cls, value: Any, info: Any) -> Any:
+        """Take null where a number may stand, as OpenAI does."""
+        return cls.model_fields[info.field_name].default if value is None else value
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends in a chunk with the counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def settings(self, number: int, **more: Any) -> dict[str, Any]:
+        """Return how the engine writes choice `number`: with one seed, each choice has its own."""
+        names = ("temperature", "top_k", "top_p", "repeat_penalty", "stop")
+        seed = None if self.seed is None else (self.seed + number) % 2**63
+        return {name: getattr(self, name) for name in names} | {"seed": seed} | more
 
 
-def usage(prompt_tokens: int, results: list[Generation]) -> dict[str, int]:
-    """Return the token counts of a request."""
-    completion = sum(len(result.tokens) for result in results)
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion,
-        "total_tokens": prompt_tokens + completion,
-    }
+class CompletionRequest(Writing):
+    """The body of POST /v1/completions."""
+
+    neutral: ClassVar[Mapping[str, Any]] = {
+        "best_of": 1, "echo": False, "suffix": None, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": None,
+    }  # fmt: skip
+
+    prompt: Text | Texts | Ids | Annotated[list[Ids], Field(min_length=1, max_length=MOST_TEXTS)]
+    max_tokens: int = Field(16, ge=1, le=MOST_TOKENS)
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Return a list of texts, or of token ids."""
+        if isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int)):
+            return [self.prompt]
+        return list(self.prompt)  # type: ignore[arg-type]
 
 
-def completion(id: str, created: int, model: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    """Return a whole answer, or one chunk of a stream."""
-    return {"id": id, "object": "text_completion", "created": created, "model": model, "choices": choices, **more}
+class Part(BaseModel):
+    """A part of a message; only texts are read here."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    type: Literal["text"]
+    text: Text
+
+
+class Message(BaseModel):
+    """One turn of a conversation."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    role: Annotated[str, Field(min_length=1, max_length=40)]
+    content: Text | Annotated[list[Part], Field(min_length=1, max_length=MOST_TEXTS)]
+    name: Name | None = None
+
+
+class ChatRequest(Writing):
+    """The body of POST /v1/chat/completions."""
+
+    neutral: ClassVar[Mapping[str, Any]] = {
+        "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": None, "tools": None, "tool_choice": "none",
+        "functions": None, "response_format": {"type": "text"}, "store": False, "modalities": ["text"],
+        "metadata": None, "parallel_tool_calls": True, "service_tier": "auto", "reasoning_effort": None,
+    }  # fmt: skip
+
+    messages: list[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
+    max_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+
+    def turns(self) -> list[dict[str, str]]:
+        """Return what a chat template reads."""
+        return [
+            {"role": one.role, "content": one.content if isinstance(one.content, str)
+             else "".join(part.text for part in one.content)} | ({"name": one.name} if one.name else {})
+            for one in self.messages
+        ]  # fmt: skip
+
+
+class EmbeddingRequest(Asked):
+    """The body of POST /v1/embeddings."""
+
+    neutral: ClassVar[Mapping[str, Any]] = {"dimensions": None}
+
+    input: Text | Texts
+    model: Name | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    user: Name | None = None

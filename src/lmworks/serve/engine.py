@@ -1,0 +1,289 @@
+"""The process that holds the models: one loop that takes requests in, lets every model do one turn, and tells.
+
+    in   ("ask", request, model, kind, payload, seconds)   ("cancel", request)   ("end",)
+    out  ("piece", request, text)   ("done", request, answer)   ("error", request, error)
+         ("model", name, state, facts)   ("beat", counts)
+
+It ends when the pipe to the server closes: no engine outlives its server. A thread of its own sends the beats, so a
+long computation is not taken for a hang, while a stopped or deadlocked process falls silent. Nothing that a request
+holds can end the loop: whatever goes wrong is told to whoever asked.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from lmworks.base.errors import InputError, LmworksError
+from lmworks.base.types import Generation
+from lmworks.runtime.decoding import begin
+from lmworks.runtime.predictor import Predictor, load
+from lmworks.runtime.sampling import Sampling
+from lmworks.serve.batches import Batches
+from lmworks.serve.slots import LateError, Slots, Text
+
+BEAT = 0.2  # seconds between two signs of life
+IDLE = 0.2  # seconds to wait for a request where there is nothing to do
+STUCK = 120.0  # seconds that one turn may take; an engine that computes longer counts as hung
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A model to serve."""
+
+    name: str
+    folder: str
+    task: str | None = None
+    dtype: str = "auto"
+    runtime: str = "auto"
+    slots: int = 8
+    threads: int | None = None
+    warm: bool = True  # loaded at the start, not when it is first asked for
+
+
+@dataclass
+class Written:
+    """What a decoder answers: the text and its tokens, with their probabilities where they were asked for."""
+
+    generation: Generation
+    prompt_tokens: int
+    reused_tokens: int
+    chosen: list[tuple[str, float, list[tuple[str, float]]]] | None = None
+
+
+class Loaded:
+    """A model in this process."""
+
+    def __init__(self, spec: Spec, tell: Any) -> None:
+        self.spec, self.tell = spec, tell
+        self.predictor: Predictor = load(
+            spec.folder, spec.task, runtime=spec.runtime, dtype=spec.dtype, slots=spec.slots, threads=spec.threads
+        )
+        self.batches = None if self.predictor.make is None else Batches(self.predictor, tell)
+        self.slots = Slots(self.predictor.runtime, spec.slots, self.tell_text) if self.batches is None else None
+        self.warm_up()
+
+    def warm_up(self) -> None:
+        """Answer once, so that the first request pays for nothing."""
+        if self.slots is not None:
+            for _ in self.predictor.generate("", max_tokens=2, stream=True):
+                pass
+        elif self.predictor.task not in ("image-classification", "fill-mask", "question-answering"):
+            self.predictor(["a"])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the server tells about the model."""
+        runtime = self.predictor.runtime
+        tokenizer = self.predictor._tokenizer
+        return {
+            "task": self.predictor.task, "runtime": runtime.name, "dtype": runtime.dtype,
+            "max_input_length": runtime.max_length, "vocab_size": runtime.vocab_size,
+            "mask_token": getattr(tokenizer, "mask_token", None),
+        }  # fmt: skip
+
+    def ask(self, request: int, kind: str, payload: dict[str, Any], until: float) -> None:
+        """Take a request of this kind: "answer", "write", "count" or "tokenize". Raises InputError."""
+        if kind == "tokenize":
+            encodings = self.predictor.tokenizer.encode_inputs(payload["texts"])
+            self.tell(request, "done", [
+                [(id, token, *offset, bool(special)) for id, token, offset, special in zip(
+                    one.ids, one.tokens, one.offsets, one.special_tokens_mask, strict=True)] for one in encodings
+            ])  # fmt: skip
+        elif kind == "write":
+            if self.slots is None:
+                raise InputError(f"{self.spec.name} does not write texts", found=self.predictor.task)
+            self.slots.add(request, self.begin(payload), until)
+        elif self.batches is None:
+            raise InputError(f"{self.spec.name} writes texts, it has no answers", found=self.predictor.task)
+        else:
+            self.batches.add(request, payload["examples"], payload["options"], until)
+
+    def begin(self, payload: dict[str, Any]) -> Any:
+        """Return the Writer of a request."""
+        settings = dict(payload["settings"])
+        own = {name: settings.pop(name) for name in ("max_tokens", "stop", "logprobs") if name in settings}
+        eos = [] if payload.get("ignore_eos") else self.predictor.eos_ids
+        return begin(
+            self.predictor.tokenizer, payload["prompt"], max_length=self.predictor.runtime.max_length,
+            sampling=Sampling(**settings), eos_ids=eos, **own,
+        )  # fmt: skip
+
+    def tell_text(self, request: int, what: str, value: Any) -> None:
+        """Tell about a text; one that is done becomes what the server needs of it."""
+        if isinstance(value, Text):
+            writer, decode = value.writer, self.predictor.tokenizer.decode
+            done = Generation("".join(writer.text), list(writer.tokens), None, writer.reason or "length")
+            chosen = None
+            if writer.limits.logprobs is not None:
+                chosen = [
+                    (decode([one.token]), one.logprob, [(decode([token]), p) for token, p in one.top])
+                    for one in writer.chosen
+                ]
+            value = Written(done, len(value.prompt), value.reused, chosen)
+        self.tell(request, what, value)
+
+    def turn(self) -> bool:
+        """Do a little of whatever waits."""
+        return self.batches.turn() if self.batches is not None else self.slots is not None and self.slots.turn()
+
+    def cancel(self, request: int) -> None:
+        """Forget a request."""
+        (self.batches or self.slots).cancel(request)  # type: ignore[union-attr]
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """What the metrics are made of."""
+        if self.batches is not None:
+            one = self.batches
+            return {"active": one.active, "batches": one.batches, "rows": one.rows, "tokens": one.tokens}
+        assert self.slots is not None
+        two = self.slots
+        return {
+            "active": two.active, "waiting": len(two.line), "slots": len(two.slots), "steps": two.steps,
+            "read_tokens": two.read_tokens, "reused_tokens": two.reused_tokens, "written_tokens": two.written_tokens,
+        }  # fmt: skip
+
+
+class Engine:
+    """The loop."""
+
+    def __init__(self, pipe: Connection, specs: Sequence[Spec]) -> None:
+        self.pipe, self.specs = pipe, {spec.name: spec for spec in specs}
+        self.inbox: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
+        self.models: dict[str, Loaded] = {}
+        self.failed: dict[str, LmworksError] = {}
+        self.waiting: dict[str, list[tuple[Any, ...]]] = {}  # for a model that is loading
+        self.sending = threading.Lock()
+        self.turned = time.monotonic()
+
+    def send(self, *message: Any) -> None:
+        """Tell the server; without one there is nothing left to do."""
+        with self.sending:
+            try:
+                self.pipe.send(message)
+            except (BrokenPipeError, OSError):
+                os._exit(0)
+
+    def tell(self, request: int, what: str, value: Any) -> None:
+        """Tell about a request."""
+        self.send(what, request, plain(value) if what == "error" else value)
+
+    def receive(self) -> None:
+        """Put what comes into the inbox, until the server is gone."""
+        while True:
+            try:
+                self.inbox.put(self.pipe.recv())
+            except (EOFError, OSError):
+                os._exit(0)
+
+    def beat(self) -> None:
+        """Show that the process lives, and count."""
+        while True:
+            if time.monotonic() - self.turned < STUCK:
+                self.send("beat", {name: model.counts for name, model in list(self.models.items())})
+            time.sleep(BEAT)
+
+    def run(self) -> None:
+        """Work until the server is gone."""
+        for work in (self.receive, self.beat):
+            threading.Thread(target=work, daemon=True).start()
+        for spec in self.specs.values():
+            if spec.warm:
+                self.load(spec.name)
+        busy = False
+        while True:
+            self.take(wait=not busy)
+            busy = False
+            for model in list(self.models.values()):
+                busy |= model.turn()
+            self.turned = time.monotonic()
+
+    def take(self, *, wait: bool) -> None:
+        """Take everything out of the inbox; where there is nothing to do, wait a little for it."""
+        try:
+            message = self.inbox.get(timeout=IDLE) if wait else self.inbox.get_nowait()
+            while True:
+                self.handle(message)
+                message = self.inbox.get_nowait()
+        except queue.Empty:
+            pass
+
+    def handle(self, message: tuple[Any, ...] | None) -> None:
+        """Do what a message asks for."""
+        if message is None:
+            return
+        what, *rest = message
+        if what == "ask":
+            self.ask(message)
+        elif what == "end":
+            os._exit(0)
+        elif what == "cancel":
+            for model in self.models.values():
+                model.cancel(rest[0])
+            for name, line in self.waiting.items():
+                self.waiting[name] = [one for one in line if one[1] != rest[0]]
+        elif what == "loaded":
+            name, model = rest
+            if isinstance(model, Loaded):
+                self.models[name] = model
+                self.send("model", name, "ready", model.facts)
+            else:
+                self.failed[name] = model
+                self.send("model", name, "failed", {"problem": str(model)})
+            for one in self.waiting.pop(name, []):
+                self.ask(one)
+
+    def ask(self, message: tuple[Any, ...]) -> None:
+        """Give a request to its model, which is loaded if it is not yet."""
+        _, request, name, kind, payload, seconds = message
+        try:
+            if name in self.failed:
+                raise self.failed[name]
+            if name not in self.models:
+                self.load(name)
+                self.waiting[name].append(message)
+                return
+            self.models[name].ask(request, kind, payload, time.monotonic() + seconds)
+        except BaseException as error:  # tokenizers can raise a BaseException: no text may end the loop
+            self.tell(request, "error", error)
+
+    def load(self, name: str) -> None:
+        """Begin to load a model, in a thread; the others go on."""
+        if name in self.waiting:
+            return
+        self.waiting[name] = []
+        self.send("model", name, "loading", {})
+
+        def work() -> None:
+            try:
+                found: Any = Loaded(self.specs[name], self.tell)
+            except BaseException as error:
+                found = plain(error)
+            self.inbox.put(("loaded", name, found))
+
+        threading.Thread(target=work, daemon=True).start()
+
+
+def plain(error: BaseException) -> LmworksError:
+    """Return an error that any process can read: ours as it is, others by their kind, without what a text may hold."""
+    if isinstance(error, LmworksError):
+        kind = next(kind for kind in (LateError, InputError, LmworksError) if isinstance(error, kind))
+        return kind(error.what, where=error.where, found=error.found, expected=error.expected, fix=error.fix)
+    if isinstance(error, MemoryError):
+        return LmworksError("the machine has not enough memory for this request")
+    return LmworksError(f"the model failed: {type(error).__name__}")
+
+
+def main(pipe: Connection, specs: Sequence[Spec]) -> None:
+    """Run the engine in a process of its own; the server decides when it ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    Engine(pipe, specs).run()

@@ -1,0 +1,165 @@
+"""Who may ask, how often, and how much: keys, rates, bodies, counted before any of it is read.
+
+Keys are compared by their SHA-256 in constant time, all of them, so the time says nothing. Only the probes are open.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from lmworks.base.errors import InputError
+from lmworks.base.optional import require
+from lmworks.serve.refusals import Refused
+
+require("fastapi", extra="serve")
+from starlette.exceptions import HTTPException  # noqa: E402
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+OPEN = ("/health/live", "/health/ready")
+MOST_BYTES = 1_000_000  # of a request's body
+MOST_HEADERS = 64
+CLIENTS = 10_000  # whose rates are remembered
+KEY = re.compile(r"[\x21-\x7e]{16,512}")
+
+
+def read_keys(path: str | Path) -> list[bytes]:
+    """Return the digests of the keys in a file, one a line; '#' begins a comment. Raises InputError."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError("there is no such file of keys", where=str(path))
+    keys = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    keys = [key for key in keys if key and not key.startswith("#")]
+    for number, key in enumerate(keys, 1):
+        if not KEY.fullmatch(key):
+            raise InputError(
+                "a key cannot be used", where=f"{path}, key {number}", expected="16 or more letters, no spaces",
+                fix="make one: python -c 'import secrets; print(secrets.token_urlsafe())'",
+            )  # fmt: skip
+    if not keys:
+        raise InputError("the file holds no key", where=str(path), expected="a key a line")
+    return [digest(key) for key in keys]
+
+
+def digest(key: str) -> bytes:
+    """Return what is kept of a key."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+class Rates:
+    """So many requests a second for each client, and as many at once (a token bucket each)."""
+
+    def __init__(self, rate: float, burst: int | None = None) -> None:
+        self.rate, self.burst = rate, float(burst or max(1, round(rate)))
+        self.buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # client -> what is left, when
+
+    def wait(self, client: str) -> float:
+        """Take one; return 0, or the seconds until there is one again."""
+        now = time.monotonic()
+        left, since = self.buckets.pop(client, (self.burst, now))
+        left = min(self.burst, left + (now - since) * self.rate)
+        wait = 0.0 if left >= 1 else (1 - left) / self.rate
+        self.buckets[client] = (left - 1 if left >= 1 else left, now)
+        if len(self.buckets) > CLIENTS:
+            self.buckets.popitem(last=False)
+        return wait
+
+
+class Guard:
+    """The outermost part of the application."""
+
+    def __init__(
+        self, app: App, *, keys: list[bytes] | None = None, rates: Rates | None = None, refuse: Any, done: Any,
+        leaving: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
+        """`refuse(scope, receive, send, refused, headers)` answers; `done(scope, status, seconds)` counts."""
+        self.app, self.keys, self.rates, self.refuse, self.done = app, keys, rates, refuse, done
+        self.leaving = leaving  # whether the server is about to end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or turn it away."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, status = time.perf_counter(), 500
+
+        async def note(message: MutableMapping[str, Any]) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if self.leaving():  # the client shall not send its next request on a connection that is about to end
+                    message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+            await send(message)
+
+        try:
+            try:
+                client = self.check(scope)
+            except Refused as refused:
+                await self.refuse(scope, receive, note, refused, {"WWW-Authenticate": "Bearer"})
+                return
+            wait = 0.0 if self.rates is None or scope["path"] in OPEN else self.rates.wait(client)
+            if wait:
+                often = Refused(429, "too many requests", code="rate_limit_exceeded", type="rate_limit_error")
+                await self.refuse(scope, receive, note, often, {"Retry-After": f"{max(1, round(wait))}"})
+                return
+            try:
+                check_size(scope)
+            except Refused as refused:
+                await self.refuse(scope, receive, note, refused, {"Connection": "close"})
+                return
+            await self.app(scope, Bounded(receive), note)
+        finally:
+            self.done(scope, status, time.perf_counter() - started)
+
+    def check(self, scope: Scope) -> str:
+        """Return who asks. Raises Refused (401) without a right key, where there are keys."""
+        client = str((scope.get("client") or ("unknown",))[0])
+        if self.keys is None or scope["path"] in OPEN:
+            return client
+        given = {name: value for name, value in scope["headers"] if name in (b"authorization", b"x-api-key")}
+        text = given.get(b"authorization", b"").decode("latin-1")
+        key = text[7:] if text[:7].lower() == "bearer " else given.get(b"x-api-key", b"").decode("latin-1")
+        found = digest(key.strip())
+        right = [hmac.compare_digest(found, known) for known in self.keys]
+        if not any(right):
+            raise Refused(401, "this needs a key: Authorization: Bearer KEY", code="invalid_api_key")
+        return found.hex()
+
+
+def check_size(scope: Scope) -> None:
+    """Raise Refused for headers or a stated body that are too large."""
+    if len(scope["headers"]) > MOST_HEADERS:
+        raise Refused(431, "too many headers")
+    for name, value in scope["headers"]:
+        if name == b"content-length" and (not value.isdigit() or int(value) > MOST_BYTES):
+            raise too_large()
+
+
+def too_large() -> Refused:
+    """Return the answer to a body that is too large."""
+    return Refused(413, f"the body is larger than {MOST_BYTES:,} bytes", code="request_too_large")
+
+
+class Bounded:
+    """What receives a body, up to its most; beyond it raises Refused."""
+
+    def __init__(self, receive: Receive) -> None:
+        self.receive, self.count = receive, 0
+
+    async def __call__(self) -> MutableMapping[str, Any]:
+        """Receive the next part."""
+        message = await self.receive()
+        self.count += len(message.get("body", b""))
+        if self.count > MOST_BYTES:
+            raise HTTPException(413, too_large().message)  # the framework hides any other exception
+        return message

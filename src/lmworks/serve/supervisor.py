@@ -1,0 +1,252 @@
+"""The server's side of the engine: requests go out, answers come back, and an engine that dies or hangs is replaced.
+
+Ready means: the engine gave a sign of life just now, and every model that is loaded at the start is. When the engine is
+replaced, requests that have not been answered in part are asked again, once; a text that was streaming ends in an
+error, since nobody may be shown two beginnings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import multiprocessing
+import queue
+import sys
+import threading
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmworks.base.errors import InputError, LmworksError
+from lmworks.serve.engine import Spec, main
+
+SILENT = 1.2  # seconds without a sign of life after which the server is not ready
+GONE = 2.5  # seconds after which the engine is replaced
+STARTING = 60.0  # seconds that the first sign of life may take
+LOOK = 0.1  # seconds between two looks at the engine
+RETRIES = 1  # times that a request is asked again
+QUEUE = 256  # requests in the engine; one more is refused
+SECONDS = 120.0  # that a request may take
+
+
+class Full(LmworksError):
+    """Too many requests wait already."""
+
+
+class Down(LmworksError):
+    """There is no engine to ask just now."""
+
+
+@dataclass
+class Model:
+    """What is known about a served model."""
+
+    spec: Spec
+    state: str = "cold"  # cold, loading, ready, failed
+    facts: dict[str, Any] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Ticket:
+    """A request on its way: what was asked, and where its answers arrive."""
+
+    number: int
+    message: tuple[Any, ...]
+    since: float = field(default_factory=time.monotonic)
+    answers: asyncio.Queue[tuple[str, Any]] = field(default_factory=asyncio.Queue)
+    begun: bool = False  # a part of the answer has been given out
+    asked: int = 1
+
+
+class Supervisor:
+    """One engine, whichever process it is just now."""
+
+    def __init__(self, specs: Sequence[Spec], *, most: int = QUEUE, seconds: float = SECONDS) -> None:
+        self.models = {spec.name: Model(spec) for spec in specs}
+        self.most, self.seconds = most, seconds
+        self.tickets: dict[int, Ticket] = {}
+        self.numbers = itertools.count(1)
+        self.heard = 0.0  # when the engine last gave a sign of life
+        self.restarts = -1
+        self.leaving = False  # told to end: no longer ready, though it still answers
+        self.closing = False
+        self.watching: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Start the engine and watch it."""
+        self.loop = asyncio.get_running_loop()
+        self.spawn()
+        self.watching = asyncio.create_task(self.watch())
+
+    def spawn(self) -> None:
+        """Start an engine process and the thread that listens to it."""
+        context = multiprocessing.get_context("spawn")
+        here, there = context.Pipe()
+        self.pipe = here
+        specs = [model.spec for model in self.models.values()]
+        self.process = context.Process(target=main, args=(there, specs), name="lmworks-engine", daemon=True)
+        self.process.start()
+        there.close()
+        self.started, self.heard = time.monotonic(), 0.0
+        self.restarts += 1
+        self.outbox: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
+        threading.Thread(target=self.listen, args=(here,), daemon=True).start()
+        threading.Thread(target=self.send, args=(here, self.outbox), daemon=True).start()
+
+    def send(self, pipe: Any, outbox: queue.SimpleQueue[tuple[Any, ...] | None]) -> None:
+        """Send what is said: an engine that does not read must not hold up the event loop."""
+        while (message := outbox.get()) is not None:
+            try:
+                pipe.send(message)
+            except (OSError, ValueError):
+                return  # it is gone, will be replaced, and asked again
+
+    def listen(self, pipe: Any) -> None:
+        """Hand what the engine tells to the event loop, until it is gone."""
+        while True:
+            try:
+                message = pipe.recv()
+            except (EOFError, OSError):
+                pipe.close()
+                return
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self.loop.call_soon_threadsafe(self.hear, pipe, message)
+
+    def hear(self, pipe: Any, message: tuple[Any, ...]) -> None:
+        """Take in what the engine told."""
+        if pipe is not self.pipe:
+            return  # an engine that was replaced
+        self.heard = time.monotonic()
+        what, *rest = message
+        if what == "model":
+            name, state, facts = rest
+            model = self.models[name]
+            model.state, model.facts = state, facts or model.facts
+            if state == "failed":
+                sys.stderr.write(f"{name} cannot be served: {facts['problem']}\n")
+        elif what == "beat":
+            for name, counts in rest[0].items():
+                self.models[name].counts = counts
+        elif (ticket := self.tickets.get(rest[0])) is not None:
+            ticket.begun |= what == "piece"
+            ticket.answers.put_nowait((what, rest[1]))
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine gave a sign of life just now."""
+        return time.monotonic() - self.heard < SILENT
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are answered now."""
+        return not self.problem
+
+    @property
+    def problem(self) -> str:
+        """Return why requests are not answered now, or nothing."""
+        if self.leaving or self.closing:
+            return "the server is shutting down"
+        if not self.alive:
+            return "the engine is starting" if self.restarts == 0 and not self.heard else "the engine is being replaced"
+        for name, model in self.models.items():
+            if model.spec.warm and model.state != "ready":
+                return f"{name} is {'not usable' if model.state == 'failed' else 'loading'}"
+        return ""
+
+    async def watch(self) -> None:
+        """Replace an engine that has died or fallen silent."""
+        while True:
+            await asyncio.sleep(LOOK)
+            now = time.monotonic()
+            silent = now - self.heard > GONE if self.heard else now - self.started > STARTING
+            if not self.process.is_alive() or silent:
+                await self.replace()
+
+    async def replace(self) -> None:
+        """Kill the engine, start another, and ask again what was not answered in part."""
+        self.heard = 0.0
+        process = self.process
+        self.outbox.put(None)
+        process.kill()
+        await asyncio.to_thread(process.join, 5)
+        if self.restarts >= 0 and time.monotonic() - self.started < 1:
+            await asyncio.sleep(1)  # one that dies at once is not started in a tight circle
+        sys.stderr.write("The engine stopped and is started again.\n")
+        for model in self.models.values():
+            model.state, model.counts = "cold", {}
+        self.spawn()
+        stopped = Down("the engine stopped while it worked on this", fix="try again")
+        for ticket in list(self.tickets.values()):
+            if ticket.begun or ticket.asked > RETRIES:
+                ticket.answers.put_nowait(("error", stopped))
+            else:
+                ticket.asked += 1
+                self.say(ticket.message)
+
+    def say(self, message: tuple[Any, ...]) -> None:
+        """Tell the engine something."""
+        self.outbox.put(message)
+
+    def find(self, name: str | None, task: Sequence[str]) -> Model:
+        """Return the model of this name, or the first that does one of these tasks. Raises InputError."""
+        if name is not None and name in self.models:
+            found = self.models[name]
+            doing = found.spec.task
+            if task and doing not in task:
+                raise InputError(f"the model {name} does another task", found=str(doing), expected=" or ".join(task))
+            return found
+        if name is not None:
+            raise InputError(f"there is no model {name!r}", expected=", ".join(self.models))
+        for model in self.models.values():
+            if not task or model.spec.task in task:
+                return model
+        raise InputError("no model here does this task", expected=" or ".join(task))
+
+    async def ask(self, model: Model, kind: str, payload: dict[str, Any]) -> AsyncGenerator[tuple[str, Any], None]:
+        """Yield ("piece", text) … and then ("done", answer). Raises Full, Down, and what the model raised."""
+        if len(self.tickets) >= self.most:
+            raise Full("the server is busy", found=f"{len(self.tickets)} requests waiting", fix="try again later")
+        if not self.alive or self.closing:
+            raise Down(self.problem or "the engine is not ready", fix="try again in some seconds")
+        number = next(self.numbers)
+        ticket = Ticket(number, ("ask", number, model.spec.name, kind, payload, self.seconds))
+        self.tickets[number] = ticket
+        done = False
+        try:
+            self.say(ticket.message)
+            while True:
+                what, value = await ticket.answers.get()
+                if what == "error":
+                    done = True
+                    raise value
+                done = what == "done"
+                yield what, value
+                if done:
+                    return
+        finally:
+            del self.tickets[number]
+            if not done:
+                self.say(("cancel", number))
+
+    async def get(self, model: Model, kind: str, payload: dict[str, Any]) -> Any:
+        """Return the answer of a request."""
+        async with aclosing(self.ask(model, kind, payload)) as parts:
+            async for what, value in parts:
+                if what == "done":
+                    return value
+        raise AssertionError("an answer ends with its last part")
+
+    async def close(self) -> None:
+        """End the engine."""
+        self.closing = True
+        if self.watching is not None:
+            self.watching.cancel()
+        self.say(("end",))
+        self.outbox.put(None)
+        await asyncio.to_thread(self.process.join, 2)
+        if self.process.is_alive():
+            self.process.kill()
+            await asyncio.to_thread(self.process.join, 2)

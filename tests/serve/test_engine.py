@@ -1,0 +1,181 @@
+"""The engine as a process that may die, hang or be left alone; and a server that is asked for too much."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import torch
+from serving import Running, server
+from tiny_page import PROMPTS, made_folder
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lmworks.export.onnx_folder import export_graphs
+from lmworks.runtime.predictor import load
+from lmworks.tokens.tokenizer import Tokenizer
+
+LONG = {"prompt": "Who", "max_tokens": 900, "temperature": 0, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A writer that needs some seconds for a long text."""
+    place = tmp_path_factory.mktemp("slow")
+    tokenizer = Tokenizer.from_pretrained(made_folder())
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=512, intermediate_size=1536, num_hidden_layers=8,
+        num_attention_heads=8, max_position_embeddings=1024, tie_word_embeddings=True, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(place / "made")
+    tokenizer.save(place / "made")
+    export_graphs(place / "made", place / "slow", dtypes=["fp32"])
+    return place / "slow"
+
+
+@pytest.fixture
+def one(slow: Path) -> Iterator[Running]:
+    """A server of its own for each test: these end engines."""
+    with server(slow, settings={"slots": 2}) as running:
+        yield running
+
+
+def test_an_engine_that_is_killed_or_frozen_is_replaced() -> None:
+    with server(made_folder()) as one:
+        expected = one.post("/generate", {"prompt": "Who", "max_tokens": 9, "stream": False}).json()["text"]
+        for number in (signal.SIGKILL, signal.SIGSTOP):
+            engine = one.supervisor.process.pid
+            assert engine is not None
+            os.kill(engine, number)
+            assert one.wait(ready=False) < 2
+            refused = one.post("/generate", {"prompt": "Who"})
+            assert refused.status_code == 503 and refused.headers["retry-after"]
+            one.wait(ready=True)
+            assert one.supervisor.process.pid != engine and not psutil.pid_exists(engine)
+            again = one.post("/generate", {"prompt": "Who", "max_tokens": 9, "stream": False})
+            assert again.json()["text"] == expected
+        metrics = httpx.get(f"{one.base}/metrics").text
+        assert "lmworks_engine_restarts_total 2.0" in metrics
+
+
+def test_a_request_in_the_engine_that_dies_is_asked_again_and_a_stream_ends_in_an_error(one: Running) -> None:
+    lines: list[str] = []
+    begun = threading.Event()
+
+    def stream() -> None:
+        with httpx.stream("POST", f"{one.base}/v1/completions", json=LONG, timeout=60) as answer:
+            for line in answer.iter_lines():
+                lines.append(line)
+                begun.set()
+
+    whole = {**LONG, "stream": False, "max_tokens": 60}
+    expected = one.post("/v1/completions", whole).json()["choices"][0]["text"]
+    with ThreadPoolExecutor(2) as pool:
+        streaming = pool.submit(stream)
+        begun.wait(20)
+        asked = pool.submit(one.post, "/v1/completions", whole)
+        while len(one.supervisor.tickets) < 2:
+            time.sleep(0.005)
+        one.supervisor.process.kill()
+        assert asked.result().json()["choices"][0]["text"] == expected
+        streaming.result()
+    last = json.loads([line for line in lines if line][-1][6:])
+    assert last["error"]["code"] == "not_ready"
+    assert one.supervisor.tickets == {}
+
+
+def test_no_engine_outlives_its_server() -> None:
+    with server(made_folder()) as one:
+        engine = psutil.Process(one.supervisor.process.pid)
+    assert not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_clients_that_go_away_free_their_slots(stream: bool, one: Running) -> None:
+    def leave(_: int) -> None:
+        body = {**LONG, "stream": stream}
+        try:
+            with httpx.stream("POST", f"{one.base}/v1/completions", json=body, timeout=1) as answer:
+                next(answer.iter_lines())
+        except httpx.TransportError:
+            pass
+
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(leave, range(40)))
+    gone = time.monotonic()
+    while one.supervisor.tickets:
+        assert time.monotonic() - gone < 2, "their requests are still there"
+        time.sleep(0.02)
+    time.sleep(0.5)  # the engine's next sign of life
+    counts = one.supervisor.models["slow"].counts
+    assert (counts["active"], counts["waiting"]) == (0, 0)
+    assert one.post("/v1/completions", {**LONG, "stream": False, "max_tokens": 3}).status_code == 200
+
+
+def test_pieces_arrive_while_the_model_writes(one: Running) -> None:
+    body = {**LONG, "max_tokens": 200}
+    with httpx.stream("POST", f"{one.base}/v1/completions", json=body, timeout=60) as answer:
+        times = [time.monotonic() for line in answer.iter_lines() if line]
+    assert times[-1] - times[0] > 3 * (times[1] - times[0])
+    assert len(times) > 20
+
+
+def test_more_than_may_wait_is_told_to_come_back(slow: Path) -> None:
+    with server(slow, settings={"slots": 1}, most=3) as one, ThreadPoolExecutor(12) as pool:
+        body = {**LONG, "stream": False, "max_tokens": 60}
+        answers = [pool.submit(one.post, "/v1/completions", body) for _ in range(12)]
+        asked = time.monotonic()
+        assert httpx.get(f"{one.base}/health/live").status_code == 200
+        assert time.monotonic() - asked < 1
+        found = [answer.result() for answer in answers]
+    assert {answer.status_code for answer in found} == {200, 429}
+    assert len({answer.text for answer in found if answer.status_code == 200}) >= 1
+    assert all(answer.headers["retry-after"] for answer in found if answer.status_code == 429)
+    texts = {answer.json()["choices"][0]["text"] for answer in found if answer.status_code == 200}
+    assert len(texts) == 1
+
+
+def test_a_request_that_takes_too_long_ends(slow: Path) -> None:
+    with server(slow, seconds=0.5) as one:
+        answer = one.post("/v1/completions", {**LONG, "stream": False})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "timeout")
+
+
+def test_a_long_text_does_not_hold_up_a_short_one(one: Running) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(one.post, "/v1/completions", {**LONG, "stream": False, "max_tokens": 300})
+        while not one.supervisor.models["slow"].counts.get("active"):
+            time.sleep(0.02)
+        assert one.post("/v1/completions", {**LONG, "stream": False, "max_tokens": 3}).status_code == 200
+        assert not long.done()
+        assert long.result().status_code == 200
+
+
+def test_many_clients_with_mixed_questions_get_what_each_would_get_alone(served: Running, data_folder: Path) -> None:
+    reviews = [line.rsplit("\t", 1)[0] for line in (data_folder / "sst2/dev.tsv").read_text("utf-8").splitlines()[:24]]
+    writer = load(made_folder(), runtime="onnx")
+    texts = [writer.generate(prompt, max_tokens=12).text for prompt in PROMPTS]
+    alone = [served.post("/classify", {"text": text}).json()["answers"][0] for text in reviews]
+
+    def ask(number: int) -> bool:
+        text, prompt = reviews[number % 24], PROMPTS[number % 8]
+        if number % 3 == 0:
+            body = {"prompt": prompt, "max_tokens": 12, "temperature": 0}
+            said: str = served.post("/v1/completions", body).json()["choices"][0]["text"]
+            return said == texts[number % 8]
+        if number % 3 == 1:
+            return len(served.post("/embed", {"inputs": text}).json()[0]) == 384
+        found, expected = served.post("/classify", {"text": text}).json()["answers"][0], alone[number % 24]
+        return found["label"] == expected["label"] and abs(found["score"] - expected["score"]) < 1e-5
+
+    with ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(ask, range(120)))
