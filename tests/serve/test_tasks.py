@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import httpx
 import numpy as np
 import pytest
+import transformers
 from serving import Running, server
 from tiny_page import PROMPTS, made_folder
 
@@ -86,6 +88,47 @@ def test_generate_streams_events_that_end_in_the_whole(served: Running) -> None:
     assert events[-1]["tokens"] == expected.tokens
     whole = served.post("/generate", {**body, "stream": False}).json()
     assert (whole["text"], whole["finish_reason"]) == (expected.text, expected.finish_reason)
+
+
+def test_hugging_face_shapes_are_those_of_its_pipelines(
+    served: Running, classifier: Path, tagger: Path, embedder: Path
+) -> None:
+    def infer(name: str, inputs: object, **parameters: object) -> Any:
+        answer = served.post(f"/models/{name}", {"inputs": inputs, "parameters": parameters})
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    made = {folder: folder.parent / "made" for folder in (classifier, tagger)}
+    classify = transformers.pipeline("text-classification", model=str(made[classifier]), top_k=2)
+    for found, expected in zip(infer("sentiment", [TEXT, "dull"], top_k=2), classify([TEXT, "dull"]), strict=True):
+        assert [one["label"] for one in found] == [one["label"] for one in expected]
+        assert [one["score"] for one in found] == pytest.approx([one["score"] for one in expected], abs=1e-5)
+    tag = transformers.pipeline("token-classification", model=str(made[tagger]))
+    for strategy in ("simple", "first"):
+        found, expected = infer("names", TEXT, aggregation_strategy=strategy), tag(TEXT, aggregation_strategy=strategy)
+        assert [set(one) for one in found] == [set(one) for one in expected]
+        assert [(one["entity_group"], one["word"], one["start"], one["end"]) for one in found] == [
+            (one["entity_group"], one["word"], one["start"], one["end"]) for one in expected
+        ]
+    found, expected = infer("names", TEXT, aggregation_strategy="none"), tag(TEXT, aggregation_strategy="none")
+    assert [(one["entity"], one["index"], one["word"]) for one in found] == [
+        (one["entity"], one["index"], one["word"]) for one in expected
+    ]
+    cosine = infer("minilm", {"source_sentence": "a cat", "sentences": ["a kitten"]})
+    assert (
+        cosine == served.post("/similarity", {"inputs": {"source_sentence": "a cat", "sentences": ["a kitten"]}}).json()
+    )
+    assert len(infer("minilm", "a cat")) == 384
+    name = quote(made_folder().name)
+    written = infer(name, PROMPTS[0], max_new_tokens=9)
+    alone = load(made_folder(), runtime="onnx").generate(PROMPTS[0], max_tokens=9).text
+    assert written == [{"generated_text": PROMPTS[0] + alone}]
+    assert infer(name, PROMPTS[0], max_new_tokens=9, return_full_text=False) == [{"generated_text": alone}]
+    for body in (
+        {"inputs": "a", "parameters": {"aggregation_strategy": "first"}},
+        {"inputs": {"question": "a", "context": "b"}},
+    ):
+        assert served.post("/models/sentiment", body).status_code == 400
 
 
 def test_other_tasks_have_routes(tmp_path: Path, data_folder: Path) -> None:

@@ -2,7 +2,7 @@
 
     GET  /health/live  /health/ready         200 while the process answers; 200 while requests are answered, else 503
     GET  /metrics  /info  /openapi.json      for Prometheus; what is served; the description of every route
-    POST /predict … /v1/chat/completions     see task_routes and openai_routes
+    POST /predict … /v1/chat/completions     see task_routes, hub_routes and openai_routes
     GET  /                                   the page and the files of the first model, for the browser to run itself
 
 The models run in a process of their own (engine.py), in ONNX Runtime where there is a graph: no torch. Errors are
@@ -24,7 +24,7 @@ from lmworks import __version__
 from lmworks.base.errors import InputError, LmworksError, from_os_error
 from lmworks.base.optional import require
 from lmworks.export.web import HEADERS, find_served, headers_for
-from lmworks.serve import openai_routes, task_routes
+from lmworks.serve import hub_routes, openai_routes, task_routes
 from lmworks.serve.engine import Spec
 from lmworks.serve.guard import Guard, Rates, Scope
 from lmworks.serve.refusals import Refused, refusal
@@ -69,6 +69,7 @@ def make_app(
     add_errors(app)
     app.include_router(openai_routes.make_router(service))
     app.include_router(task_routes.make_router(service))
+    app.include_router(hub_routes.make_router(service))
     add_own(app, service)
     add_page(app, Path(specs[0].folder))
 
