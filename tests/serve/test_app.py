@@ -20,6 +20,7 @@ from serving import Running, running, server
 from tiny_page import copy_folder, made_folder
 
 from lmworks.base.errors import FormatError, InputError
+from lmworks.cli import main
 from lmworks.serve.app import listen, make_app, serve
 from lmworks.serve.service import describe
 
@@ -196,6 +197,58 @@ def test_it_serves_without_torch_and_ends_when_told_to(number: signal.Signals, t
     finally:
         process.kill()
         process.communicate()
+
+
+def test_every_flag_reaches_the_server(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("a-key-of-sixteen-letters\n")
+    process, base = start(
+        str(made_folder()), "--api-key-file", str(keys), "--rate", "3", "--queue", "7", "--timeout", "9",
+        "--slots", "2", "--threads", "1", "--dtype", "int8", "--lazy", "--grace", "1",
+    )  # fmt: skip
+    try:
+        right = {"Authorization": "Bearer a-key-of-sixteen-letters"}
+        assert httpx.get(f"{base}/info").status_code == 401
+        told = httpx.get(f"{base}/info", headers=right).json()
+        assert told["max_concurrent_requests"] == 7
+        assert told["models"][0]["state"] == "cold"
+        body = {"prompt": "Who", "max_tokens": 3, "stream": False}
+        assert httpx.post(f"{base}/generate", json=body, headers=right, timeout=60).status_code == 200
+        time.sleep(0.5)
+        assert httpx.get(f"{base}/info", headers=right).json()["models"][0]["dtype"] == "int8"
+        statuses = [httpx.get(f"{base}/info", headers=right).status_code for _ in range(6)]
+        assert 429 in statuses
+        time.sleep(1.2)
+        metrics = httpx.get(f"{base}/metrics", headers=right).text
+        assert f'lmworks_slots_total{{model="{made_folder().name}"}} 2.0' in metrics
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(15) == 0
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--port", "70000"], ["--queue", "0"], ["--slots", "0"], ["--timeout", "0"], ["--rate", "-1"], ["--grace", "-1"],
+     ["--api-key-file", "/no/such/file"], ["--dtype", "int9"], ["--threads", "0"]],
+)  # fmt: skip
+def test_a_bad_flag_ends_in_one_message(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(made_folder()), *options]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and said.strip()
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_reason(tmp_path: Path) -> None:
+    folder = copy_folder(tmp_path / "broken")
+    (folder / "onnx" / "model.onnx").write_bytes(b"nothing")
+    done = subprocess.run(
+        [sys.executable, "-m", "lmworks", "serve", str(folder), "--port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert "model.onnx cannot be loaded" in done.stderr and "Traceback" not in done.stderr
 
 
 # -- what is counted -------------------------------------------------------------------------------------------------

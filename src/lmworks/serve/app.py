@@ -193,7 +193,10 @@ def add_page(app: FastAPI, folder: Path) -> None:
 
 
 def serve(app: FastAPI, *, host: str = "127.0.0.1", port: int = 8000, grace: float = GRACE) -> None:
-    """Serve until Ctrl-C or SIGTERM; requests then have `grace` seconds to end. Raises InputError for the address."""
+    """Serve until Ctrl-C or SIGTERM; requests then have `grace` seconds to end.
+
+    Raises InputError for an address that cannot be used, and what is wrong with a model that cannot be loaded.
+    """
     uvicorn = require("uvicorn", extra="serve")
     listening = listen(host, port)
     shown = f"[{host}]" if ":" in host else host
@@ -223,10 +226,15 @@ def serve(app: FastAPI, *, host: str = "127.0.0.1", port: int = 8000, grace: flo
         app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=grace,
         lifespan="on", limit_concurrency=None, h11_max_incomplete_event_size=64 * 1024,
     )  # fmt: skip
+    server, supervisor = Server(config), app.state.service.supervisor
+    supervisor.on_failure = server.end
     try:
-        Server(config).run(sockets=[listening])
+        server.run(sockets=[listening])
     finally:
         listening.close()
+    for model in supervisor.models.values():
+        if model.problem is not None and model.spec.warm:
+            raise model.problem
 
 
 def listen(host: str, port: int) -> socket.socket:

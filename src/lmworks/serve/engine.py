@@ -237,7 +237,7 @@ class Engine:
                 self.send("model", name, "ready", model.facts)
             else:
                 self.failed[name] = model
-                self.send("model", name, "failed", {"problem": str(model)})
+                self.send("model", name, "failed", {"problem": model})
             for one in self.waiting.pop(name, []):
                 self.ask(one)
 

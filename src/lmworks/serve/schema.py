@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 MOST_TEXTS, MOST_CHARACTERS, MOST_STOPS, MOST_TOKENS = 64, 200_000, 4, 100_000
 MOST_CHOICES, MOST_LOGPROBS, MOST_MESSAGES = 8, 5, 256
+MOST_IN_ADDRESS = 8_000  # characters; servers and proxies refuse longer lines
 Name = Annotated[str, Field(max_length=200)]
 Text = Annotated[str, Field(max_length=MOST_CHARACTERS)]
 Texts = Annotated[list[Text], Field(min_length=1, max_length=MOST_TEXTS)]

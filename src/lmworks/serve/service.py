@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from lmworks.base.errors import InputError, LmworksError
 from lmworks.base.optional import require
 from lmworks.models.families import read_config, read_kind
-from lmworks.runtime.onnx_runtime import FILES
+from lmworks.runtime.onnx_runtime import FILES, find_graph
 from lmworks.serve.engine import Spec
 from lmworks.serve.metrics import Metrics
 from lmworks.serve.refusals import Refused, refusal
@@ -74,6 +74,8 @@ def describe(folder: str | Path, task: str | None = None, **settings: Any) -> Sp
         raise InputError("there is no such model folder", where=str(folder), fix="check the path")
     doing = check_task(task) if task else find_task(read_kind(read_config(folder)))
     exported = any((folder / "onnx" / name).is_file() for name in FILES.values())
+    if exported and settings.get("dtype", "auto") != "auto":
+        find_graph(folder, settings["dtype"])
     runtime = {"runtime": "onnx" if exported else "torch"}  # a server measures nothing: it answers as it did yesterday
     return Spec(folder.resolve().name, str(folder), doing, **{**runtime, **settings})
 

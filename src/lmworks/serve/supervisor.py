@@ -14,7 +14,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +46,7 @@ class Model:
     spec: Spec
     state: str = "cold"  # cold, loading, ready, failed
     facts: dict[str, Any] = field(default_factory=dict)
+    problem: LmworksError | None = None  # why it cannot be loaded
     counts: dict[str, float] = field(default_factory=dict)
 
 
@@ -71,6 +72,7 @@ class Supervisor:
         self.numbers = itertools.count(1)
         self.heard = 0.0  # when the engine last gave a sign of life
         self.restarts = -1
+        self.on_failure: Callable[[], None] = lambda: None  # a model that is loaded at the start cannot be
         self.leaving = False  # told to end: no longer ready, though it still answers
         self.closing = False
         self.watching: asyncio.Task[None] | None = None
@@ -124,9 +126,12 @@ class Supervisor:
         if what == "model":
             name, state, facts = rest
             model = self.models[name]
-            model.state, model.facts = state, facts or model.facts
+            model.state = state
+            model.facts = facts if state == "ready" else model.facts
             if state == "failed":
-                sys.stderr.write(f"{name} cannot be served: {facts['problem']}\n")
+                model.problem = facts["problem"]
+                if model.spec.warm:
+                    self.on_failure()
         elif what == "beat":
             for name, counts in rest[0].items():
                 self.models[name].counts = counts

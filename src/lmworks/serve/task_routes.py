@@ -11,7 +11,7 @@ import numpy as np
 from lmworks.base.optional import require
 from lmworks.serve.openai_routes import Answering, event
 from lmworks.serve.refusals import Refused
-from lmworks.serve.schema import MOST_CHARACTERS
+from lmworks.serve.schema import MOST_IN_ADDRESS
 from lmworks.serve.service import Service
 from lmworks.serve.supervisor import Model
 from lmworks.serve.task_schema import (
@@ -99,7 +99,7 @@ def make_router(service: Service) -> APIRouter:
         return await predict_text(wanted.input_text, wanted.model, request)
 
     @router.get("/predict/{text:path}")
-    async def predict_path(request: Request, text: str = Path(max_length=MOST_CHARACTERS)) -> dict[str, Any]:
+    async def predict_path(request: Request, text: str = Path(max_length=MOST_IN_ADDRESS)) -> dict[str, Any]:
         """Answer a text in the address by whatever the first model does."""
         return await predict_text(text, None, request)
 
