@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # tests run beside servers and browsers
+os.environ.setdefault("LMWORKS_CACHE", tempfile.mkdtemp(prefix="lmworks-choices-"))  # what is fastest, as measured
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
@@ -21,6 +24,17 @@ def data_folder() -> Path:
     folder = Path(value)
     assert folder.is_dir(), f"LMWORKS_DATA names {folder}, which is not a folder"
     return folder
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Train on one thread, as two on a busy machine wait for each other, and give the threads back."""
+    import torch
+
+    before = torch.get_num_threads()
+    monkeypatch.setenv("LMWORKS_THREADS", "1")
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.hookimpl(hookwrapper=True)

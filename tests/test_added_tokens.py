@@ -6,7 +6,6 @@ import json
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,8 @@ from lmworks.training.lora import activate
 from lmworks.training.state import MODEL
 from lmworks.training.stored import saved_tensors
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLOSE = 1e-5
 SMALL: dict[str, Any] = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
@@ -43,15 +44,6 @@ FAMILIES: dict[str, Any] = {
     "llama": lambda size: t.LlamaForCausalLM(t.LlamaConfig(**SMALL, vocab_size=size, num_key_value_heads=1)),
 }  # tied, and not
 QUICK: dict[str, Any] = {"task": "text-generation", "epochs": 1, "batch_size": 8, "dtype": "fp32", "lr": 1e-2}
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Train on one thread, and give the threads back."""
-    before = torch.get_num_threads()
-    monkeypatch.setenv("LMWORKS_THREADS", "1")
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).with_name("training")))
-from tuning_models import make_body, two_languages, write_rows
+from tuning_models import make_languages, two_languages, write_rows
 
 from lmworks.base.errors import InputError
 from lmworks.cli import main
@@ -24,28 +23,18 @@ from lmworks.distilling import distill
 from lmworks.export.receipt import check_receipt
 from lmworks.finetuning import evaluate_task, finetune
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SCRIPT = Path(__file__).with_name("training") / "kill_finetune.py"
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "LMWORKS_THREADS": "1"}
 QUICK: dict[str, Any] = {"epochs": 1, "lr": 2e-3, "batch_size": 8, "dtype": "fp32"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Train on one thread, and give the threads back."""
-    before = torch.get_num_threads()
-    monkeypatch.setenv("LMWORKS_THREADS", "1")
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
 def languages(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a teacher that tells English from German, a body without a head, and sentences."""
     root = tmp_path_factory.mktemp("languages")
-    train = two_languages(data_folder, skip=0, count=120)
-    make_body(root / "body", (text for text, _ in train))
-    write_rows(root / "train.jsonl", train)
-    write_rows(root / "validation.jsonl", two_languages(data_folder, skip=500, count=40))
+    make_languages(root, data_folder, 120)
     settings = {"validation": root / "validation.jsonl", "task": "text-classification", **QUICK, "epochs": 4}
     finetune(root / "body", root / "train.jsonl", root / "teacher", **settings)
     return root

@@ -35,12 +35,9 @@ from lmworks.text.labelled import read_labelled
 from lmworks.tokens.train import train_tokenizer
 from lmworks.training.fewshot import fit_logistic
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUICK: dict[str, Any] = {"epochs": 3, "lr": 2e-3, "batch_size": 16, "dtype": "fp32", "task": "feature-extraction"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LMWORKS_THREADS", "1")
 
 
 def captions(data_folder: Path, language: str, count: int, name: str = "val") -> list[str]:

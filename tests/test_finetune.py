@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from PIL import Image
 from seqeval.metrics import f1_score
 
 sys.path.insert(0, str(Path(__file__).with_name("training")))
-from tuning_models import make_body, two_languages, write_rows
+from tuning_models import make_body, make_languages, write_rows
 
 from lmworks.base.errors import FormatError, InputError, Interrupted, LmworksError
 from lmworks.export.receipt import check_receipt
@@ -31,28 +30,18 @@ from lmworks.tokens.train import train_tokenizer
 from lmworks.training.log import read_history
 from lmworks.training.state import hold
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SCRIPT = Path(__file__).with_name("training") / "kill_finetune.py"
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "LMWORKS_THREADS": "1"}
 QUICK = {"epochs": 4, "lr": 2e-3, "batch_size": 8, "dtype": "fp32"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Train on one thread, and give the threads back."""
-    before = torch.get_num_threads()
-    monkeypatch.setenv("LMWORKS_THREADS", "1")
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
 def languages(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a body without a head, and English and German sentences to tell apart."""
     root = tmp_path_factory.mktemp("languages")
-    train = two_languages(data_folder, skip=0, count=200)
-    make_body(root / "body", (text for text, _ in train))
-    write_rows(root / "train.jsonl", train)
-    write_rows(root / "validation.jsonl", two_languages(data_folder, skip=500, count=40))
+    make_languages(root, data_folder, 200)
     named = [block for block in re.split(r"\n\s*\n", (data_folder / "wnut17/train.conll").read_text()) if "B-" in block]
     (root / "names.conll").write_text("\n\n".join(named[:60]) + "\n")
     return root
@@ -562,7 +551,7 @@ def test_an_instruction_model_is_scored_on_its_answers(tmp_path: Path) -> None:
         long="truncate",
     )  # fmt: skip
     assert tuned.values["left_out"] == 1
-    assert any("1 training examples had nothing to learn" in note for note in tuned.notes)
+    assert any("1 training example had nothing to learn" in note for note in tuned.notes)
 
 
 def test_an_adapter_is_opened_by_load_and_not_trained_further(languages: Path, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from lmworks.export.receipt import check_receipt
 from lmworks.finetuning import evaluate_task, finetune
 from lmworks.inspection import inspect_folder
 from lmworks.training.finetune import open_predictor
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 QUICK = {"epochs": 2, "batch_size": 8, "dtype": "fp32"}
 SMALL: dict[str, Any] = {
@@ -53,15 +54,6 @@ FAMILIES: dict[str, Any] = {
 METHODS = ("adapter", "prefix")
 WRITERS = ("llama", "mistral", "qwen2", "phi")
 FAST, SLOW = ("bert", "modernbert", "llama"), ("roberta", "distilbert", "gpt2", "mistral", "qwen2")
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Train on one thread, and give the threads back."""
-    before = torch.get_num_threads()
-    monkeypatch.setenv("LMWORKS_THREADS", "1")
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,10 @@ from lmworks.runtime.predictor import load
 from lmworks.searching import tune
 from lmworks.training.tuning import Tuning
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TASKS = ("text-classification", "token-classification")
 QUICK = {"epochs": 3, "lr": 4e-3, "batch_size": 8, "dtype": "fp32", "task": TASKS[0]}
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Train on one thread, and give the threads back."""
-    before = torch.get_num_threads()
-    monkeypatch.setenv("LMWORKS_THREADS", "1")
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ import torch
 from optuna.storages.journal import JournalFileBackend, JournalStorage
 
 sys.path.insert(0, str(Path(__file__).with_name("training")))
-from tuning_models import make_body, two_languages, write_rows
+from tuning_models import make_languages
 
 from lmworks.base.errors import InputError, LmworksError
 from lmworks.base.report import Report
@@ -50,10 +50,7 @@ def one_thread() -> Iterator[None]:
 def languages(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a body without a head, and English and German sentences to tell apart."""
     root = tmp_path_factory.mktemp("languages")
-    train = two_languages(data_folder, skip=0, count=60)
-    make_body(root / "body", (text for text, _ in train))
-    write_rows(root / "train.jsonl", train)
-    write_rows(root / "validation.jsonl", two_languages(data_folder, skip=500, count=40))
+    make_languages(root, data_folder, 60)
     return root
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lmworks.base.errors import InputError, did_you_mean
 from lmworks.base.files import check_output, write_json
 from lmworks.base.hub import find_folder
-from lmworks.base.knobs import check_ranges, read_knobs
+from lmworks.base.knobs import check_ranges, check_useful, read_knobs
 from lmworks.base.optional import require
 from lmworks.base.report import Report, Table
 from lmworks.finetune_data import as_json, fingerprint, read_data
@@ -127,6 +127,18 @@ class Distilling:
         if self.alpha == 0 and self.hidden_weight == 0:
             raise InputError("nothing would be learned from the teacher", found="--alpha 0 --hidden-weight 0",
                              fix="raise one of them, or use lmworks finetune")  # fmt: skip
+        plain = Distilling()
+        check_useful(
+            {
+                "--hidden is how layers are compared": (
+                    self.hidden != plain.hidden and not self.hidden_weight, "--hidden-weight 0"
+                ),
+                "--temperature is for what the teacher says": (
+                    self.temperature != plain.temperature and not self.alpha, "--alpha 0"
+                ),
+                "--class-weights is for the labels of the data": (self.class_weights and self.alpha == 1, "--alpha 1"),
+            }
+        )  # fmt: skip
         begins = [self.student is not None, self.layers is not None, bool(self.keep_layers)]
         if sum(begins) > 1:
             raise InputError("a student begins in one way", fix="give one of --student, --layers and --keep-layers")
@@ -183,37 +195,45 @@ def distill(
     """
     require("torch", extra="torch")
     from lmworks.training.distillation import drop_match, open_teacher
+    from lmworks.training.distributed import find_ranks
     from lmworks.training.finetune import tune
     from lmworks.training.side_by_side import compare
 
-    out, knobs = Path(out), (knobs or Distilling.from_dict(settings)).check()
-    check_output(out, overwrite=overwrite)
-    folder = find_folder(teacher, revision=revision)
-    task = task or find_task(read_kind(read_config(folder)))
-    if task not in DISTILLABLE:
-        raise InputError(f"no distillation for the task {task!r}", expected=", ".join(DISTILLABLE),
-                         fix=f"choose one with --task;{did_you_mean(task, DISTILLABLE)}")  # fmt: skip
-    columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column, "header": header}
-    data, held_out = read_data(Path(train), validation, task, split, knobs.seed, columns)
-    opened = open_teacher(folder, task)
-    check_answers(opened.model, folder, data)
-    setup, tuning, place = set_up_student(opened, folder, data, held_out, task, knobs)
+    ranks = find_ranks()
+    with ranks.together():
+        out, knobs = Path(out), (knobs or Distilling.from_dict(settings)).check()
+        check_output(out, overwrite=overwrite)
+        folder = find_folder(teacher, revision=revision)
+        task = task or find_task(read_kind(read_config(folder)))
+        if task not in DISTILLABLE:
+            raise InputError(f"no distillation for the task {task!r}", expected=", ".join(DISTILLABLE),
+                             fix=f"choose one with --task;{did_you_mean(task, DISTILLABLE)}".rstrip(";"))  # fmt: skip
+        columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column, "header": header}
+        data, held_out = read_data(Path(train), validation, task, split, knobs.seed, columns)
+        opened = open_teacher(folder, task)
+        check_answers(opened.model, folder, data)
+        setup, tuning, place = set_up_student(opened, folder, data, held_out, task, knobs)
     if dry_run:
         from lmworks.tuning_report import estimate
 
         return estimate(setup, tuning, task)
-    with tuning_folder(out, resume=resume, overwrite=overwrite) as run:
-        given = {"teacher": str(teacher), "teacher_sha256": opened.sha256, "task": task, **as_json(asdict(knobs))}
-        check_same_run(run, given, fingerprint(data, held_out))
-        baselines = first_scores(run / "training" / BASELINES, setup, data, held_out)
+    known = {"teacher": str(teacher), "teacher_sha256": opened.sha256}
+    with ranks.on_first(tuning_folder(out, resume=resume, overwrite=overwrite)) as run:
+        given = {**known, "task": task, **as_json(asdict(knobs))}
+        ranks.once(lambda: check_same_run(run, given, fingerprint(data, held_out)))
+        baselines = ranks.once(lambda: first_scores(run / "training" / BASELINES, setup, data, held_out))
         tuned = tune(setup, held_out, run / "training", task=task, tuning=tuning, stream=sys.stderr)
         drop_match(setup.model)
-        tuned, facts = compare(opened.model, opened.files, tuned, setup, held_out, task=task, tuning=tuning)
-        facts = {"teacher": str(teacher), "teacher_sha256": opened.sha256, **facts, "settings": asdict(knobs)}
-        return publish(
-            run, place, teacher if knobs.student is None else knobs.student, tuned, setup, data, held_out, baselines,
-            tuning, task, out, amend=lambda report: with_teacher(report, facts, Path(teacher).name, task), more=facts,
-        )  # fmt: skip
+
+        def publish_student() -> Report:
+            done, found = compare(opened.model, opened.files, tuned, setup, held_out, task=task, tuning=tuning)
+            facts = {**known, **found, "settings": asdict(knobs)}
+            return publish(
+                run, place, knobs.student or teacher, done, setup, data, held_out, baselines, tuning, task, out,
+                amend=lambda report: with_teacher(report, facts, Path(teacher).name, task), more=facts,
+            )  # fmt: skip
+
+        return ranks.once(publish_student)
 
 
 def check_answers(teacher: Model, folder: Path, data: Labelled) -> None:
@@ -227,10 +247,11 @@ def check_answers(teacher: Model, folder: Path, data: Labelled) -> None:
                          expected=f"{teacher.config.problem_type or usual} ({folder})")  # fmt: skip
     missing = [label for label in data.labels if label not in known]
     if missing:
+        near = did_you_mean(missing[0], known)
         raise InputError(
             f'the teacher does not know the label "{missing[0]}"', where=data.where, found=", ".join(data.labels[:10]),
             expected=f"{', '.join(known[:10])} ({folder})",
-            fix=f"correct the label, or fine-tune a teacher on these data;{did_you_mean(missing[0], known)}",
+            fix=f"correct the label, or fine-tune a teacher on these data;{near}".rstrip(";"),
         )  # fmt: skip
 
 
@@ -247,10 +268,16 @@ def set_up_student(
         open_student,
         spread_layers,
     )
+    from lmworks.training.distributed import find_ranks
     from lmworks.training.finetune import set_up
+    from lmworks.training.machine import find_device
     from lmworks.training.measure import problem_type
 
     new_head, files, place, problem = False, teacher.files, teacher.base, problem_type(data)
+    warm = knobs.temperature != Distilling().temperature
+    check_useful(
+        {"a number cannot be softened": (warm and problem == "regression", f"--temperature {knobs.temperature}")}
+    )
     of, width = teacher.model.config.num_hidden_layers, teacher.model.config.hidden_size
     if knobs.student is None:
         if not teacher.copies:
@@ -272,6 +299,7 @@ def set_up_student(
     if student.config.max_tokens > room and (tuning.max_length or room + 1) > room:
         tuning = replace(tuning, max_length=room)
     setup = set_up(files, data, held_out, task=task, tuning=tuning.check(), opened=(student, new_head))
+    find_ranks().place(teacher.model.to(find_device()))
     objective: Any = setup.objective
     loss: DistillationLoss = DistillationLoss(
         teacher.model, objective, pairs=pairs, temperature=knobs.temperature, alpha=knobs.alpha,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lmworks.base.report import Cell, Report, Table
+from lmworks.base.report import Cell, Report, Table, counted
 from lmworks.base.threads import cpu_count
 from lmworks.corpus import Corpus
 from lmworks.run import disk_needed, make_network, train_config
@@ -58,7 +58,8 @@ def estimate(corpus: Corpus, settings: Settings) -> Report:
         ("disk", f"at most {disk / 1e6:,.0f} MB"),
         (
             "time",
-            f"about {max(1, round(seconds / 60))} min of training: {settings.steps:,} steps on {cpu_count()} threads",
+            f"about {max(1, round(seconds / 60))} min of training: {counted(settings.steps or 0, 'step')} on "
+            f"{counted(cpu_count(), 'thread')}",
         ),
     )
     return Report("What this run would cost", values, tables=(Table("Estimate", ("what", "value"), rows),))

@@ -17,7 +17,7 @@ import numpy as np
 
 from lmworks.base.errors import InputError
 from lmworks.base.files import read_json, write_json
-from lmworks.base.report import Cell, Report, Table
+from lmworks.base.report import Cell, Report, Table, counted
 from lmworks.text.labelled import Labelled
 from lmworks.training.data import draw
 from lmworks.training.tuning import Tuning
@@ -167,7 +167,8 @@ def evaluate_prompts(
         "draws": found, "spread": spread(found), "shots": shots, "words": says, "template": template,
         "calibrated": prompt.calibrate, "per_token": prompt.per_token, "seed": prompt.seed,
     }  # fmt: skip
-    return Report(f"{model}: {len(data):,} texts, {shots} examples of each label", values, tables=spread_tables(found))
+    title = f"{model}: {counted(len(data), 'text')}, {counted(shots, 'example')} of each label"
+    return Report(title, values, tables=spread_tables(found))
 
 
 def show_shots(data: Labelled, shots: int, seed: int) -> Labelled:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,18 @@ def choose_task(task: str | None, folder: Path) -> str:
         return found
     what = f"no fine-tuning for the task {found!r}" if task else "this checkpoint has no head that says what to learn"
     near = did_you_mean(found, TUNABLE) if task else ""
-    raise InputError(what, expected=", ".join(TUNABLE), fix=f"choose one with --task;{near}")
+    raise InputError(what, expected=", ".join(TUNABLE), fix=f"choose one with --task;{near}".rstrip(";"))
 
 
 def read_data(
-    train: Path, validation: PathLike | None, task: str, split: str | None, seed: int, columns: dict[str, Any]
-) -> tuple[Labelled, Labelled]:
-    """Return the training and the validation data; raise InputError where their labels differ."""
+    train: Path, validation: PathLike | None, task: str, split: str | None, seed: int, columns: dict[str, Any],
+    also: Sequence[Path] = (),
+) -> tuple[Labelled, Labelled]:  # fmt: skip
+    """Return the training and the validation data; raise InputError where their labels differ.
+
+    `also` are other files of the run, to which the columns belong as well.
+    """
+    check_header(columns["header"], train, train if validation is None else Path(validation), *also)
     first, _, second = (split or "").partition(",")
     kind = "text-generation" if task == "fill-mask" else task
     data = read_labelled(train, kind, split=first or None, **columns)
@@ -54,6 +60,35 @@ def read_data(
     if task in ("text-classification", "image-classification"):
         check_all_labels(data, other)
     return data, other
+
+
+def check_header(header: bool, *files: Path) -> None:
+    """Raise InputError for --no-header where no file has rows that could be one."""
+    if not header and not any(is_table(file) or file.is_dir() for file in files):
+        raise InputError("only a table has a first row that may name the columns", found="--no-header",
+                         where=str(files[0]), expected=".csv or .tsv", fix="leave it out")  # fmt: skip
+
+
+def check_plain(
+    path: Path, long: str | None, column: str | None, *, label_column: str | None, header: bool, split: str | None
+) -> None:
+    """Raise InputError for options of labelled data where a language model is scored on texts."""
+    nested = path.suffix.lower() in (".json", ".jsonl") and column is None
+    given = {"--long": long, "--label-column": label_column, "--no-header": None if header else True,
+             "--split": None if nested else split}  # fmt: skip
+    if asked := [option for option, value in given.items() if value is not None]:
+        raise InputError("a language model is scored on texts, which have no labels", found=" ".join(asked),
+                         fix="leave it out; a table without a header is told by --text-column NUMBER")  # fmt: skip
+
+
+def is_table(file: Path) -> bool:
+    """Tell a table by its ending."""
+    return file.suffix.lower() in (".csv", ".tsv")
+
+
+def also_files(tuning: Tuning) -> list[Path]:
+    """Return the files of --also."""
+    return [find_split(read_weight(text)[0])[0] for text in tuning.also]
 
 
 def read_domains(data: Labelled, task: str, tuning: Tuning, columns: dict[str, Any]) -> list[Domain]:
@@ -74,7 +109,7 @@ def read_other(file: Path, task: str, seed: int, columns: dict[str, Any]) -> tup
     """Return the training and the held-out data of another file than the main one: FILE, or FILE:SPLIT."""
     path, split = find_split(file)
     try:
-        return read_data(path, None, task, split, seed, columns)
+        return read_data(path, None, task, split, seed, {**columns, "header": columns["header"] or not is_table(path)})
     except InputError as error:
         if error.fix.startswith("--split"):  # which is that of the main file
             error.fix = f"write {path}:NAME" + error.fix.removeprefix("--split NAME").replace("NAME", f"{path}:NAME", 1)

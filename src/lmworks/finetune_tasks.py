@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from lmworks.base.errors import InputError
 from lmworks.base.files import write_json, write_text
-from lmworks.base.report import Cell, Report, Table
+from lmworks.base.report import Cell, Report, Table, counted
 from lmworks.finetune_data import as_json, choose_task, fingerprint, read_other
 from lmworks.finetune_folder import BASELINES, find_baselines, publish, tuning_folder
 from lmworks.run import check_same_run
 from lmworks.text.labelled import Labelled
 from lmworks.training.mixture import check_weights, read_share
-from lmworks.training.tuning import Tuning
+from lmworks.training.tuning import LONG_TASKS, Tuning
 
 if TYPE_CHECKING:
     from lmworks.training.finetune import Setup, Tuned
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 COLUMNS: dict[str, Any] = {"text_column": None, "label_column": None, "header": True}
 METHODS = ("full", "head")  # the others leave adapters: each would need a body of its own
 ALONE = ("shots", "also", "also_evaluate", "contrastive", "curriculum", "add_tokens", "insert", "swap")
+USED_BY = {  # knobs of one task, of which another takes no notice
+    "every_token": {"token-classification"},
+    "whole_words": {"fill-mask"},
+    "long": {*LONG_TASKS, "text-generation"},
+}
 Scores = dict[str, dict[str, float]]
 
 
@@ -86,6 +91,9 @@ def check_together(tasks: Sequence[str], tuning: Tuning) -> None:
     if tuning.method not in METHODS:
         wrong.append(f"--method {tuning.method}")
     wrong += [f"--{name.replace('_', '-')}" for name in ALONE if getattr(tuning, name) != getattr(plain, name)]
+    for name, used in USED_BY.items():
+        if getattr(tuning, name) != getattr(plain, name) and not used & set(tasks):
+            wrong.append(f"--{name.replace('_', '-')}")
     wrong += ["--task feature-extraction"] if "feature-extraction" in tasks else []
     if wrong:
         raise InputError(
@@ -183,8 +191,8 @@ def publish_together(
     facts: tuple[tuple[Cell, ...], ...] = (
         ("base", str(model)),
         ("method", tuning.method),
-        *((part.name, f"{part.weight:.0%} of the steps, {len(part.data):,} examples") for part in parts),
-        ("training", f"{result.steps:,} steps in {result.seconds:.0f} s, best at step {result.best_step:,}"),
+        *((part.name, f"{part.weight:.0%} of the steps, {counted(len(part.data), 'example')}") for part in parts),
+        ("training", f"{counted(result.steps, 'step')} in {result.seconds:.0f} s, best at step {result.best_step:,}"),
         ("precision while training", result.dtype),
     )
     report = Report(

@@ -18,21 +18,21 @@ from lmworks.base.errors import InputError
 from lmworks.base.files import check_output, read_json
 from lmworks.base.hub import find_folder
 from lmworks.base.optional import require
-from lmworks.base.report import Report, Table
+from lmworks.base.report import Report, Table, counted
 from lmworks.few_shot import draw_shots, tune_draws
-from lmworks.finetune_data import as_json, choose_task, fingerprint, read_data, read_domains
+from lmworks.finetune_data import also_files, as_json, check_header, choose_task, fingerprint, read_data, read_domains
 from lmworks.finetune_folder import BASELINES, find_baselines, publish, tuning_folder
 from lmworks.finetune_tasks import finetune_tasks, read_parts
+from lmworks.models.config import Config
 from lmworks.models.families import read_config, read_kind
 from lmworks.run import check_same_run
 from lmworks.runtime.predictor import read_facts
 from lmworks.tasks.base import Long
 from lmworks.tasks.registry import find_task
 from lmworks.text.labelled import Labelled, check_labels, read_labelled
-from lmworks.training.tuning import Tuning
+from lmworks.training.tuning import LONG_TASKS, Tuning
 
 PathLike = str | Path
-LONG_TASKS = ("text-classification", "token-classification", "feature-extraction")  # they may read long texts in parts
 
 
 def finetune(
@@ -71,7 +71,7 @@ def finetune(
         folder = find_folder(model, revision=revision)
         task = choose_task(task, folder)
         columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column, "header": header}
-        data, held_out = read_data(Path(train), validation, task, split, tuning.seed, columns)
+        data, held_out = read_data(Path(train), validation, task, split, tuning.seed, columns, also_files(tuning))
         parts = read_parts(data, held_out, task, Path(train), folder, tuning)
         domains = read_domains(data, task, tuning, columns)
         if tuning.shots is not None and ranks.world > 1:
@@ -128,6 +128,7 @@ def evaluate_task(
     folder = find_folder(model, revision=revision)
     config = read_config(folder)
     task = task or find_task(read_kind(config))
+    check_header(header, Path(path))
     data = read_labelled(path, task, text_column=text_column, label_column=label_column, header=header, split=split)
     if data.references[0] is None:
         raise InputError(
@@ -140,6 +141,9 @@ def evaluate_task(
     problem = problem_type(data)
     if data.labels:
         data = check_labels(replace(data, labels=config.labels, where=str(folder)), data)
+    check_kind(config, problem, data, folder)
+    if long is not None and task not in LONG_TASKS:
+        raise InputError(f"--long is not for {task}", expected=", ".join(LONG_TASKS), fix="leave it out")
     cut = long or settings.get("long", "error")
     if (folder / "onnx").is_dir() or runtime == "onnx":
         from lmworks.runtime.predictor import load
@@ -150,17 +154,29 @@ def evaluate_task(
         require("torch", extra="torch")
         from lmworks.training.finetune import open_predictor
 
-        predictor = open_predictor(folder, task, long=cut, max_length=settings.get("max_length"), code=code)
+        chosen, room = "fp32" if dtype in ("auto", "any") else dtype, settings.get("max_length")
+        predictor = open_predictor(folder, task, long=cut, max_length=room, code=code, dtype=chosen)
     said = answer(predictor, data, problem=problem)
     labels = config.labels if data.labels else ()
     metrics = score(task, said, data.references, labels=labels)
     rows = class_rows(task, said, data.references, labels)
     values = {"model": str(model), "task": task, "examples": len(data), **metrics, "metrics": metrics, "classes": rows}
     tables = (metric_table(f"On {path}", {"this model": metrics}), *class_table(rows))
-    return Report(f"{model}: {len(data):,} examples of {task}", values, tables=tables)
+    return Report(f"{model}: {counted(len(data), 'example')} of {task}", values, tables=tables)
 
 
-def evaluate_answers(folder: Path, data: Labelled, *, code: Sequence[str] = ()) -> Report:
+def check_kind(config: Config, problem: str | None, data: Labelled, folder: Path) -> None:
+    """Raise InputError for numbers where a model has labels, and for several labels at once where it has one."""
+    one = config.problem_type == "single_label_classification"
+    if (problem == "regression" and len(config.labels) > 1) or (problem == "multi_label_classification" and one):
+        raise InputError("the data have another kind of label than the model", where=data.where,
+                         found=problem.replace("_", " "), expected=f"one of {', '.join(config.labels[:10])} ({folder})",
+                         fix="check --label-column")  # fmt: skip
+
+
+def evaluate_answers(
+    folder: Path, data: Labelled, *, code: Sequence[str] = (), runtime: str = "auto", dtype: str = "auto"
+) -> Report:
     """Score a language model, or an adapter, on prompts with completions or on conversations: on the answers alone.
 
     The perplexity is that of an answer's tokens and of the end of the text after it, each given all before it.
@@ -173,7 +189,10 @@ def evaluate_answers(folder: Path, data: Labelled, *, code: Sequence[str] = ()) 
     from lmworks.training.rows import make_language_rows
     from lmworks.training.validation import held_out_loss
 
-    predictor = open_predictor(folder, "text-generation", code=code)
+    if runtime == "onnx":
+        raise InputError("torch alone scores answers", found="--runtime onnx", fix="leave it out")
+    chosen = "fp32" if dtype in ("auto", "any") else dtype
+    predictor = open_predictor(folder, "text-generation", code=code, dtype=chosen)
     network: Any = getattr(predictor.runtime, "model")  # noqa: B009 (torch's runtime has one)
     facts = read_facts(read_config(folder), predictor.tokenizer)
     rows = make_language_rows(predictor.tokenizer, data.examples, facts, long="error")

@@ -15,7 +15,7 @@ from typing import Any
 from lmworks.base.errors import InputError
 from lmworks.base.files import STAGED, read_json, sha256, write_json
 from lmworks.base.hub import find_folder
-from lmworks.finetune_data import as_json, choose_task, fingerprint, read_data, read_domains
+from lmworks.finetune_data import also_files, as_json, choose_task, fingerprint, read_data, read_domains
 from lmworks.search_space import Knob, Value, default_space, make_grid, read_space
 from lmworks.search_study import How, SharedStudy
 from lmworks.text.labelled import Labelled
@@ -100,7 +100,8 @@ def read_plan(request: Request) -> Plan:
         raise InputError("halving stops trials between epochs", found=f"{most:g} epoch", fix="--epochs 4, say")
     folder = find_folder(request.model, revision=request.revision)
     task = choose_task(request.task, folder)
-    data, held_out = read_data(request.train, request.validation, task, request.split, tuning.seed, request.columns)
+    data, held_out = read_data(request.train, request.validation, task, request.split, tuning.seed, request.columns,
+                               also_files(tuning))  # fmt: skip
     from lmworks.training.measure import main_metric, problem_type
 
     criterion = main_metric(task, held_out, problem_type(data))

@@ -15,7 +15,7 @@ import numpy as np
 
 from lmworks.base.chart import Chart
 from lmworks.base.files import write_text
-from lmworks.base.report import Cell, Report, Table
+from lmworks.base.report import Cell, Report, Table, counted
 from lmworks.search_space import Knob
 from lmworks.search_study import Variant, by_variant, is_repeated, mean_score, scores
 from lmworks.training.tuning import RANGES
@@ -66,7 +66,7 @@ def make_report(
         "choice": notes,
     }  # fmt: skip
     return Report(
-        f"{len(trials)} trials: {criterion} {best.value:.4f} with {describe(best.params)}",
+        f"{counted(len(trials), 'trial')}: {criterion} {best.value:.4f} with {describe(best.params)}",
         values,
         tables=(*variant_table(values["variants"], criterion), trial_table(study, trials, criterion)),
         charts=(
@@ -111,7 +111,8 @@ def find_noise(
         return max(own, pooled), "the standard deviation over the seeds"
     if criterion == "accuracy" and best.value is not None:
         share = (best.value * held_out + 1) / (held_out + 2)
-        return math.sqrt(share * (1 - share) / held_out), f"the standard error of {held_out:,} held-out examples"
+        said = f"the standard error of {counted(held_out, 'held-out example')}"
+        return math.sqrt(share * (1 - share) / held_out), said
     return None, ""
 
 

@@ -37,7 +37,6 @@ from lmworks.training.tuning import Tuning
 
 if TYPE_CHECKING:
     from lmworks.training.finetune import Setup, Tuned
-    from lmworks.training.train_config import TrainResult
     from lmworks.training.trainer import Trainer
 
 WAIT = 0.3  # seconds between two looks for a trial to take over
@@ -75,6 +74,7 @@ def tune(
     """
     require("optuna", extra="tune")
     require("torch", extra="torch")
+    check_alone()
     one_of(search, get_args(How), "search")
     request = Request(
         model=str(model), train=Path(train), out=Path(out), storage=Path(storage), trials=trials, space=tuple(space),
@@ -92,6 +92,18 @@ def tune(
             run_trials(plan, study)
         with study.held():
             return finish(plan, study)
+
+
+def check_alone() -> None:
+    """Raise InputError under torchrun, whose processes would train one trial together."""
+    from lmworks.training.distributed import find_ranks
+
+    ranks = find_ranks()
+    with ranks.together():
+        if ranks.world > 1:
+            raise InputError("a search does not run under torchrun", found=f"{ranks.world} processes",
+                             fix="start the command without it: --jobs N here, or as often as you like, anywhere, "
+                             "with one --storage")  # fmt: skip
 
 
 @contextmanager
@@ -156,22 +168,13 @@ def run_trials(plan: Plan, study: SharedStudy, *, parent: int | None = None) -> 
 
 
 @dataclass(frozen=True)
-class Watch:
+class Watch(Callback):
     """Listens to a trial: successive halving may end it, and a process whose parent is gone stops."""
 
     plan: Plan
     study: SharedStudy
     trial: Trial
     parent: int | None
-
-    def on_start(self, trainer: Trainer) -> None:
-        """Nothing."""
-
-    def on_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
-        """Nothing."""
-
-    def on_end(self, trainer: Trainer, result: TrainResult | None) -> None:
-        """Nothing."""
 
     def on_validation(self, trainer: Trainer, row: dict[str, Any]) -> None:
         """Record the score, and end a trial that is not among the best third at its rung."""

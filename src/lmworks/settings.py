@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from lmworks.base.errors import InputError, did_you_mean
-from lmworks.base.knobs import check_ranges
+from lmworks.base.knobs import check_belongs, check_ranges, check_useful
 
 Size = Literal["tiny", "small", "base"]
 Family = Literal["llama", "gpt2"]
@@ -73,7 +73,7 @@ class Settings:
     clip_value
         Clip every number of the gradient at this instead; 0 is off.
     gradient_checkpointing
-        Save memory by computing each layer again for its gradient: about a third more time.
+        Save memory by computing each layer again for its gradient: about two fifths more time.
     balance_ranks
         Under torchrun, more rows to faster devices: if they are unlike (auto), always or never.
     eval_every
@@ -121,6 +121,7 @@ class Settings:
 
     def resolve(self, corpus_bytes: int) -> Settings:
         """Fill every knob that is None from the size dial and the corpus; check the ranges."""
+        self.check_uses()
         chosen: dict[str, Any] = dict(SIZES[self.size])
         cap = chosen.pop("largest_vocab")
         chosen["vocab_size"] = max(512, min(cap, corpus_bytes // 500 // 64 * 64))
@@ -151,6 +152,23 @@ class Settings:
                 "--accumulation must divide --batch-size", found=f"{self.accumulation} and {self.batch_size}"
             )
 
+    def check_uses(self) -> None:
+        """Raise InputError for a knob that another one leaves without effect."""
+        plain = Settings()
+        check_belongs(self, plain, BELONGS)
+        clipped = self.clip_value and self.max_grad_norm not in (0, plain.max_grad_norm)
+        check_useful(
+            {
+                "--beta2 is for adamw and adam": (
+                    self.optimizer == "sgd" and self.beta2 != plain.beta2, "--optimizer sgd"
+                ),
+                "--min-lr is for a rate that falls": (
+                    self.schedule == "constant" and self.min_lr is not None, "--schedule constant"
+                ),
+                "--clip-value takes the place of --max-grad-norm": (bool(clipped), "--clip-value and --max-grad-norm"),
+            }
+        )  # fmt: skip
+
     def to_dict(self) -> dict[str, Any]:
         """Return every knob by name."""
         return asdict(self)
@@ -180,6 +198,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+BELONGS = {"momentum": ("optimizer", "sgd"), "decay": ("schedule", "wsd")}  # a knob does nothing without the choice
 CHOICES = {"schedule": Schedule, "optimizer": OptimizerName, "dtype": Dtype, "balance_ranks": Balance}
 RANGES: dict[str, tuple[float, float]] = {
     "vocab_size": (260, 200_000),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmworks import __version__
 from lmworks.base.chart import Chart
-from lmworks.base.report import Cell, Report, Table
+from lmworks.base.report import Cell, Report, Table, counted
 
 if TYPE_CHECKING:
     from lmworks.run import Trained
@@ -118,7 +118,10 @@ def network_table(trained: Trained) -> Table:
         ("architecture", f"{s.family}, {s.layers} layers, {s.hidden_size} wide, {s.heads} heads, context {s.context}"),
         ("parameters", f"{trained.parameters:,}"),
         ("tokenizer", f"{s.tokenizer}, {trained.tokenizer.vocab_size:,} tokens"),
-        ("training", f"{result.steps:,} steps in {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s"),
+        (
+            "training",
+            f"{counted(result.steps, 'step')} in {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s",
+        ),
         ("precision while training", result.dtype),
         ("next-token accuracy", f"{trained.scores.next_token_accuracy:.1%}"),
     ]
@@ -138,17 +141,6 @@ def certificate_table(certificate: dict[str, Any]) -> Table:
             rows.append((runtime, dtype, f"{equal} of {checked}", cell["max_abs_diff"], cell["tolerance"], verdict))
     columns = ("runtime", "dtype", "tokens equal", "largest logit difference", "allowed", "verdict")
     return Table("The same answers as torch fp32", columns, tuple(rows))
-
-
-def certificate_report(certificate: dict[str, Any], folder: str) -> Report:
-    """Return what `verify` found as a report."""
-    notes = list(certificate["problems"])
-    for runtime, dtypes in certificate["runtimes"].items():
-        for dtype, cell in dtypes.items():
-            if "skipped" in cell:
-                notes.append(f"{runtime} {dtype} was not checked: {cell['skipped']}. To check it: {cell['install']}")
-    verdict = "every runtime that was checked gives the same answers" if certificate["passed"] else "FAILED"
-    return Report(f"{folder}: {verdict}", certificate, tables=(certificate_table(certificate),), notes=tuple(notes))
 
 
 def loss_chart(trained: Trained) -> Chart:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmworks.base.chart import Chart
-from lmworks.base.report import Cell, Report, Table
+from lmworks.base.report import Cell, Report, Table, counted
 from lmworks.base.threads import cpu_count
 from lmworks.estimate import BYTES_AN_ACTIVATION, FIXED_MEMORY
 from lmworks.evaluation.metrics import class_scores, entity_scores, score
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 MEASURED, PARTS = 3, 4  # batches that are timed, and of each one part of so many
 OVERHEAD = 1.15  # of validation, saving and the optimizer
 TOKEN_TASKS = ("token-classification",)
+SHOWN_CLASSES = 100  # of a table for people; report.json has all
 
 
 def make_report(
@@ -68,8 +69,8 @@ def make_report(
         ("base", name),
         ("method", tuning.method + (", new head" if tuned.new_head else ", the checkpoint's own head")),
         ("parameters", f"{total:,}, {trainable / total:.1%} of them trained"),
-        ("data", f"{len(data):,} examples, {len(held_out):,} held out"),
-        ("training", f"{result.steps:,} steps in {result.seconds:.0f} s, best at step {result.best_step:,}"),
+        ("data", f"{counted(len(data), 'example')}, {len(held_out):,} held out"),
+        ("training", f"{counted(result.steps, 'step')} in {result.seconds:.0f} s, best at step {result.best_step:,}"),
         *((("gap of the last losses, held out - training", values["gap"]),) if values["gap"] is not None else ()),
         ("precision while training", result.dtype),
         *((name.replace("_", " "), value) for name, value in added_facts(setup).items()),
@@ -106,7 +107,7 @@ def make_notes(
             better = "better than" if metrics[main] > scores[main] else "NOT better than"
             notes.append(f"{main} {metrics[main]:.4f} is {better} {name} ({scores[main]:.4f}).")
     if left_out:
-        notes.append(f"{left_out:,} training examples had nothing to learn: empty, or the answer was cut off.")
+        notes.append(f"{counted(left_out, 'training example')} had nothing to learn: empty, or the answer was cut off.")
     if overfitting:
         notes.append(
             "Overfitting: the validation loss rose while the training loss went on falling. The weights of step "
@@ -174,11 +175,12 @@ def class_rows(
 
 
 def class_table(rows: Sequence[dict[str, Any]]) -> tuple[Table, ...]:
-    """Return the classes as a table, the worst first; nothing where there are none."""
+    """Return the classes as a table, the worst first, of very many the worst ones; nothing where there are none."""
     if not rows:
         return ()
-    ordered = sorted(rows, key=lambda row: row["f1"])
-    return (Table("By class", tuple(rows[0]), tuple(tuple(row.values()) for row in ordered)),)
+    ordered = sorted(rows, key=lambda row: row["f1"])[:SHOWN_CLASSES]
+    title = "By class" if len(rows) == len(ordered) else f"By class, the worst {len(ordered)} of {len(rows):,}"
+    return (Table(title, tuple(rows[0]), tuple(tuple(row.values()) for row in ordered)),)
 
 
 def domain_table(domains: Mapping[str, tuple[float, float]]) -> tuple[Table, ...]:
@@ -207,7 +209,7 @@ def estimate(setup: Setup, tuning: Tuning, task: str) -> Report:
 
     config, data = setup.model.config, setup.data
     trainable, total = trainable_parameters(setup.model)
-    seconds, tokens = time_batches(setup)
+    seconds, tokens = time_batches(setup, recompute=tuning.gradient_checkpointing)
     seconds *= data.steps * OVERHEAD
     widest = max((data.places(rows) for rows in data.plan), default=0)
     states = 2 if tuning.method == "head" else config.num_hidden_layers  # what is kept for the backward pass
@@ -229,19 +231,20 @@ def estimate(setup: Setup, tuning: Tuning, task: str) -> Report:
         "tokens_per_second": round(tokens), "threads": cpu_count(), "labels": list(config.labels),
         "settings": asdict(tuning),
     }  # fmt: skip
+    threads = counted(cpu_count(), "thread")
     rows: tuple[tuple[Cell, ...], ...] = (
         ("parameters", f"{total:,}, {trainable / total:.2%} of them trained: {trainable:,}"),
-        ("data", f"{len(data.rows):,} rows to train on, {len(data.held_out):,} held out"),
+        ("data", f"{counted(len(data.rows), 'row')} to train on, {len(data.held_out):,} held out"),
         ("memory", f"about {sum(memory.values()) / 1e9:.1f} GB"),
         *((f"  {name}", f"{size / 1e6:,.0f} MB") for name, size in memory.items()),
         ("disk", f"at most {disk / 1e6:,.0f} MB while it runs"),
         ("speed", f"about {tokens:,.0f} {'pictures' if config.vision else 'tokens'}/s"),
-        ("time", f"about {max(1, round(seconds / 60))} min: {data.steps:,} steps on {cpu_count()} threads"),
+        ("time", f"about {max(1, round(seconds / 60))} min: {counted(data.steps, 'step')} on {threads}"),
     )
     return Report("What this run would cost", values, tables=(Table("Estimate", ("what", "value"), rows),))
 
 
-def time_batches(setup: Setup) -> tuple[float, float]:
+def time_batches(setup: Setup, *, recompute: bool = False) -> tuple[float, float]:
     """Return the seconds of a forward and backward pass of a batch, and tokens (pictures) a second.
 
     A part of each of a few batches is timed.
@@ -249,7 +252,7 @@ def time_batches(setup: Setup) -> tuple[float, float]:
     import torch
 
     from lmworks.training.data import split
-    from lmworks.training.machine import to_device
+    from lmworks.training.machine import recompute_blocks, to_device
 
     data, spent, seen = setup.data, 0.0, 0
     device = next(setup.model.parameters()).device
@@ -260,7 +263,7 @@ def time_batches(setup: Setup) -> tuple[float, float]:
         rows, of = (len(next(iter(part.values()))) for part in (batch, whole))
         tensors = to_device(batch, device)
         began = time.perf_counter()
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), recompute_blocks(setup.model, recompute):
             setup.objective(setup.model, tensors).backward()  # type: ignore[no-untyped-call]
         if number:  # the first warms up
             spent += (time.perf_counter() - began) * of / rows

@@ -156,7 +156,7 @@ def test_clinc_by_split(data_folder: Path) -> None:
     for split, says in ((None, "which split"), ("tain", "tain")):
         with pytest.raises(InputError, match=says) as error:
             read_labelled(path, CLASSES, split=split)
-        assert "oos_test (1000 rows)" in error.value.found
+        assert "oos_test (1,000 rows)" in error.value.found
     assert 'did you mean "train"' in error.value.fix
 
 

@@ -290,6 +290,57 @@ def test_the_command_line_leaves_the_same_folder(reviews: Path, tmp_path: Path) 
     assert again.stderr.count("already holds a model") == 1
 
 
+def run_verb(launcher: list[str], *words: object) -> subprocess.CompletedProcess[str]:
+    """Run a verb by the command line."""
+    command = [*launcher, "-m", "lmworks", *map(str, words)]
+    return subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=240)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize("verb", ["distill", "several tasks"])
+def test_a_student_and_several_tasks_are_the_same_from_two_processes(
+    verb: str, reviews: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    """The weights and curves of one process with two parts, and of two; the teacher never leaves a trace."""
+    train = reviews / "train.jsonl"
+    if verb == "distill":
+        made = lmworks([sys.executable], reviews, tmp_path / "teacher")
+        assert made.returncode == 0, made.stderr
+        words: list[object] = ["distill", tmp_path / "teacher", train, "--layers", 1, "--alpha", 0.7]
+    else:
+        blocks = (data_folder / "wnut17/train.conll").read_text().split("\n\n")
+        (tmp_path / "names.conll").write_text("\n\n".join([one for one in blocks if "B-" in one][:40]) + "\n")
+        words = ["finetune", reviews / "body", train, "--task", "text-classification"]
+        words += ["--also-task", f"{tmp_path}/names.conll=token-classification=0.4", "--long", "truncate"]
+    words += ["--epochs", 2, "--lr", "1e-3", "--dtype", "fp32"]
+    for name, launcher, more in (("alone", [sys.executable], ["--accumulation", 2]), ("both", TORCHRUN, [])):
+        done = run_verb(launcher, *words, "-o", tmp_path / name, *more)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("training in fp32") == 1
+    weights = sorted(path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone").rglob("model.safetensors"))
+    assert len(weights) == (1 if verb == "distill" else 2)
+    assert names(tmp_path / "alone") == names(tmp_path / "both")
+    for path in weights:
+        a, b = (load_file(tmp_path / name / path) for name in ("alone", "both"))
+        assert set(a) == set(b)
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-5)
+    for name in ("loss", "val_loss"):
+        a, b = (rows(tmp_path / out / "training", name) for out in ("alone", "both"))
+        assert a == pytest.approx(b, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_search_under_torchrun_is_refused_once(reviews: Path, tmp_path: Path) -> None:
+    """Nothing is written; the message says how searches run in several processes."""
+    words = ("tune", reviews / "body", reviews / "train.jsonl", "--task", "text-classification")
+    done = run_verb(TORCHRUN, *words, "--storage", tmp_path / "search.jsonl", "-o", tmp_path / "out")
+    assert done.returncode != 0 and done.stderr.count("exitcode  : 2") >= 1
+    assert done.stderr.count("lmworks: a search does not run under torchrun") == 1 and "--storage" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def names(folder: Path) -> list[str]:
     """Return the files below a folder."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,15 +118,6 @@ def test_files_and_weights() -> None:
 # ---------------------------------------------------------------------------------------------------------- whole runs
 
 
-@pytest.fixture
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Train on one thread, and give the threads back."""
-    threads = torch.get_num_threads()
-    monkeypatch.setenv("LMWORKS_THREADS", "1")
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def languages(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small GPT-2, and sentences of Toki Pona and their English translations."""
@@ -168,7 +158,6 @@ def read_texts(path: Path) -> list[str]:
     return [json.loads(line)["text"] for line in path.read_text().splitlines()]
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_the_loss_of_every_domain_is_reported_before_and_after(
     languages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,7 +212,6 @@ def test_another_file_names_its_own_split(languages: Path, tmp_path: Path) -> No
     assert error.value.fix.startswith(f"write {tmp_path}/nested.json:NAME, or {tmp_path}/nested.json:NAME+NAME")
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_what_does_not_go_together_is_refused(languages: Path, tmp_path: Path) -> None:
     for changes, message in (
         ({"batch_tokens": 100}, "--batch-tokens has no use"),

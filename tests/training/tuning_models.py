@@ -54,6 +54,14 @@ def two_languages(data_folder: Path, *, skip: int, count: int) -> list[tuple[str
     return rows
 
 
+def make_languages(root: Path, data_folder: Path, count: int) -> None:
+    """Leave in `root` a body without a head, and English and German sentences: `count` of each, and 40 others."""
+    train = two_languages(data_folder, skip=0, count=count)
+    make_body(root / "body", (text for text, _ in train))
+    write_rows(root / "train.jsonl", train)
+    write_rows(root / "validation.jsonl", two_languages(data_folder, skip=500, count=40))
+
+
 def write_rows(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
     """Write texts and labels as jsonl."""
     path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))

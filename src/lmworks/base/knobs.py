@@ -21,6 +21,22 @@ def read_knobs(kind: type[T], given: Mapping[str, Any]) -> T:
     return kind(**given)
 
 
+def check_useful(useless: Mapping[str, tuple[bool, str]]) -> None:
+    """Raise InputError for the first rule that is broken: why a knob would do nothing -> (whether it is so, found)."""
+    for reason, (broken, found) in useless.items():
+        if broken:
+            raise InputError(reason, found=found, fix="leave out one of them" if " and " in found else "leave it out")
+
+
+def check_belongs(knobs: object, plain: object, belongs: Mapping[str, tuple[str, str]]) -> None:
+    """Raise InputError for a knob that was set without the choice it belongs to; `plain` has every knob's default."""
+    for name, (other, wanted) in belongs.items():
+        said = getattr(knobs, other)
+        if said != wanted and getattr(knobs, name) != getattr(plain, name):
+            option, owner = (f"--{one.replace('_', '-')}" for one in (name, other))
+            raise InputError(f"{option} belongs to {wanted}", found=f"{owner} {said}", fix=f"{owner} {wanted}")
+
+
 def check_ranges(knobs: object, ranges: Mapping[str, tuple[float, float]]) -> None:
     """Raise InputError for the first knob outside its range; one that is None says nothing."""
     for name, (low, high) in ranges.items():

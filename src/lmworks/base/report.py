@@ -15,6 +15,11 @@ from lmworks.base.chart import Chart
 Cell = str | int | float | None
 
 
+def counted(number: int, noun: str) -> str:
+    """Return how many: (1, "example") -> "1 example", (1200, "example") -> "1,200 examples"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 @dataclass(frozen=True)
 class Table:
     """Rows of cells under column names; numbers are right-aligned."""

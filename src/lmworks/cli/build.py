@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from lmworks.cli.output import Json, Out, Overwrite, show
+from lmworks.cli.output import Json, Out, Overwrite, Resume, show
 from lmworks.settings import Settings
 
 Knobs = Annotated[Settings, Parameter(name="*")]
@@ -15,7 +15,6 @@ Texts = Annotated[
     Path | None, Parameter(help="A file or folder of txt, md, html, csv, tsv or jsonl; none: a built-in language.")
 ]
 Column = Annotated[str | None, Parameter(help="The column of csv, tsv or jsonl that holds the text.")]
-Resume = Annotated[bool, Parameter(help="Continue an interrupted run of the same command.", negative="")]
 DryRun = Annotated[bool, Parameter(help="Print parameters, memory, time and disk, and do nothing.", negative="")]
 Runtimes = Annotated[str, Parameter(help="Where to prove equality: torch, onnx, node, browser.")]
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from lmworks.cli.finetune import Task, TextColumn
-from lmworks.cli.output import Header, Json, LabelColumn, Out, Overwrite, Revision, show
+from lmworks.cli.columns import Columns, Train, Validation
+from lmworks.cli.finetune import Task
+from lmworks.cli.output import DryRun, Json, Out, Overwrite, Resume, Revision, show
 from lmworks.distilling import Distilling
 
 Knobs = Annotated[Distilling, Parameter(name="*")]
@@ -16,24 +16,17 @@ Knobs = Annotated[Distilling, Parameter(name="*")]
 
 def distill(
     teacher: Annotated[str, Parameter(help="A fine-tuned model's folder, an adapter's, or a name on the Hub.")],
-    train: Annotated[Path, Parameter(help="Labelled data: jsonl, csv, tsv, CoNLL, SQuAD, or nested JSON.")],
+    train: Train,
     /,
     *,
     out: Out,
-    validation: Annotated[
-        Path | None, Parameter(help="Data to choose the best weights by; none: a tenth of the training data.")
-    ] = None,
+    validation: Validation = None,
     task: Task = None,
-    text_column: TextColumn = None,
-    label_column: LabelColumn = None,
-    header: Header = True,
-    split: Annotated[
-        str | None, Parameter(help='The part of a nested file to train on; "train,val" also names the other.')
-    ] = None,
+    columns: Columns = Columns(),  # noqa: B008 (frozen)
     revision: Revision = None,
-    resume: Annotated[bool, Parameter(help="Continue an interrupted run of the same command.", negative="")] = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
-    dry_run: Annotated[bool, Parameter(help="Print parameters, memory and time, and do nothing.", negative="")] = False,
+    dry_run: DryRun = False,
     json: Json = False,
     knobs: Knobs = Distilling(),  # noqa: B008 (frozen)
 ) -> int:
@@ -47,10 +40,7 @@ def distill(
         validation=validation,
         task=task,
         knobs=knobs,
-        text_column=text_column,
-        label_column=label_column,
-        header=header,
-        split=split,
+        **vars(columns),
         revision=revision,
         resume=resume,
         overwrite=overwrite,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -15,11 +15,18 @@ from lmworks.base.report import Report
 Out = Annotated[Path, Parameter(name=["--out", "-o"], help="The folder to write.")]
 Overwrite = Annotated[bool, Parameter(help="Replace a model that is there already.", negative="")]
 Json = Annotated[bool, Parameter(help="Print the result as JSON.", negative="")]
-LabelColumn = Annotated[str | None, Parameter(help="The column of the labels, or its number without a header.")]
-Header = Annotated[bool, Parameter(help="Whether the first row names the columns.")]
+Resume = Annotated[bool, Parameter(help="Continue an interrupted run of the same command.", negative="")]
+DryRun = Annotated[bool, Parameter(help="Print parameters, memory and time, and do nothing.", negative="")]
 Model = Annotated[str, Parameter(help="A model folder, or the name of a model on the Hub.")]
 Code = Annotated[
     tuple[str, ...], Parameter(help="FILE.py:Name of layers of its maker's own, which is run; may be repeated.")
+]
+Runtime = Annotated[
+    Literal["auto", "torch", "onnx"],
+    Parameter(help="What runs the model; auto: what is fastest here, measured once, and keeps the answers."),
+]
+Trace = Annotated[
+    Path | None, Parameter(help="Write where the time goes, for chrome://tracing, and show the time of each stage.")
 ]
 Revision = Annotated[str | None, Parameter(help="A branch, tag or commit of a model on the Hub.")]
 

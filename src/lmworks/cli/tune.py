@@ -7,15 +7,16 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from lmworks.cli.finetune import Knobs, Task, TextColumn
-from lmworks.cli.output import Header, Json, LabelColumn, Model, Out, Overwrite, Revision, show
+from lmworks.cli.columns import Columns, Train
+from lmworks.cli.finetune import Knobs, Task
+from lmworks.cli.output import Json, Model, Out, Overwrite, Revision, show
 from lmworks.search_study import How
 from lmworks.training.tuning import Tuning
 
 
 def tune(
     model: Model,
-    train: Annotated[Path, Parameter(help="Labelled data: jsonl, csv, tsv, CoNLL, SQuAD, or nested JSON.")],
+    train: Train,
     /,
     *,
     out: Out,
@@ -36,12 +37,7 @@ def tune(
         Path | None, Parameter(help="Data to score the trials by; none: a tenth of the training data.")
     ] = None,
     task: Task = None,
-    text_column: TextColumn = None,
-    label_column: LabelColumn = None,
-    header: Header = True,
-    split: Annotated[
-        str | None, Parameter(help='The part of a nested file to train on; "train,val" also names the other.')
-    ] = None,
+    columns: Columns = Columns(),  # noqa: B008 (frozen)
     revision: Revision = None,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -63,10 +59,7 @@ def tune(
         validation=validation,
         task=task,
         tuning=tuning,
-        text_column=text_column,
-        label_column=label_column,
-        header=header,
-        split=split,
+        **vars(columns),
         revision=revision,
         overwrite=overwrite,
     )

@@ -119,7 +119,7 @@ def load_model(
     if compact:
         restore_compact(model, layers, own, str(folder), dtype)
         model.config = plain_source(model.config)
-    if parts:
+    if parts or code:
         restore(model, parts, code, own, str(folder))
     return model.eval()
 

@@ -216,6 +216,9 @@ def restore(
     A parameter that a part replaced, and which the file lacks, is zero until the part is made.
     """
     given = read_code(code)
+    if not parts:
+        raise InputError("this model has no layers of its maker's own", where=where, found=", ".join(given),
+                         fix="leave --code out")  # fmt: skip
     like = next(parameter.dtype for parameter in model.parameters() if not parameter.is_meta)
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:

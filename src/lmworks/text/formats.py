@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from lmworks.base.errors import FormatError, InputError, did_you_mean, from_os_error
+from lmworks.base.report import counted
 from lmworks.text.decode import decode
 from lmworks.text.read import ELSEWHERE, parse_table
 
@@ -187,7 +188,7 @@ def read_nested(splits: dict[str, list[Any]], path: Path, split: str | None) -> 
         raise InputError(
             "which split?" if wrong is None else f'no split "{wrong}"',
             where=str(path),
-            found="splits " + ", ".join(f"{name} ({len(rows)} rows)" for name, rows in splits.items()),
+            found="splits " + ", ".join(f"{name} ({counted(len(rows), 'row')})" for name, rows in splits.items()),
             fix="--split NAME, or NAME+NAME for more than one"
             + (f";{near}" if wrong and (near := did_you_mean(wrong, splits)) else ""),
         )
@@ -321,11 +322,12 @@ def read_folder(path: Path, task: str, *, header: bool, split: str | None) -> It
         for file in sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings and p.is_file()):
             found += 1
             yield str(file), {column: str(file) if column == "image" else read_text(file), "label": folder.name}
-    if not found or task not in ("text-classification", "image-classification"):
+    classes = task in ("text-classification", "image-classification")
+    if not found or not classes:
         raise InputError(
             f"this folder holds no {task} data",
             where=str(path),
             found=", ".join(p.name for p in inside.values())[:200] or "nothing",
-            expected="a folder for each class" if task.endswith("n-classification") or column == "image" else "a file",
+            expected=f"a folder for each class, with {' '.join(endings)} files" if classes else "a file",
             fix="give a file, or --split NAME for one of a folder's files",
         )

@@ -77,6 +77,14 @@ def read_labelled(
     if task == "text-generation" and (
         (path.is_dir() and split is None) or path.suffix.lower() in (".txt", ".md", ".html")
     ):
+        asked = {
+            "--text-column": text_column if path.is_file() else None,
+            "--label-column": label_column,
+            "--split": split,
+        }
+        if given := [option for option, value in asked.items() if value is not None]:
+            raise InputError("plain texts have no columns and no splits", where=str(path), found=" ".join(given),
+                             fix="leave it out")  # fmt: skip
         examples: list[Any] = [document.text for document in read_documents(path, column=text_column)]
         return Labelled(task, examples, [None] * len(examples), (), str(path))
     rows = list(read_rows(path, task, header=header, split=split))
@@ -103,9 +111,10 @@ def check_labels(train: Labelled, other: Labelled) -> Labelled:
         raise InputError("these are data of different tasks", found=f"{train.task} and {other.task}", where=other.where)
     if not train.labels and other.labels and all(isinstance(r, str) and INTEGER.fullmatch(r) for r in other.references):
         return replace(other, references=[float(r) for r in other.references], labels=())
+    labels = set(train.labels)
     for number, reference in enumerate(other.references if train.labels or other.labels else [], 1):
         for label in (reference,) if isinstance(reference, str | float) else reference:
-            if label not in train.labels:
+            if label not in labels:
                 known = ", ".join(train.labels[:10]) + (f" … ({len(train.labels)})" if len(train.labels) > 10 else "")
                 raise InputError(
                     f'the label "{label}" does not occur in the training data',

@@ -21,12 +21,16 @@ class Callback(Protocol):
 
     def on_start(self, trainer: Trainer) -> None:
         """The run begins, or goes on after step `trainer.state.step`."""
+        return
 
     def on_step(self, trainer: Trainer, row: dict[str, Any]) -> None:
         """An optimizer step is done and in the log."""
+        return
 
     def on_validation(self, trainer: Trainer, row: dict[str, Any]) -> None:
         """A validation is done and in the log."""
+        return
 
     def on_end(self, trainer: Trainer, result: TrainResult | None) -> None:
         """The sitting is over; the result is None where an error or an interruption ended it."""
+        return

@@ -25,6 +25,7 @@ from lmworks.runtime.torch_runtime import inference
 from lmworks.training.contrastive import Vectors
 from lmworks.training.examples import Row, collate_rows
 from lmworks.training.lora_layers import Adapted
+from lmworks.training.machine import to_device
 
 ITERATIONS = 500
 
@@ -46,12 +47,13 @@ def fit_head(model: Model, rows: Sequence[Row], vectors: Vectors, *, pad_id: int
 def read_vectors(model: Model, rows: Sequence[Row], vectors: Vectors, *, pad_id: int) -> tuple[Tensor, Tensor]:
     """Return the vectors (n, D) of rows and their labels (n,)."""
     found: list[Tensor] = [torch.empty(0)] * len(rows)
+    device = next(model.parameters()).device
     with inference(model):
         for places in make_batches([len(row.feature) for row in rows], batch_tokens=2048, max_rows=64):
-            batch = {k: torch.from_numpy(v) for k, v in collate_rows([rows[i] for i in places], pad_id=pad_id).items()}
+            batch = to_device(collate_rows([rows[i] for i in places], pad_id=pad_id), device)
             made = vectors(model, batch["input_ids"], batch.get("attention_mask"), batch.get("token_type_ids"))
             for place, vector in zip(places, made, strict=True):
-                found[place] = vector
+                found[place] = vector.cpu()
     return torch.stack(found).clone(), torch.tensor([row.targets["labels"] for row in rows])
 
 

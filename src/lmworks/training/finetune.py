@@ -61,7 +61,7 @@ from lmworks.training.trackers import make_trackers
 from lmworks.training.train_config import TrainConfig, TrainResult
 from lmworks.training.trainable import choose_parameters, learn_tokens, open_model, put_parts, read_tokenizer
 from lmworks.training.trainer import Trainer
-from lmworks.training.tuning import LEARNING_RATES, Tuning
+from lmworks.training.tuning import LEARNING_RATES, LONG_TASKS, Tuning
 
 MANY_TOKENS = 2**40  # more than any validation: all of it is scored
 
@@ -106,7 +106,7 @@ def set_up(
 
     `opened` is a model that is there already, and whether its head is new; `folder` then has its tokenizer.
     """
-    check_order(task, tuning)
+    check_order(task, tuning, train.examples)
     texts = read_texts(task, held_out.examples, tuning.also_evaluate)
     problem = problem_type(train)
     check_classes(train, problem, tuning)
@@ -126,6 +126,10 @@ def set_up(
         facts = replace(facts, max_length=tuning.max_length)
     predictor = make_predictor(model, folder, task, tokenizer, facts, **long_option(task, tuning.long))
     rows = make_rows(train, task, predictor.prepared, tokenizer, facts, model.config.labels, problem, tuning)
+    if not rows and len(train):
+        raise InputError("no example has anything left to learn", where=train.where,
+                         found="answers that were cut off, or empty texts",
+                         fix="give shorter prompts, or a model that reads more")  # fmt: skip
     left_out = len(train) - len({row.feature.example for row in rows})
     held_rows = make_rows(held_out, task, predictor.prepared, tokenizer, facts, model.config.labels, problem, tuning)
     others = []
@@ -155,7 +159,7 @@ def set_up(
         packing=row_length(facts, tuning) if tuning.pack else None,
         domains=others,
     )
-    weights = class_weights(classes, len(model.config.labels)) if tuning.class_weights and not compared else None
+    weights = class_weights(classes, len(model.config.labels)) if tuning.class_weights and classes else None
     objective: Objective
     if compared:
         objective = make_comparison(task, problem, tuning, rows, predictor.prepared)
@@ -260,24 +264,28 @@ def check_length(length: int, facts: Facts) -> None:
 
 
 def make_predictor(
-    model: Model, folder: Path, task: str, tokenizer: Tokenizer | None, facts: Facts, **options: object
-) -> Predictor:
-    """Return what answers with this very module while it is trained."""
+    model: Model, folder: Path, task: str, tokenizer: Tokenizer | None, facts: Facts, *, dtype: str = "fp32",
+    **options: object,
+) -> Predictor:  # fmt: skip
+    """Return what answers with this very module while it is trained, or with a copy in another `dtype`."""
     if task == "text-generation":
-        return Predictor(TorchRuntime(model), tokenizer)
+        return Predictor(TorchRuntime(model, dtype=dtype), tokenizer)
     make = partial(make_task, task, folder, tokenizer, facts)
-    return Predictor(TorchRuntime(model), tokenizer, task=task, make=make, options=options)
+    return Predictor(TorchRuntime(model, dtype=dtype), tokenizer, task=task, make=make, options=options)
 
 
 def open_predictor(
-    folder: Path, task: str, *, long: Long = "error", max_length: int | None = None, code: Sequence[str] = ()
-) -> Predictor:
+    folder: Path, task: str, *, long: Long = "error", max_length: int | None = None, code: Sequence[str] = (),
+    dtype: str = "fp32",
+) -> Predictor:  # fmt: skip
     """Open a model folder, or a PEFT adapter and its base, to answer as it did while it was trained.
 
-    `code` is that of layers of its maker's own (models/custom.py).
+    `code` is that of layers of its maker's own (models/custom.py), which an adapter's base cannot have.
     """
     config = read_config(folder)
     if (folder / ADAPTER_CONFIG).is_file():
+        if code:
+            raise InputError("an adapter has no layers of its maker's own", where=str(folder), fix="leave --code out")
         model = open_adapter(folder).model.eval()
         model.config = replace(model.config, problem_type=config.problem_type)
     else:
@@ -286,7 +294,7 @@ def open_predictor(
     facts = read_facts(model.config, tokenizer, before=model.transformer.prefix.length)
     if max_length is not None:
         facts = replace(facts, max_length=min(max_length, facts.max_length))
-    return make_predictor(model, folder, task, tokenizer, facts, **long_option(task, long))
+    return make_predictor(model, folder, task, tokenizer, facts, dtype=dtype, **long_option(task, long))
 
 
 def open_adapted(folder: Path, task: str | None = None, *, dtype: str = "fp32", **options: Any) -> Predictor:
@@ -305,5 +313,4 @@ def open_adapted(folder: Path, task: str | None = None, *, dtype: str = "fp32", 
 
 def long_option(task: str, long: Long) -> dict[str, Long]:
     """Return what to do with long texts as an option, for the tasks that have it."""
-    tasks = ("text-classification", "token-classification", "feature-extraction")
-    return {"long": long} if task in tasks else {}
+    return {"long": long} if task in LONG_TASKS else {}

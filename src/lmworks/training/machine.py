@@ -184,7 +184,7 @@ def uncompile_blocks(model: nn.Module) -> None:
 def recompute_blocks(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     """Keep only each block's input for the backward pass and compute the rest again (Chen et al. 2016).
 
-    Costs about a third more time and saves the activations of all blocks but one. The block's dropout is drawn again
+    Costs about two fifths more time and saves the activations of all blocks but one. The block's dropout is drawn again
     from the same random state, so the gradients are the same. Validation and other modes than training are as before.
     """
     blocks = [block for stack in model.modules() if isinstance(stack, nn.ModuleList) for block in stack]

@@ -38,6 +38,8 @@ def answer(predictor: Predictor, data: Labelled, *, problem: str | None = None, 
         return [one.text for one in found]
     if data.task == "feature-extraction":
         return compare_texts(predictor, data, **options)
+    if problem == "single_label_classification":  # of thousands of labels all scores would fill the memory
+        options |= {"top_k": 1}
     ranked = predictor(list(data.examples), **options)
     if problem == "regression":
         return [labels[0].score for labels in ranked]

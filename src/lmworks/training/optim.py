@@ -40,7 +40,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
 def make_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     """Sort the trainable parameters by what share of the rate they get ("scale") and whether they decay.
 
-    Raises InputError for a `head_lr` where the head has no trainable parameters of its own.
+    Raises InputError for a `head_lr` where the head has no trainable parameters of its own, and for a `layer_decay`
+    where nothing below the top is trained.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]  # a tied one once
@@ -51,6 +52,12 @@ def make_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
             fix="leave it out",
         )
     scales = learning_scales(model, config)
+    if config.layer_decay != 1 and all(scales[name] == 1 or is_head(name) for name, _ in named):
+        raise InputError(
+            "--layer-decay has nothing to act on",
+            found="layers that are not trained",
+            fix="leave it out",
+        )
     for decays in (True, False):
         for name, parameter in named:
             if (parameter.ndim >= 2) == decays:

@@ -187,7 +187,9 @@ def make_language_rows(tokenizer: Tokenizer, examples: Sequence[Any], facts: Fac
             starts: Sequence[int] = range(0, max(1, len(ids) - 1), facts.max_length)
         else:
             if len(ids) - 1 > facts.max_length and long == "error":
-                raise too_long(i, len(ids) - 1, facts.max_length)
+                error = too_long(i, len(ids) - 1, facts.max_length)
+                error.fix = "shorten it, or cut the end of the answer with --long truncate"
+                raise error
             starts = (0,)
         for start in starts:
             part = slice(start, start + facts.max_length)

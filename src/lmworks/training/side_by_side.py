@@ -18,6 +18,7 @@ from lmworks.runtime.torch_runtime import inference
 from lmworks.text.labelled import Labelled
 from lmworks.training.examples import collate_rows
 from lmworks.training.finetune import Setup, Tuned, long_option, make_predictor
+from lmworks.training.machine import to_device
 from lmworks.training.measure import measure
 from lmworks.training.objectives import CausalLoss
 from lmworks.training.supervision import WORDS
@@ -68,18 +69,19 @@ def time_pairs(models: Sequence[Model], setup: Setup) -> tuple[float, float, flo
 
     Both read the same held-out rows in turn, the first one first in every other round.
     """
-    rows, pad_id = setup.data.held_out, setup.data.pad_id
+    rows, pad_id, device = setup.data.held_out, setup.data.pad_id, next(models[0].parameters()).device
     found: list[list[float]] = []
     for turn in range(ROUNDS + WARM):
         start = turn * TIMED_ROWS % len(rows)
-        batch = collate_rows(rows[start : start + TIMED_ROWS], pad_id=pad_id)
-        ids = torch.from_numpy(batch["input_ids"])
-        mask = torch.from_numpy(batch["attention_mask"]) if "attention_mask" in batch else None
+        batch = to_device(collate_rows(rows[start : start + TIMED_ROWS], pad_id=pad_id), device)
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
         spent = [0.0, 0.0]
         for number in (0, 1) if turn % 2 else (1, 0):
             with inference(models[number]):
                 began = time.perf_counter()
                 models[number](ids, mask)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
                 spent[number] = (time.perf_counter() - began) / len(ids)
         found.append(spent)
     table = np.array(found[WARM:])  # (rounds, 2)

@@ -144,11 +144,6 @@ def load_into(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | N
         load_optimizer(model, optimizer, load_file(path / OPTIMIZER), step=step)
 
 
-def has_checkpoint(folder: str | Path) -> bool:
-    """Tell whether there is a checkpoint to resume from; whether it is whole is found out when it is read."""
-    return bool(newest(Path(folder)))
-
-
 def newest(folder: Path, count: int | None = None) -> list[Path]:
     """Return the `last.<step>` checkpoints, the latest step first."""
     found = {int(match[1]): path for path in list_folder(folder) if (match := re.fullmatch(r"last\.(\d+)", path.name))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from lmworks.base.errors import InputError
 from lmworks.tasks.base import Facts, Task
@@ -20,10 +21,17 @@ from lmworks.training.rows import (
     make_span_rows,
     make_tag_rows,
 )
-from lmworks.training.tuning import Tuning
+from lmworks.training.tuning import LONG_TASKS, Tuning
 
+NEVER_LONG = {  # what becomes of what is longer than the model where --long does not say it
+    "text-generation": "texts are read in windows, instructions are refused or cut",
+    "fill-mask": "texts are read in windows",
+    "question-answering": "contexts are read in windows",
+    "image-classification": "pictures have one length",
+}
 LABELLED = (*CLASSES, "token-classification")
 PACKED_ROW = 512
+MANY_ROWS = 50  # examples among which two should have the same label
 WORDS = ("fill-mask", "text-generation")  # tasks whose labels are the text itself
 
 
@@ -57,15 +65,24 @@ def make_rows(
         raise
 
 
-def check_order(task: str, tuning: Tuning) -> None:
-    """Raise InputError for a way to pack, order or mix the rows that this task, or another knob, does not allow."""
+def check_order(task: str, tuning: Tuning, examples: Sequence[Any] = ()) -> None:
+    """Raise InputError for a way to read, pack, order or mix the rows that this task, or another knob, does not allow.
+
+    With --also-task what one task has no use for may be another's: finetune_tasks.py looks at them all.
+    """
     compared = task == "feature-extraction" or getattr(tuning, "contrastive", False)
     alone = not tuning.also_task  # else a knob may be another task's
+    pictures, answers = task == "image-classification", any(isinstance(one, dict) for one in examples)
     refused = {
+        f"--long {tuning.long} has no use: {NEVER_LONG.get(task)}": (
+            tuning.long != "error" and alone and not (task in LONG_TASKS or (answers and tuning.long == "truncate"))
+        ),
+        "pictures have no tokens to count in --batch-tokens": tuning.batch_tokens is not None and pictures,
+        "pictures have no tokens to count in --max-length": tuning.max_length is not None and pictures,
         "--pack is for texts whose words are learned": tuning.pack and task not in WORDS,
         "--pack fills rows, so --batch-tokens has no use": tuning.pack and tuning.batch_tokens is not None,
         "--curriculum reads each row once, --balanced does not": tuning.curriculum != "none" and tuning.balanced,
-        "all pictures have one length": tuning.curriculum == "length" and task == "image-classification",
+        "all pictures have one length": tuning.curriculum == "length" and pictures,
         "a text that is compared with others has no loss of its own": tuning.curriculum == "loss" and compared,
         "--also does not go with comparing texts": bool(tuning.also) and compared,
         "--every-token is for words with tags": tuning.every_token and alone and task != "token-classification",
@@ -80,7 +97,13 @@ def check_order(task: str, tuning: Tuning) -> None:
 
 
 def check_classes(data: Labelled, problem: str | None, tuning: Tuning) -> None:
-    """Raise InputError for data with one class only, and for --balanced where a row has not one label."""
+    """Raise InputError for labels of which nothing can be learned, and for --balanced where a row has not one label."""
+    if problem == "multi_label_classification" and not data.labels:
+        raise InputError("no example has a label", where=data.where, fix="check --label-column, or add labels")
+    if problem == "single_label_classification" and len(data.labels) >= len(data) > MANY_ROWS:
+        raise InputError("almost every example has a label of its own", where=data.where,
+                         found=f"{len(data.labels):,} labels, such as {data.labels[0][:60]!r}",
+                         fix="check --label-column")  # fmt: skip
     if problem == "single_label_classification" and len(data.labels) < 2:
         raise InputError("all examples have the same label", where=data.where, found=", ".join(data.labels),
                          expected="two labels or more",

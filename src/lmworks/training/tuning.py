@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from lmworks.base.errors import InputError
-from lmworks.base.knobs import check_ranges, read_knobs
+from lmworks.base.knobs import check_belongs, check_ranges, check_useful, read_knobs
 from lmworks.tasks.base import Long, one_of
 from lmworks.training.schedule import Shape
 from lmworks.training.trackers import check_names
@@ -19,6 +19,7 @@ BaseDtype = Literal["fp32", "bf16", "int8"]
 Balance = Literal["auto", "always", "never"]
 Init = Literal["mean", "random"]
 LEARNING_RATES: dict[str, float] = {"full": 5e-5, "head": 1e-3, "lora": 5e-4, "adapter": 1e-3, "prefix": 1e-2}
+LONG_TASKS = ("text-classification", "token-classification", "feature-extraction")  # which --long has a say in
 ADAPTERS = ("lora", "adapter", "prefix")  # methods that leave an adapter beside its base, not a whole model
 
 
@@ -38,7 +39,8 @@ class Tuning:
     batch_size
         Rows in one optimizer step.
     batch_tokens
-        Tokens in one optimizer step at most, padding included.
+        A second limit on one optimizer step: it has --batch-size rows, or as many fewer as keep it within so many
+        tokens, padding included; a longer row is a step of its own.
     accumulation
         Parts into which each batch is split to save memory; the result is the same.
     rank
@@ -99,7 +101,7 @@ class Tuning:
     clip_value
         Clip every number of the gradient at this instead; 0 is off.
     gradient_checkpointing
-        Save memory by computing each layer again for its gradient: about a third more time.
+        Save memory by computing each layer again for its gradient: about two fifths more time.
     balance_ranks
         Under torchrun, more rows to faster devices: if they are unlike (auto), always or never.
     label_smoothing
@@ -219,7 +221,7 @@ class Tuning:
         one_of(self.balance_ranks, get_args(Balance), "way to balance the ranks")
         one_of(self.base_dtype, get_args(BaseDtype), "number format of the base")
         one_of(self.init, get_args(Init), "start of new tokens")
-        self.check_lora()
+        self.check_uses()
         check_names(self.track)
         one_of(self.curriculum, get_args(Curriculum), "curriculum")
         check_ranges(self, RANGES)
@@ -231,16 +233,24 @@ class Tuning:
         lists: dict[str, Any] = {name: tuple(getattr(self, name)) for name in LISTS}
         return replace(self, **lists, lr=self.lr or LEARNING_RATES[self.method])
 
-    def check_lora(self) -> None:
+    def check_uses(self) -> None:
         """Raise InputError for knobs that the method, or another knob, has no use for."""
         plain = Tuning()
-        for name, (other, wanted) in BELONGS.items():
-            said = getattr(self, other)
-            if said != wanted and getattr(self, name) != getattr(plain, name):
-                option, owner = (f"--{one.replace('_', '-')}" for one in (name, other))
-                raise InputError(f"{option} belongs to {wanted}", found=f"{owner} {said}", fix=f"{owner} {wanted}")
-        if self.init != plain.init and not self.add_tokens:
-            raise InputError("--init is for new tokens", found="no --add-tokens", fix="leave it out")
+        check_belongs(self, plain, BELONGS)
+        clipped = self.clip_value and self.max_grad_norm not in (0, plain.max_grad_norm)
+        check_useful(
+            {
+                "--init is for new tokens": (self.init != plain.init and not self.add_tokens, "no --add-tokens"),
+                "--min-delta is for the patience": (bool(self.min_delta) and not self.patience, "no --patience"),
+                "--clip-value takes the place of --max-grad-norm": (bool(clipped), "--clip-value and --max-grad-norm"),
+                "--shots trains to the last step": (
+                    self.shots is not None and bool(self.patience), "--shots and --patience"
+                ),
+                "--gradient-checkpointing is for layers that are trained": (
+                    self.method == "head" and self.gradient_checkpointing, "--method head"
+                ),
+            }
+        )  # fmt: skip
         if self.add_tokens and self.method not in ("full", "lora"):
             raise InputError("new tokens are not trained by this method", found=f"--method {self.method}",
                              expected="full or lora",

@@ -123,6 +123,10 @@ def read_config(folder: str | Path) -> Config:
     if not folder.is_dir():
         raise InputError("there is no such model folder", where=str(folder), fix="check the path")
     path = folder / (ADAPTED if (folder / ADAPTED).is_file() else "config.json")
+    inside = [] if path.exists() else sorted(str(found.parent) for found in folder.glob("*/config.json"))
+    if inside:  # of several tasks, say
+        raise FormatError("this is no model folder, but it holds some", where=str(folder), found=", ".join(inside[:8]),
+                          fix=f"name one of them: {inside[0]}")  # fmt: skip
     hf = read_json(path)
     own = hf.get({CUSTOM: PARTS, COMPACT_TYPE: COMPACT_KEY}.get(str(hf.get("model_type")), ""))
     own = own if isinstance(own, dict) else {}
