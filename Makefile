@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 WEB := src/lmworks/export/web
+LLAMA_CPP := tests/export/llama_cpp
 INSTALLED := .venv/.installed
 
 .PHONY: install check lint test test-long demo bench clean
@@ -9,12 +10,13 @@ INSTALLED := .venv/.installed
 install: $(INSTALLED)
 
 # torch first and pinned: without it, pip would fetch the build for graphics cards, several gigabytes
-$(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(WEB)/package.json $(WEB)/package-lock.json
+$(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(WEB)/package.json $(WEB)/package-lock.json $(LLAMA_CPP)/package-lock.json
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade "pip>=24"
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[all,dev]"
 	$(BIN)/python hatch_build.py
+	-cd $(LLAMA_CPP) && npm ci --silent --ignore-scripts --omit=optional --no-audit --no-fund  # x86 Linux only
 	touch $(INSTALLED)
 
 check: lint
@@ -38,5 +40,5 @@ bench: install
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf .venv demo dist build .mypy_cache .ruff_cache .pytest_cache $(WEB)/node_modules $(WEB)/vendor
+	rm -rf .venv demo dist build .mypy_cache .ruff_cache .pytest_cache $(WEB)/node_modules $(WEB)/vendor $(LLAMA_CPP)/node_modules
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
