@@ -3,7 +3,13 @@
 // The same file runs in the page's worker (transformers.js on WASM or WebGPU) and in Node (transformers.js on the
 // native ONNX Runtime); the library comes in as an argument. Ids are plain arrays of numbers, logits Float32Arrays.
 
-export const DTYPES = { fp32: "fp32", int8: "q8" }; // our name -> transformers.js's, which finds the file by it
+export const DTYPES = { // our name -> transformers.js's, which finds the file by it
+  fp32: "fp32", fp16: "fp16", int8: "q8", uint8: "uint8", q4: "q4", q4f16: "q4f16", bnb4: "bnb4",
+};
+export const GRAPHS = { // the file itself
+  fp32: "onnx/model.onnx", fp16: "onnx/model_fp16.onnx", int8: "onnx/model_quantized.onnx", uint8: "onnx/model_uint8.onnx",
+  q4: "onnx/model_q4.onnx", q4f16: "onnx/model_q4f16.onnx", bnb4: "onnx/model_bnb4.onnx",
+};
 
 const INCOMPLETE = "\ufffd"; // what decoding shows for bytes that do not (yet) make a character
 

@@ -1,29 +1,37 @@
 // A module Worker that holds one loaded model. The page ends the Worker on a switch, an error and when it is left:
 // that is the only way to give WebAssembly memory back, and after a failed load or run nothing else recovers.
 //
-//   { id, type: "load", dtype, device, files, threads } -> { variant, threads, context, seconds }, notes { loaded, total }
+//   { id, type: "load", task, dtype, device, files, threads } -> { variant, threads, context, labels, mask, seconds },
+//                                                     notes { loaded, total }
 //   { id, type: "generate", text, options }           -> what Engine.generate returns and { cut, prompt }, notes { piece, count }
-//   { id, type: "check", prompts, texts, limit, budget } -> { answers, texts } (ids of each text)
-//   { type: "stop" }                                  ends the writing after the current token
+//   { id, type: "run", input, options }               -> the answer of any other task (tasks.js)
+//   { id, type: "check", prompts | items, texts, options, limit, budget } -> { answers, texts } (ids of each text)
+//   { type: "stop" }                                  ends the writing after the current token, any other task after the
+//                                                     current window: its answer is the error "Stopped."
 //
-// Every answer is { id, result } or { id, error }; notes in between are { id, note }.
+// Every answer is { id, result } or { id, error }; notes in between are { id, note }. An error that is `kept` was in what
+// was asked for: the model is as good as before. A file of `files` may have a `url` of its own.
 
 const version = self.location.search; // "?v=…", so that a new page never meets an old file in a cache
-const root = new URL("..", self.location.href);
 
 const PREFIX = "/lmworks/model/"; // transformers.js asks for PREFIX + file; nothing is ever fetched from there
 const MANY_THREADS = 16e6; // bytes of a graph from which threads pay
 let library = null;
 let answer = null;
-let engine = null;
-let stopping = null;
+let engine = null; // an Engine (engine.js) or a TaskModel (tasks.js)
+let graphs = null;
+let stopping = null; // how generate() is told to stop
+let stopped = false;
 
 const VERBS = {
-  async load({ dtype, device, files, threads = null }, note) {
+  async load({ task = "text-generation", dtype, device, files, threads = null }, note) {
     const started = performance.now();
     const [parts, found] = await Promise.all([import(`./engine.js${version}`), import(`./vendor/transformers.min.js${version}`)]);
+    const writes = task === "text-generation";
+    const { openTask } = writes ? {} : await import(`./tasks.js${version}`);
     library = found;
     answer = parts.answer;
+    graphs = parts.GRAPHS;
     const variant = chooseVariant(device, files);
     const pair = `web/vendor/ort-wasm-simd-threaded${variant}`;
     const wanted = [`${pair}.wasm`, ...modelFiles(files, dtype)];
@@ -49,11 +57,12 @@ const VERBS = {
       wasmPaths: { mjs, wasm },
       wasmBinary: await download(`${pair}.wasm`, files[`${pair}.wasm`], progress),
     });
-    engine = await parts.Engine.open(library, "model", { dtype, device, pause: nextMessage }).catch((error) => {
+    const options = { task, dtype, device, pause: writes ? nextMessage : checkStopped };
+    engine = await (writes ? parts.Engine.open(library, "model", options) : openTask(library, "model", options)).catch((error) => {
       throw failure ?? error;
     });
     const seconds = (performance.now() - started) / 1000;
-    return { variant, threads, context: engine.context, seconds };
+    return { variant, threads, context: engine.context, labels: engine.labels ?? [], mask: engine.mask ?? null, seconds };
   },
 
   async generate({ text, options }, note) {
@@ -64,24 +73,32 @@ const VERBS = {
     return { ...(await engine.generate(ids, { ...options, onText, stopping })), cut, prompt: ids.length };
   },
 
-  async check({ prompts, texts = [], limit = Infinity, budget = Infinity }) {
+  async run({ input, options }) {
+    return engine.run(input, options);
+  },
+
+  async check({ prompts = null, items = [], texts = [], options = {}, limit = Infinity, budget = Infinity }) {
     stopping = new library.InterruptableStoppingCriteria();
     const until = performance.now() + budget;
     const enough = () => performance.now() > until || stopping.interrupted;
-    const answers = await answer(engine, prompts, { limit, enough, stopping });
+    const answers = prompts
+      ? await answer(engine, prompts, { limit, enough, stopping })
+      : await engine.answer(items, { limit, enough, options });
     return { answers, texts: texts.map((item) => engine.encode(item.text)) };
   },
 };
 
 self.onmessage = async ({ data: { id, type, ...rest } }) => {
   if (type === "stop") {
+    stopped = true;
     stopping?.interrupt();
     return;
   }
+  stopped = false;
   try {
     self.postMessage({ id, result: await VERBS[type](rest, (note) => self.postMessage({ id, note })) });
   } catch (error) {
-    self.postMessage({ id, error: explain(error) });
+    self.postMessage({ id, error: explain(error), kept: error?.name === "InputError" });
   }
 };
 
@@ -100,13 +117,14 @@ function chooseThreads(bytes) {
 }
 
 function modelFiles(files, dtype) {
-  const graph = { fp32: "onnx/model.onnx", int8: "onnx/model_quantized.onnx" }[dtype];
-  const settings = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"];
-  return [graph, ...settings].filter((name) => name in files);
+  const elsewhere = /^(web|onnx)\//; // the other files that the page names are small, and read with the model
+  const weights = Object.keys(files).filter((name) => name.startsWith(`${graphs[dtype]}_data`));
+  return [graphs[dtype], ...weights, ...Object.keys(files).filter((name) => !elsewhere.test(name))].filter((name) => name in files);
 }
 
 function address(name, file) {
-  const url = new URL(name, root);
+  if (file.url) return file.url;
+  const url = new URL(`../${name}`, self.location.href);
   url.searchParams.set("v", file.sha256.slice(0, 16));
   return url.href;
 }
@@ -173,6 +191,11 @@ function nextMessage() {
     resume = resolve;
     channel.port2.postMessage(null);
   });
+}
+
+async function checkStopped() {
+  await nextMessage();
+  if (stopped) throw Object.assign(new Error("Stopped."), { name: "InputError" });
 }
 
 function explain(error) {

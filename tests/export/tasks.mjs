@@ -1,0 +1,68 @@
+// Ask the page's engine (web/tasks.js) in Node. One JSON object in on stdin, one out on stdout:
+// { modules, jobs: [{ folder, task, dtype, calls: [{ input, options }] }] } -> [[answer | { error, name }]]
+// { modules, folders: [{ folder, texts, pairs, windows: [[before, text, length, overlap]] }] } -> [{ texts, pairs, windows, decoded }]
+// { modules, pictures: [{ image, steps }] } -> [[number of pixel_values]]
+// { modules, comparisons: [[task, answers, items, options]] } -> [what compareTask says]
+
+import { createRequire } from "node:module";
+import { join } from "node:path";
+import { text } from "node:stream/consumers";
+
+const work = JSON.parse(await text(process.stdin));
+const web = new URL("../../src/lmworks/export/web/", import.meta.url);
+const load = (name) => import(new URL(`${name}.js`, web));
+const library = createRequire(join(work.modules, "lmworks.js"))("@huggingface/transformers");
+Object.assign(library.env, { allowRemoteModels: false, allowLocalModels: true, useFSCache: false, useWasmCache: false });
+library.env.logLevel = library.LogLevel?.ERROR ?? 40;
+
+async function tryTo(make) {
+  try {
+    return await make();
+  } catch (error) {
+    return { error: error.message, name: error.name };
+  }
+}
+
+async function runJobs() {
+  const { openTask } = await load("tasks");
+  const found = [];
+  for (const { folder, task, dtype, calls } of work.jobs) {
+    const session = { intraOpNumThreads: 1, interOpNumThreads: 1 };
+    const model = await openTask(library, folder, { task, dtype, device: "cpu", session });
+    const answers = [];
+    for (const { input, options } of calls) answers.push(await tryTo(() => model.run(input, options)));
+    found.push(answers);
+  }
+  return found;
+}
+
+async function encode() {
+  const { Encoder } = await load("encoding");
+  const show = (tokens) => tokens.map((one) => [one.id, one.token, one.start, one.end, one.word, one.type, one.sequence, one.special]);
+  const found = [];
+  for (const { folder, texts, pairs, windows } of work.folders) {
+    const encoder = new Encoder(await library.AutoTokenizer.from_pretrained(folder));
+    found.push({
+      texts: texts.map((one) => show(encoder.encode(one))),
+      pairs: pairs.map(([one, two]) => show(encoder.encode(one, two))),
+      windows: windows.map(([before, one, length, overlap]) => encoder.windows(one, { before, length, overlap }).map(show)),
+      decoded: texts.map((one) => encoder.decode(encoder.encode(one).map((token) => token.id), { skip: false })),
+    });
+  }
+  return found;
+}
+
+async function preparePictures() {
+  const { prepare, readPicture, readSteps } = await load("pictures");
+  return Promise.all(work.pictures.map(({ image, steps }) =>
+    tryTo(async () => Array.from(prepare(await readPicture(image, library), readSteps(steps)).data))));
+}
+
+async function compareAll() {
+  const { compareTask } = await load("tasks");
+  return work.comparisons.map((one) => compareTask(...one));
+}
+
+const run = work.jobs ? runJobs : work.folders ? encode : work.pictures ? preparePictures : compareAll;
+const result = await run().catch((error) => ({ error: error?.stack ?? String(error) }));
+process.stdout.write(JSON.stringify(result), () => process.exit(0));
