@@ -15,13 +15,12 @@ from pathlib import Path
 
 ROUNDS = 5
 OURS = """
-import sys, time, torch
-from lmworks.models.checkpoint import load_model
+import sys, time, numpy, torch
+from lmworks.runtime.torch_runtime import TorchRuntime
 torch.set_num_threads(2)
-ids = torch.arange(8)[None]
+ids = numpy.arange(8)[None]
 start = time.perf_counter()
-with torch.inference_mode():
-    model = load_model(sys.argv[1]).eval(); model(ids)
+TorchRuntime(sys.argv[1]).run({"input_ids": ids})
 print(time.perf_counter() - start)
 """
 PEER = """

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lmworks.evaluation.prompting import Prompting
     from lmworks.runtime.decoding import TextStream
     from lmworks.runtime.predictor import Predictor
+    from lmworks.tasks.base import Long
 
 RUNTIMES = ("torch", "onnx", "node", "browser")
 PathLike = str | Path
@@ -158,9 +159,9 @@ def load(
 ) -> Predictor:  # fmt: skip
     """Open a model folder, a model of the Hub by its name, or an adapter together with its base.
 
-    `task` is a pipeline name; None: what the model was made for. runtime "auto" takes the ONNX graph where there is
-    one; an adapter runs in torch only. `code` is that of layers of its maker's own: classes, or "FILE.py:Name".
-    `options` are the task's. Raises InputError or FormatError that names the path.
+    `task` is a pipeline name; None: what the model was made for. runtime "auto" is the fastest here that keeps the
+    answers, measured once (dtype "any": of all); an adapter runs in torch only. `code` is that of layers of its maker's
+    own: classes, or "FILE.py:Name". `options` are the task's. Raises InputError or FormatError that names the path.
     """
     from lmworks.base.hub import find_folder
     from lmworks.runtime import predictor
@@ -177,7 +178,7 @@ def load(
 
     if runtime not in ("auto", "torch"):
         raise InputError("an adapter runs in torch only", found=runtime, fix="--runtime torch")
-    return open_adapted(folder, task, dtype="fp32" if dtype == "auto" else dtype, **options)
+    return open_adapted(folder, task, dtype="fp32" if dtype in ("auto", "any") else dtype, **options)
 
 
 def search(
@@ -250,15 +251,17 @@ def evaluate(
     dtype: str = "auto",
     revision: str | None = None,
     code: Sequence[str] = (),
+    long: Long | None = None,
     prompt: Prompting | None = None,
 ) -> Report:
     """Score a model: a language model on a text, any other model, or an adapter, on labelled data.
 
     A language model scores every token once, each with at least half of its context before it. `label_column`,
-    `header` and `split` say how labelled data is laid out; `code` is that of layers of its maker's own. With
-    `prompt` a language model says labels. Raises InputError.
+    `header`, `split` say how labelled data is laid out, `code` has its maker's layers; `long` None: as when fine-tuned.
+    With `prompt` a language model says labels. Raises InputError.
     """
     from lmworks.base.hub import find_folder
+    from lmworks.finetune_data import check_plain
     from lmworks.models.families import read_config, read_kind
     from lmworks.tasks.registry import MAKERS, find_task
 
@@ -274,14 +277,16 @@ def evaluate(
     if task in MAKERS and task != "fill-mask":
         from lmworks.finetuning import evaluate_task
 
-        return evaluate_task(folder, texts, text_column=column, runtime=runtime, dtype=dtype, code=code, **layout)
+        how: dict[str, Any] = {"runtime": runtime, "dtype": dtype, "code": code, "long": long}
+        return evaluate_task(folder, texts, text_column=column, **layout, **how)
+    check_plain(Path(texts), long, column, **layout)
     if task == "text-generation" and Path(texts).suffix.lower() in (".jsonl", ".json") and column is None:
         from lmworks.finetuning import evaluate_answers
         from lmworks.text.labelled import read_labelled
 
         data = read_labelled(texts, "text-generation", split=split)
         if not all(isinstance(example, str) for example in data.examples):
-            return evaluate_answers(folder, data, code=code)
+            return evaluate_answers(folder, data, code=code, runtime=runtime, dtype=dtype)
     from lmworks.base.report import Table
     from lmworks.corpus import count_bytes, read_clean
     from lmworks.evaluation.perplexity import bits_per_byte, token_logprobs
@@ -307,16 +312,33 @@ def evaluate(
     return Report(f"{model} on {texts}", values, tables=(Table("Scores", ("what", "value"), rows),))
 
 
-def verify(folder: PathLike, *, runtimes: Sequence[str] = RUNTIMES) -> Report:
-    """Prove that every runtime gives torch's tokens and logits and that no file of the folder has changed.
+def verify(
+    folder: PathLike | Sequence[PathLike],
+    *,
+    runtimes: Sequence[str] = RUNTIMES,
+    dtypes: Sequence[str] | None = None,
+    weights: PathLike | None = None,
+) -> Report:
+    """Prove that every runtime gives torch's tokens, decisions and logits, and that no file of the folder has changed.
 
-    Writes certificate.json. `values["passed"]` says whether everything held; a runtime that is missing is skipped.
+    One folder or several, each with the self-test of its task: one table. Writes certificate.json into each.
+    `runtimes` may name "webgpu" too; `dtypes` None: all graphs; `weights` is the checkpoint that torch runs where a
+    folder holds graphs alone. `values["passed"]` says whether everything held; a runtime that is missing is skipped.
     """
+    from lmworks.export.verify import check_folder
     from lmworks.export.verify import verify as check
-    from lmworks.summary import certificate_report
+    from lmworks.export.verify_report import make_report
 
-    check_runtimes(runtimes)
-    return certificate_report(check(Path(folder), runtimes=tuple(runtimes)), str(folder))
+    folders = [folder] if isinstance(folder, str | Path) else list(folder)
+    if not folders:
+        raise InputError("there is no folder to verify")
+    if weights is not None and len(folders) > 1:
+        raise InputError("one checkpoint cannot be that of several folders", found=f"{len(folders)} folders")
+    for place in folders:  # before anything runs
+        check_folder(Path(place), runtimes=runtimes, dtypes=dtypes)
+    return make_report(
+        {str(place): check(place, runtimes=runtimes, dtypes=dtypes, weights=weights) for place in folders}
+    )
 
 
 def check_runtimes(runtimes: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from lmworks.base.report import Cell, Report, Table
 from lmworks.base.safetensors_header import TensorInfo, check_header
 from lmworks.models.families import FAMILIES, LABELLED, TASKS, read_config
 from lmworks.models.parameters import TOKENS, count_parameters
+from lmworks.runtime.choice import list_choices
 
 Warnings = list[str]
 INDEX = "model.safetensors.index.json"
@@ -63,6 +64,7 @@ def inspect_folder(folder: str | Path) -> Report:
         "graphs": {name: files[name].stat().st_size for name in sorted(files) if name.endswith(".onnx")},
         "receipt": pick(files, "lmworks.json", ("data_sha256", "seed", "scores", "versions"), warnings),
         "certificate": describe_certificate(files, warnings),
+        "auto": list_choices(folder),
         "bytes": sum(path.stat().st_size for path in files.values()),
         "files": {name: files[name].stat().st_size for name in sorted(files)},
         "warnings": warnings,
@@ -310,6 +312,7 @@ def tables(values: Mapping[str, Any]) -> tuple[Table, ...]:
         "chat template": values["chat_template"] or None,
         "pooling": values["pooling"],
         "adapter of": values["adapter"] and str(values["adapter"]["base_model_name_or_path"]),
+        "runs fastest here": "; ".join(f"{one['task']}: {one['why']}" for one in values["auto"]) or None,
         "made from data": receipt.get("data_sha256"),
         "verified": f"{'passed' if certificate['passed'] else 'failed'}, {certificate['date']}"
         if certificate

@@ -16,6 +16,7 @@ from torch import nn
 
 from lmworks.models import inference
 from lmworks.models.checkpoint import load_model
+from lmworks.models.compact import Grid, QuantizedLinear
 from lmworks.models.inference import PackedAttention, PackedLinear, pack, pack_if_faster, packing_pays
 from lmworks.runtime import torch_runtime
 from lmworks.runtime.torch_runtime import TorchRuntime
@@ -198,3 +199,96 @@ def test_bfloat16_is_close(cell: Any) -> None:
     whole, half = (next(iter(runtime.run(batch).values())) for runtime in runtimes)
     rows = batch["attention_mask"].astype(bool) if whole.ndim == 3 else np.full(len(whole), True)
     assert 1e-4 < np.abs(half[rows] - whole[rows]).mean() / np.abs(whole[rows]).mean() < 0.1
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("activations", ["none", "dynamic", "static"])
+@pytest.mark.parametrize("case", ["bert", "mistral"])
+def test_quantized_layers_are_joined_with_the_same_numbers(case: str, activations: str, tmp_path: Path) -> None:
+    """One product of q, k and v, grouped heads too, against the plain arithmetic of each layer; padding is left out."""
+    head = "SequenceClassification"
+    zoo.make_reference(case, head).save_pretrained(tmp_path)
+    model = load_model(tmp_path, head)
+    generator = torch.Generator().manual_seed(1)
+    for parent in list(model.transformer.layers.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                scale = child.weight.abs().amax(1, keepdim=True) / 127
+                span = torch.tensor([-4.0, 4.0]) if activations == "static" else None
+                bias = torch.randn(child.out_features, generator=generator) if child.bias is None else child.bias
+                q = torch.round(child.weight / scale).to(torch.int8)
+                layer = QuantizedLinear(q, scale, None, Grid(activations=activations), bias=bias, span=span)  # type: ignore[arg-type]
+                setattr(parent, name, layer)
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    batch = make_batch("right", 0)
+    ids, mask = torch.from_numpy(batch["input_ids"]), torch.from_numpy(batch["attention_mask"])
+    for layer in layers:
+        layer.keeps = False  # the reference's arithmetic
+    expected = model(ids, mask).numpy()
+    for layer in layers:
+        layer.keeps = True
+    inference.join(model)
+    left = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    attentions = [block.attention for block in model.transformer.layers]
+    if activations == "none":
+        assert not left and all(type(attention.q_proj) is nn.Linear for attention in attentions)
+    else:
+        assert len(left) == len(layers) - 2 * len(attentions)
+        assert all(isinstance(attention, PackedAttention) for attention in attentions)
+    runtime = TorchRuntime(model)
+    found = runtime.run(batch)["logits"]
+    limit = 1e-5 if activations == "none" else 2e-2 * np.abs(expected).max()  # a rounding may fall the other way
+    assert np.abs(found - expected).max() <= limit
+    assert np.abs(np.median(found - expected)) <= 1e-3 * np.abs(expected).max()
+
+
+def test_layers_that_differ_are_not_joined() -> None:
+    def layer(bits: int = 8, span: float = 0.0, bias: bool = True) -> QuantizedLinear:
+        grid = Grid(bits=bits, activations="static" if span else "dynamic")  # type: ignore[arg-type]
+        q, scale = torch.ones(4, 8, dtype=torch.int8), torch.ones(4, 1)
+        edges = torch.tensor([-span, span]) if span else None
+        return QuantizedLinear(q, scale, None, grid, bias=torch.ones(4) if bias else None, span=edges)
+
+    assert inference.joined_layers([layer(), layer(), layer()]) is not None
+    assert inference.joined_layers([layer(), layer(bits=4), layer()]) is None
+    assert inference.joined_layers([layer(), layer(bias=False), layer()]) is None
+    assert inference.joined_layers([layer(span=1.0), layer(span=2.0), layer(span=1.0)]) is None
+    assert inference.joined_layers([layer(), layer()]) is None
+
+
+@torch.inference_mode()
+def test_a_few_rows_go_through_onednn_with_the_matrix_as_it_lies(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is copied, only what reads is changed, and a product of many rows is torch's own."""
+    plain = nn.Linear(32, 48)
+    layer = nn.Sequential(plain)
+    address, calls = plain.weight.data_ptr(), []
+    inference.multiply_directly(layer)
+    own = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda *a: calls.append(len(a[0])) or own(*a))
+    for rows in (1, 2, 64, 65):
+        x = torch.randn(rows, 32)
+        assert (layer(x) - nn.functional.linear(x, plain.weight, plain.bias)).abs().max() <= 1e-5
+    assert calls == [2, 64] and plain.weight.data_ptr() == address and type(plain) is inference.DirectLinear
+    monkeypatch.undo()
+    kinds = {type(module) for module in TorchRuntime(folder).model.modules()}
+    assert inference.DirectLinear in kinds and nn.Linear not in kinds
+    given = load_model(folder)
+    assert nn.Linear in {type(module) for module in TorchRuntime(given).model.modules()}
+
+
+def test_a_bf16_reader_is_packed_for_many_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(torch_runtime, "pack", lambda model, rows: seen.append(rows))
+    TorchRuntime(folder, dtype="bf16")
+    zoo.make_reference("llama", "CausalLM").save_pretrained(folder / "writes")
+    TorchRuntime(folder / "writes", dtype="bf16")
+    assert seen == [inference.MANY_ROWS, 1]
+
+
+def test_memory_is_kept_where_the_c_library_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        """One that has no such call."""
+
+    assert torch_runtime.keep_memory() in (True, False)
+    monkeypatch.setattr(torch_runtime.ctypes, "CDLL", lambda name: Library())
+    assert torch_runtime.keep_memory() is False

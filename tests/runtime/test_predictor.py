@@ -15,10 +15,10 @@ from tiny import LLAMA, make_reference
 from transformers import AutoModelForCausalLM as TheirAutoModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import lmworks.runtime.predictor as predictor_module
 from lmworks import AutoModelForCausalLM
 from lmworks.base.errors import FormatError, InputError
 from lmworks.export.onnx import export_onnx
+from lmworks.runtime import choice
 from lmworks.runtime.decoding import generate
 from lmworks.runtime.predictor import Predictor, load
 from lmworks.tokens.train import train_tokenizer
@@ -128,13 +128,17 @@ def test_without_any_the_tokenizers_end_token_counts(copy):
     assert load(copy, threads=1).eos_ids == [0]
 
 
-def test_auto_prefers_onnx_where_it_can(copy, monkeypatch):
-    assert load(copy).runtime.name == "onnx"
-    monkeypatch.setattr(predictor_module, "find_spec", lambda name: None)
+def test_auto_keeps_the_answers_with_what_is_there(copy, monkeypatch):
+    """Which of float32's runtimes is taken is test_choice.py's matter; int8 only where there is nothing else."""
+    assert load(copy).runtime.dtype == "fp32"
+    monkeypatch.setattr(choice, "find_spec", lambda name: name == "torch")
     assert load(copy).runtime.name == "torch"
     monkeypatch.undo()
     (copy / "onnx" / "model.onnx").unlink()
+    assert (load(copy).runtime.name, load(copy).runtime.dtype) == ("torch", "fp32")
+    (copy / "model.safetensors").rename(copy / "elsewhere")
     assert (load(copy).runtime.name, load(copy).runtime.dtype) == ("onnx", "int8")
+    (copy / "elsewhere").rename(copy / "model.safetensors")
     shutil.rmtree(copy / "onnx")
     assert (load(copy).runtime.name, load(copy).runtime.dtype) == ("torch", "fp32")
 

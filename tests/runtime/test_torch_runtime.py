@@ -137,7 +137,7 @@ def test_packing_changes_no_number(model: CausalLM, monkeypatch: pytest.MonkeyPa
         if name.endswith("bias"):
             torch.nn.init.constant_(parameter, 0.3)
     packed = TorchRuntime(model, dtype="bf16")
-    monkeypatch.setattr("lmworks.runtime.torch_runtime.pack", lambda model: None)
+    monkeypatch.setattr("lmworks.runtime.torch_runtime.pack", lambda model, rows: None)
     plain = TorchRuntime(model, dtype="bf16")
     linears = [[type(m).__name__ for m in r.model.modules() if "Linear" in type(m).__name__] for r in (packed, plain)]
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -189,3 +189,22 @@ def test_what_cannot_be_run_is_refused(model: CausalLM) -> None:
     with pytest.raises(InputError, match=r"does not fit the model[\s\S]*601 tokens"):
         runtime.step([1], [1])
     assert runtime.step([], []).shape == (0, 90) == runtime.prefill([], []).shape
+
+
+@BOTH
+def test_a_slot_is_extended_in_parts_and_from_what_it_holds(model: CausalLM) -> None:
+    """A prompt in parts, and one that goes on from another's beginning, give the logits of the whole prompt."""
+    runtime = TorchRuntime(model, slots=2)
+    ids = np.random.default_rng(0).integers(0, 90, 40).tolist()
+    other = ids[:25] + [(token + 1) % 90 for token in ids[25:]]
+    whole, branch = (runtime.prefill([0], [row])[0] for row in (ids, other))
+    for start, end in ((0, 7), (7, 30), (30, 40)):
+        last = runtime.extend(1, ids[start:end], at=start)
+    np.testing.assert_allclose(last, whole, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(runtime.extend(1, other[25:], at=25), branch, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(runtime.step([1], ids[:1]), runtime.step([0], ids[:1]), atol=1e-5, rtol=0)
+    for bad in ({"at": 99}, {"at": -1}):
+        with pytest.raises(InputError, match=r"cannot be extended|does not fit"):
+            runtime.extend(1, ids[:2], **bad)
+    with pytest.raises(InputError, match="cannot be extended"):
+        runtime.extend(1, [], at=3)

@@ -118,13 +118,13 @@ VERBS = {  # verb -> where it lives, what it does, two examples
     ),
     "verify": (
         "lmworks.cli.check:verify",
-        "Prove that every runtime gives torch's tokens and logits, or that a checkpoint gives transformers' numbers.",
-        ("lmworks verify my_model", "lmworks verify my_checkpoint --against transformers --json"),
+        "Prove that every runtime gives torch's answers and logits, or that a checkpoint gives transformers' numbers.",
+        ("lmworks verify page_1 page_2 --runtimes onnx,node", "lmworks verify my_checkpoint --against transformers"),
     ),
     "export": (
         "lmworks.cli.export:export",
         "Write a checkpoint, however old its files, in today's Hugging Face layout.",
-        ("lmworks export my_checkpoint --to hf -o clean", "lmworks export my_checkpoint --dtype bf16 -o smaller"),
+        ("lmworks export my_checkpoint --to hf -o clean", "lmworks export my_classifier --to web -o page"),
     ),
     "merge": (
         "lmworks.cli.merge:merge",
@@ -170,7 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [word for word in words[:end] if word != "--debug"] + words[end:]
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter shows another
-    app = App("lmworks", help=HELP, version=__version__, help_epilogue=show_examples(EXAMPLES), help_format="markdown")
+    app = App("lmworks", help=HELP, version=__version__, help_epilogue=show_examples(EXAMPLES), help_format="markdown",
+              suppress_keyboard_interrupt=False)  # fmt: skip
     for name, (place, purpose, examples) in VERBS.items():
         app.command(place, name=name, help=purpose, help_epilogue=show_examples(examples))
     try:

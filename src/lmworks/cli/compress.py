@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,8 +10,8 @@ from cyclopts import Parameter
 
 from lmworks.base.errors import InputError
 from lmworks.base.report import Report
-from lmworks.cli.finetune import TextColumn
-from lmworks.cli.output import Header, Json, LabelColumn, Model, Out, Overwrite, Revision, show
+from lmworks.cli.columns import Columns
+from lmworks.cli.output import Json, Model, Out, Overwrite, Revision, show
 from lmworks.compress_knobs import Pruning, Quantizing
 
 Data = Annotated[Path | None, Parameter(help="Examples of the model's task, for calibration, fine-tuning and scores.")]
@@ -25,7 +26,15 @@ Candidates = Annotated[str, Parameter(help="Beside a --budget the ways to measur
 Also = Annotated[
     tuple[str, ...], Parameter(help="Beside a --budget another model's folder, such as a distilled one.", negative="")
 ]
-Split = Annotated[str | None, Parameter(help='The part of a nested file; "train,val" also names the one to judge by.')]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Where(Columns):
+    """The columns of --data."""
+
+    split: Annotated[
+        str | None, Parameter(help='The part of a nested file; "train,val" also names the one to judge by.')
+    ] = None
 
 
 def quantize(
@@ -38,10 +47,7 @@ def quantize(
     budget: Budget = None,
     candidates: Candidates = "",
     also: Also = (),
-    text_column: TextColumn = None,
-    label_column: LabelColumn = None,
-    header: Header = True,
-    split: Split = None,
+    columns: Where = Where(),
     revision: Revision = None,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -50,8 +56,7 @@ def quantize(
     """Round a model's matrices to whole numbers; `out` is whole or absent. A budget that nothing keeps exits with 1."""
     from lmworks import api
 
-    columns = {"text_column": text_column, "label_column": label_column, "header": header, "split": split}
-    where: dict[str, Any] = {"validation": validation, "revision": revision, "overwrite": overwrite, **columns}
+    where: dict[str, Any] = {"validation": validation, "revision": revision, "overwrite": overwrite, **vars(columns)}
     if budget is not None:
         if how != Quantizing():
             raise InputError("a budget chooses the bits itself", fix="leave --budget out, or name --candidates")
@@ -71,10 +76,7 @@ def prune(
     budget: Budget = None,
     candidates: Candidates = "",
     also: Also = (),
-    text_column: TextColumn = None,
-    label_column: LabelColumn = None,
-    header: Header = True,
-    split: Split = None,
+    columns: Where = Where(),
     revision: Revision = None,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -86,8 +88,7 @@ def prune(
     """
     from lmworks import api
 
-    columns = {"text_column": text_column, "label_column": label_column, "header": header, "split": split}
-    where: dict[str, Any] = {"validation": validation, "revision": revision, "overwrite": overwrite, **columns}
+    where: dict[str, Any] = {"validation": validation, "revision": revision, "overwrite": overwrite, **vars(columns)}
     if budget is not None:
         report = api.compress(model, out, budget=budget, data=need(data), candidates=candidates, also=also, how=how,
                               **where)  # fmt: skip

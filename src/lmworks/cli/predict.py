@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from lmworks.base.errors import InputError
+from lmworks.base.report import counted
+from lmworks.cli.columns import Header, LabelColumn
 from lmworks.cli.inputs import mend, read_stdin, read_whole
-from lmworks.cli.output import Code, Header, Json, LabelColumn, Model, Revision, print_json, show
+from lmworks.cli.output import Code, Json, Model, Revision, Runtime, Trace, print_json, show
 from lmworks.evaluation.prompting import Prompting
+from lmworks.tasks.base import Long
 
 Prompt = Annotated[Prompting, Parameter(name="*")]
-Runtime = Annotated[Literal["auto", "torch", "onnx"], Parameter(help="What runs the model.")]
 
 
 def generate(
@@ -31,43 +33,46 @@ def generate(
     repeat_last_n: Annotated[int, Parameter(help="How many recent tokens the penalty looks at.")] = 64,
     seed: Annotated[int | None, Parameter(help="Makes sampling repeatable.")] = None,
     runtime: Runtime = "auto",
-    dtype: Annotated[str, Parameter(help="fp32 or int8 (onnx), fp32 or bf16 (torch).")] = "auto",
+    dtype: Annotated[str, Parameter(help="fp32 or int8 (onnx), fp32 or bf16 (torch); any: the fastest.")] = "auto",
+    trace: Trace = None,
     revision: Revision = None,
     code: Code = (),
     json: Json = False,
 ) -> int:
     """Continue a prompt; the text appears as it is made."""
     from lmworks import api
+    from lmworks.runtime.trace import tracing
 
     if prompt is not None and file is not None:
         raise InputError("the prompt was given twice", found="an argument and --file", fix="leave one of them out")
     if prompt is None:
         prompt = (read_stdin() if file is None else read_whole(file)).rstrip("\n")
     prompt = mend(prompt)
-    pieces = api.generate(
-        model,
-        prompt,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repeat_penalty=repeat_penalty,
-        repeat_last_n=repeat_last_n,
-        seed=seed,
-        runtime=runtime,
-        dtype=dtype,
-        revision=revision,
-        code=code,
-    )
-    if not json:
-        sys.stdout.write(prompt)
-        for piece in pieces:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
-    else:
-        for _ in pieces:
-            pass
+    with tracing(trace):
+        pieces = api.generate(
+            model,
+            prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repeat_penalty=repeat_penalty,
+            repeat_last_n=repeat_last_n,
+            seed=seed,
+            runtime=runtime,
+            dtype=dtype,
+            revision=revision,
+            code=code,
+        )
+        if not json:
+            sys.stdout.write(prompt)
+            for piece in pieces:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+            sys.stdout.write("\n")
+        else:
+            for _ in pieces:
+                pass
     done = pieces.result
     if json:
         print_json(
@@ -79,7 +84,9 @@ def generate(
             }
         )
     elif done.tokens_per_second:
-        sys.stderr.write(f"{len(done.tokens)} tokens, {done.tokens_per_second:.0f} tokens/s after the first\n")
+        sys.stderr.write(
+            f"{counted(len(done.tokens), 'token')}, {done.tokens_per_second:.0f} tokens/s after the first\n"
+        )
     return 0
 
 
@@ -96,26 +103,37 @@ def evaluate(
     header: Header = True,
     split: Annotated[str | None, Parameter(help="The part of a nested file to score on.")] = None,
     runtime: Runtime = "auto",
-    dtype: Annotated[str, Parameter(help="fp32 or int8 (onnx), fp32 or bf16 (torch).")] = "auto",
+    dtype: Annotated[str, Parameter(help="fp32 or int8 (onnx), fp32 or bf16 (torch); any: the fastest.")] = "auto",
+    trace: Trace = None,
     revision: Revision = None,
     code: Code = (),
+    long: Annotated[
+        Long | None,
+        Parameter(
+            help="A labelled text that is longer than the model: refuse it, cut it, or read it in windows; "
+            "none: as the model was fine-tuned."
+        ),
+    ] = None,
     json: Json = False,
     prompt: Prompt = Prompting(),  # noqa: B008 (frozen)
 ) -> int:
     """Score a language model on a text, or any other model, or an adapter, on labelled data."""
     from lmworks import api
+    from lmworks.runtime.trace import tracing
 
-    report = api.evaluate(
-        model,
-        texts,
-        column=column,
-        label_column=label_column,
-        header=header,
-        split=split,
-        runtime=runtime,
-        dtype=dtype,
-        revision=revision,
-        code=code,
-        prompt=prompt,
-    )
+    with tracing(trace):
+        report = api.evaluate(
+            model,
+            texts,
+            column=column,
+            label_column=label_column,
+            header=header,
+            split=split,
+            runtime=runtime,
+            dtype=dtype,
+            revision=revision,
+            code=code,
+            long=long,
+            prompt=prompt,
+        )
     return show(report, json=json)

@@ -11,11 +11,11 @@ from cyclopts import Parameter
 
 from lmworks.base.errors import InputError
 from lmworks.cli.inputs import Column, File, mend, read_lines, read_stdin, read_texts, read_whole
-from lmworks.cli.output import Code, Json, Model, Revision, print_json
+from lmworks.cli.output import Code, Json, Model, Revision, Runtime, Trace, print_json
 
 Dtype = Annotated[
-    Literal["auto", "fp32", "bf16", "fp16", "int8", "uint8", "q4", "q4f16", "bnb4"],
-    Parameter(help="The precision: fp32 or bf16 (faster, less exact) in torch, or that of an exported graph."),
+    Literal["auto", "any", "fp32", "bf16", "fp16", "int8", "uint8", "q4", "q4f16", "bnb4"],
+    Parameter(help="fp32 or bf16 (faster, less exact) in torch, or that of an exported graph; any: the fastest."),
 ]
 Long = Annotated[
     Literal["error", "truncate", "window"],
@@ -36,7 +36,9 @@ def classify(
         Literal["auto", "softmax", "sigmoid", "none"], Parameter(help="How numbers become scores.")
     ] = "auto",
     long: Long = "error",
+    runtime: Runtime = "auto",
     dtype: Dtype = "auto",
+    trace: Trace = None,
     revision: Revision = None,
     code: Code = (),
     json: Json = False,
@@ -63,7 +65,8 @@ def classify(
         task = "image-classification"
     else:
         task, options["long"] = "text-classification", long
-    answers = run(folder, task, examples, dtype, {**options, "code": code})
+    engine = {"code": code, "runtime": runtime, "trace": trace}
+    answers = run(folder, task, examples, dtype, {**options, **engine})
     if json:
         print_json([[asdict(label) for label in labels] for labels in answers])
     else:
@@ -88,7 +91,9 @@ def ner(
         Parameter(help="What a word is: the tokenizer's, or all between spaces; auto: as transformers' pipeline."),
     ] = "auto",
     long: Long = "error",
+    runtime: Runtime = "auto",
     dtype: Dtype = "auto",
+    trace: Trace = None,
     revision: Revision = None,
     code: Code = (),
     json: Json = False,
@@ -96,7 +101,8 @@ def ner(
     """Find the names in texts: label, score, word, and the characters from start to end."""
     found, single = read_texts(texts, file, column)
     options = {"aggregation": aggregation, "words": words, "long": long}
-    answers = run(model, "token-classification", found, dtype, {**options, "code": code}, revision)
+    engine = {"code": code, "runtime": runtime, "trace": trace}
+    answers = run(model, "token-classification", found, dtype, {**options, **engine}, revision)
     if json:
         shown = [[asdict(entity) for entity in entities] for entities in answers]
         print_json(shown[0] if single else shown)
@@ -119,7 +125,9 @@ def qa(
     file: Annotated[Path | None, Parameter(help="Read the context from a file.")] = None,
     top_k: Annotated[int, Parameter(help="How many answers to show.")] = 1,
     no_answer: Annotated[bool, Parameter(help="The answer may be that there is none.", negative="")] = False,
+    runtime: Runtime = "auto",
     dtype: Dtype = "auto",
+    trace: Trace = None,
     revision: Revision = None,
     code: Code = (),
     json: Json = False,
@@ -129,7 +137,8 @@ def qa(
         context = read_stdin() if file is None else read_whole(file)
     options = {"top_k": top_k, "no_answer": no_answer}
     examples = [(mend(one), mend(context)) for one in question]
-    answers = run(model, "question-answering", examples, dtype, {**options, "code": code}, revision)
+    engine = {"code": code, "runtime": runtime, "trace": trace}
+    answers = run(model, "question-answering", examples, dtype, {**options, **engine}, revision)
     shown = [[asdict(one) for one in answer] if isinstance(answer, list) else asdict(answer) for answer in answers]
     if json:
         print_json(shown[0] if len(shown) == 1 else shown)
@@ -149,7 +158,9 @@ def fill_mask(
     top_k: Annotated[int, Parameter(help="How many tokens to show for each mask.")] = 5,
     targets: Annotated[list[str] | None, Parameter(help="Choose among these words only.", negative="")] = None,
     long: Long = "error",
+    runtime: Runtime = "auto",
     dtype: Dtype = "auto",
+    trace: Trace = None,
     revision: Revision = None,
     code: Code = (),
     json: Json = False,
@@ -157,7 +168,8 @@ def fill_mask(
     """Fill the masks in texts: the likeliest tokens, their scores, and the text with each."""
     found, single = read_texts(texts, file, column)
     options = {"top_k": top_k, "targets": targets, "long": long}
-    answers = run(model, "fill-mask", found, dtype, {**options, "code": code}, revision)
+    engine = {"code": code, "runtime": runtime, "trace": trace}
+    answers = run(model, "fill-mask", found, dtype, {**options, **engine}, revision)
     if json:
         shown = to_json(answers)
         print_json(shown[0] if single else shown)
@@ -181,7 +193,9 @@ def embed(
         Literal["auto", "mean", "cls", "max", "last"], Parameter(help="How tokens become one vector; auto: as trained.")
     ] = "auto",
     long: Long = "error",
+    runtime: Runtime = "auto",
     dtype: Dtype = "auto",
+    trace: Trace = None,
     revision: Revision = None,
     code: Code = (),
     json: Json = False,
@@ -194,8 +208,19 @@ def embed(
     options = {"pooling": pooling, "long": long}
     if search is not None:
         from lmworks import api
+        from lmworks.runtime.trace import tracing
 
-        answers = api.search(folder, found, read_lines(search, column), top_k=top_k, dtype=dtype, code=code, **options)
+        with tracing(trace):
+            answers = api.search(
+                folder,
+                found,
+                read_lines(search, column),
+                top_k=top_k,
+                runtime=runtime,
+                dtype=dtype,
+                code=code,
+                **options,
+            )
         if json:
             print_json(to_json(answers))
         else:
@@ -203,7 +228,8 @@ def embed(
                 for match in matches:
                     line(f"{match.score:.4f}", match.text, *([query] if len(found) > 1 else []))
         return 0
-    vectors = run(folder, "feature-extraction", found, dtype, {**options, "code": code})
+    engine = {"code": code, "runtime": runtime, "trace": trace}
+    vectors = run(folder, "feature-extraction", found, dtype, {**options, **engine})
     rounded = [[float(f"{x:.8g}") for x in vector.tolist()] for vector in vectors]
     if json:
         print_json(rounded)
@@ -218,8 +244,10 @@ def run(
 ) -> Any:
     """Answer examples with a model."""
     from lmworks import api
+    from lmworks.runtime.trace import tracing
 
-    return api.predict(model, examples, task=task, dtype=dtype, revision=revision, **options)
+    with tracing(options.pop("trace")):
+        return api.predict(model, examples, task=task, dtype=dtype, revision=revision, **options)
 
 
 def to_json(answers: Any) -> Any:

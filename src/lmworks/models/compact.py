@@ -2,6 +2,7 @@
 
     QuantizedLinear       W = (q - z) s           a scale s (and zero z) for the matrix, each output, or each group
     QuantizedEmbedding    rows of such a matrix
+    TiedLinear            a projection by those rows
     LowRankLinear         W = L R                 L (O, R), R (R, I)
 
 They wrap a Linear or an Embedding by name, so a network knows nothing of them. How the numbers are chosen is
@@ -12,7 +13,7 @@ Shapes: I inputs, O outputs, G groups of a row, V rows of an embedding, R rank.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -172,7 +173,9 @@ class QuantizedLinear(Quantized):
             1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
         if not whole:
-            y = y * step if self.bias is None else torch.addcmul(self.bias, y, step)  # type: ignore[arg-type]
+            y.mul_(step)  # in place: fresh memory for a large result costs more than the product
+            if self.bias is not None:
+                y.add_(self.bias)
         return y.to(x.dtype)
 
     def multiply(self, x: Tensor, matrix: Tensor) -> Tensor:
@@ -186,9 +189,9 @@ class QuantizedLinear(Quantized):
         x = x.float()
         if self.span is None:
             step = x.abs().amax(-1, keepdim=True).clamp(min=TINY) / HIGHEST  # (…, 1)
-            return torch.round(x / step).to(torch.int8), step, 0
+            return torch.div(x, step).round_().to(torch.int8), step, 0
         width, zero = input_scale(*self.span.tolist())
-        return (torch.round(x / width) + zero).clamp(0, HIGHEST_INPUT).to(torch.uint8), width, zero
+        return torch.div(x, width).round_().add_(zero).clamp_(0, HIGHEST_INPUT).to(torch.uint8), width, zero
 
     def reference(self, x: Tensor) -> Tensor:
         """Do the same in plain arithmetic, which shows what the fast product computes."""
@@ -229,6 +232,17 @@ class QuantizedEmbedding(Quantized):
         scale = self.scale if self.grid.per == TENSOR else self.scale[flat]
         zero = self.zero if self.zero is None or self.grid.per == TENSOR else self.zero[flat]
         return torch.unflatten(dequantize(q, scale, zero, per=self.grid.per), 0, ids.shape)
+
+
+class TiedLinear(QuantizedLinear):
+    """A projection by the rows of such an embedding: the same numbers, stored once."""
+
+    def __init__(self, table: QuantizedEmbedding, *, bias: Tensor | None = None) -> None:
+        """Share the embedding's numbers; where they have one scale a row, inputs are rounded to 8 bits too."""
+        whole = table.grid.per == CHANNEL and table.grid.symmetric
+        grid = replace(table.grid, activations="dynamic" if whole else "none")
+        super().__init__(table.numbers, table.scale, table.zero, grid, bias=bias)
+        self.q = table.q
 
 
 class LowRankLinear(nn.Module):

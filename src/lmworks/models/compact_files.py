@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from lmworks.base.errors import FormatError, InputError
-from lmworks.models.compact import COMPACT, Grid, LowRankLinear, Quantized, QuantizedEmbedding, QuantizedLinear, unpack4
+from lmworks.models.compact import (
+    COMPACT,
+    Grid,
+    LowRankLinear,
+    Quantized,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    TiedLinear,
+    unpack4,
+)
 from lmworks.models.config import Config
 from lmworks.models.custom import OWN
 from lmworks.models.families import COMPACT_KEY, read_compact
@@ -34,6 +43,8 @@ def describe_layer(layer: nn.Module) -> dict[str, Any]:
     """Return what config.json says of a layer."""
     if isinstance(layer, LowRankLinear):
         return {"kind": "low-rank", "rank": layer.left.shape[1]}
+    if isinstance(layer, TiedLinear):
+        return {"kind": "tied"}
     assert isinstance(layer, Quantized)
     kind = "embedding" if isinstance(layer, QuantizedEmbedding) else "linear"
     return {"kind": kind, "shape": list(layer.shape), **layer.grid.to_dict()}
@@ -53,7 +64,8 @@ def describe_layers(layers: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]
 def own_state(state: Mapping[str, Tensor], published: Iterable[str], model: nn.Module) -> State:
     """Return the tensors that no row of the family's table holds, under names that no published file has."""
     held = set(published)
-    tied = {"head.project.weight"} if getattr(model, "is_tied", False) else set()
+    parts = ("weight", "q", "scale", "zero")  # which the embedding has
+    tied = {f"head.project.{part}" for part in parts} if getattr(model, "is_tied", False) else set()
     return {f"{OWN}{name}": tensor.contiguous() for name, tensor in state.items() if name not in held | tied}
 
 
@@ -78,11 +90,12 @@ def restore(
         raise InputError("a quantized model runs in its own numbers", where=where, found=str(dtype), fix="--dtype fp32")
     found = {name.removeprefix(OWN): tensor for name, tensor in tensors.items()}
     problems = []
-    for name, said in layers.items():
+    for name, said in sorted(layers.items(), key=lambda item: item[1].get("kind") == "tied"):  # after what it shares
         own = {key.rpartition(".")[2]: found.pop(key) for key in list(found) if key.rpartition(".")[0] == name}
         try:
             parent = model.get_submodule(name.rpartition(".")[0])
-            layer = make_layer(said, own, getattr(parent, name.rpartition(".")[2]))
+            plain = getattr(parent, name.rpartition(".")[2])
+            layer = tie(model, own) if said.get("kind") == "tied" else make_layer(said, own, plain)
             setattr(parent, name.rpartition(".")[2], layer if dtype is None else layer.to(dtype))
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, InputError) as error:
             problems.append(f"{name} ({error})")
@@ -101,6 +114,15 @@ def restore(
     if problems:
         raise FormatError("the compact layers do not fit config.json", where=where, found=", ".join(problems[:8]),
                           fix="write the model again with lmworks quantize or lmworks prune")  # fmt: skip
+
+
+def tie(model: nn.Module, own: State) -> TiedLinear:
+    """Return the projection by the embedding's own numbers."""
+    table, bias = model.get_submodule("transformer.embeddings.tokens"), own.pop("bias", None)
+    check(isinstance(table, QuantizedEmbedding) and not own, "the embedding's numbers")
+    assert isinstance(table, QuantizedEmbedding)
+    check(bias is None or tuple(bias.shape) == table.shape[:1], "its bias")
+    return TiedLinear(table, bias=bias)
 
 
 def make_layer(said: Mapping[str, Any], own: State, plain: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from lmworks.base.errors import FormatError, InputError
 from lmworks.base.types import Batch
+from lmworks.runtime.trace import stage
 from lmworks.tasks.base import Feature, collate
 
 BATCH_TOKENS = 2048  # in a batch, padding included: larger ones are no faster on a processor
@@ -49,7 +50,10 @@ def run_features(
     preferred: int = getattr(runtime, "batch_tokens", BATCH_TOKENS)
     lengths = [len(feature) for feature in features]
     for rows in make_batches(lengths, batch_tokens=batch_tokens or preferred, max_rows=max_rows, padding=padding):
-        found = runtime.run(collate([features[row] for row in rows], pad_id=pad_id))
+        with stage("batch"):
+            batch = collate([features[row] for row in rows], pad_id=pad_id)
+        with stage("forward"):
+            found = runtime.run(batch)
         if output not in found:
             raise InputError(
                 f"this model gives no {output}",
@@ -65,7 +69,8 @@ def run_features(
                     found="NaN or infinity",
                     fix="check its weights: lmworks inspect",
                 )
-            outputs[row] = array if reduce is None else reduce(features[row], array)
+            with stage("post-process"):
+                outputs[row] = array if reduce is None else reduce(features[row], array)
     return outputs
 
 

@@ -14,6 +14,7 @@ from lmworks.base.errors import InputError
 from lmworks.base.types import Floats, Generation
 from lmworks.runtime.base import Runtime, check_length
 from lmworks.runtime.sampling import Sampling
+from lmworks.runtime.trace import stage
 from lmworks.runtime.writing import Decodes, Limits, Writer
 
 LogitsAfter = Generator[Floats, int, None]  # token sent -> logits (V,) of what follows
@@ -47,7 +48,8 @@ class TextStream(Iterator[str]):
             first = not writer.tokens
             started = time.perf_counter()
             scores = next(logits) if first else logits.send(writer.tokens[-1])  # (V,)
-            piece = writer.push(scores)
+            with stage("decode"):
+                piece = writer.push(scores)
             self._seconds += 0.0 if first else time.perf_counter() - started
             if piece:
                 yield piece
@@ -94,7 +96,8 @@ def begin(
         raise InputError("a stop string is empty", fix="leave it out, or give the text to stop at")
     default = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     ends = default if eos_ids is None else [eos_ids] if isinstance(eos_ids, int) else eos_ids
-    ids = (tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)) or default
+    with stage("tokenise"):
+        ids = (tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)) or default
     check_length(len(ids), max_length)
     tokens = min(max_tokens, max_length - len(ids) + 1)  # the last token is written, never read
     return Writer(ids, Limits(tokenizer, sampling or Sampling(), tokens, frozenset(ends), words, logprobs))
@@ -102,9 +105,12 @@ def begin(
 
 def cached_logits(runtime: Runtime, prompt: Sequence[int], slot: int) -> LogitsAfter:
     """Yield the logits (V,) after the prompt, then after each token that is sent."""
-    token = yield runtime.prefill([slot], [prompt])[0]
+    with stage("prefill"):
+        logits = runtime.prefill([slot], [prompt])[0]
     while True:
-        token = yield runtime.step([slot], [token])[0]
+        token = yield logits
+        with stage("step"):
+            logits = runtime.step([slot], [token])[0]
 
 
 def uncached_logits(runtime: Runtime, prompt: Sequence[int], _: int) -> LogitsAfter:

@@ -30,6 +30,7 @@ from lmworks.base.optional import require
 from lmworks.base.threads import cpu_count
 from lmworks.base.types import Batch
 from lmworks.models.families import read_config
+from lmworks.runtime import trace
 from lmworks.runtime.base import Logits, check_ids, check_length, check_slots
 
 FILES = {  # transformers.js finds a dtype by its file's suffix; the best first. Our int8 is its q8, the default in WASM
@@ -264,12 +265,17 @@ def open_session(path: Path, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    if trace.running is not None:
+        trace.running.ask_profile(options)
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise FormatError(
             f"{path.name} cannot be loaded", where=str(path), found=str(error).strip(), fix="export the model again"
         ) from None
+    if trace.running is not None:
+        trace.running.sessions.append(session)
+    return session
 
 
 def read_max_length(folder: Path) -> int:

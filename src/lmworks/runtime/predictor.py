@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, overload
 
@@ -17,11 +16,14 @@ from lmworks.base.optional import require
 from lmworks.base.types import Generation
 from lmworks.models.config import Config
 from lmworks.models.families import TASKS, find_head, read_config, read_kind
+from lmworks.runtime import trace
 from lmworks.runtime.base import Runtime
 from lmworks.runtime.batching import run_features
+from lmworks.runtime.choice import ANY, Way, choose, find_ways
 from lmworks.runtime.decoding import TextStream, generate
 from lmworks.runtime.onnx_runtime import FILES, OnnxRuntime
 from lmworks.runtime.sampling import Sampling
+from lmworks.runtime.trace import stage
 from lmworks.tasks.base import Facts, Task
 from lmworks.tasks.registry import check_task, find_task, make_task
 from lmworks.tokens.tokenizer import Tokenizer
@@ -64,6 +66,7 @@ class Predictor:
         self.runtime, self.eos_ids, self.task = runtime, list(eos_ids), task
         self._tokenizer, self.make, self.options = tokenizer, make, dict(options or {})
         self.prepared = None if make is None else make(**self.options)
+        self.why = "as given"  # this runtime and dtype
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -93,11 +96,13 @@ class Predictor:
 
     def answer(self, task: Task, examples: list[Any]) -> Any:
         """Encode, run and decode a few examples at once."""
-        features = task.encode(examples)
+        with stage("tokenise"):
+            features = task.encode(examples)
         pad = 0 if self._tokenizer is None else self._tokenizer.pad_id or 0
         smaller = getattr(task, "reduce", None)  # large outputs are made small as they come
         outputs = run_features(self.runtime, features, output=task.output, pad_id=pad, reduce=smaller)
-        return task.decode(features, outputs, examples)
+        with stage("post-process"):
+            return task.decode(features, outputs, examples)
 
     @overload
     def generate(self, prompt: str, *, stream: Literal[False] = False, **settings: Unpack[Settings]) -> Generation: ...
@@ -130,10 +135,11 @@ def load(
     """Open a model folder, or a model of the Hub by its name.
 
     `task` is a pipeline name ("text-classification", "feature-extraction" …); None: what the checkpoint was made for.
-    runtime "auto" takes the ONNX graph where there is one and onnxruntime is installed, else torch. dtype "auto" is
-    fp32, or int8 where that is the only graph. `code` is that of layers of its maker's own: classes, or "FILE.py:Name".
-    `options` are the task's. Raises InputError or FormatError that names
-    the path.
+    runtime "auto" is the fastest on this machine of those that keep the answers: fp32, and what the certificate says
+    keeps every decision; it is measured once and remembered (runtime/choice.py; `.why` says it). dtype "any" lets any
+    lossy way stand for choice. With a runtime that is named, dtype "auto" is fp32, or the best graph that there is.
+    `code` is that of layers of its maker's own: classes, or "FILE.py:Name". `options` are the task's. Raises InputError
+    or FormatError that names the path.
     """
     if task is not None:
         check_task(task)
@@ -154,8 +160,11 @@ def load(
     if slots < 1:
         raise InputError("there must be a slot", found=f"slots={slots}", expected="1 or more")
     tokenizer = None if config.vision else Tokenizer.from_pretrained(folder)
-    engine = open_runtime(folder, runtime, dtype, slots, threads, head=TASKS[task], code=code)
-    return make_predictor(engine, folder, config, task, tokenizer, options)
+    with stage("load"):
+        engine, why = open_runtime(folder, runtime, dtype, slots, threads, head=TASKS[task], code=code)
+    predictor = make_predictor(engine, folder, config, task, tokenizer, options)
+    predictor.why = why
+    return predictor
 
 
 def make_predictor(
@@ -194,8 +203,8 @@ def read_facts(config: Config, tokenizer: Tokenizer | None, *, before: int = 0) 
 def open_runtime(
     folder: Path, runtime: str, dtype: str, slots: int, threads: int | None, *, head: str = "CausalLM",
     code: Sequence[Any] = (),
-) -> Runtime:  # fmt: skip
-    """Open the runtime of this name over a folder, with a head."""
+) -> tuple[Runtime, str]:  # fmt: skip
+    """Open the runtime of this name over a folder, with a head; return it and why it is this one."""
     if runtime not in RUNTIMES:
         raise InputError("there is no such runtime", found=runtime, expected=", ".join(RUNTIMES))
     graphs = [name for name, file in FILES.items() if (folder / "onnx" / file).is_file()]
@@ -207,15 +216,26 @@ def open_runtime(
                 fix='use runtime="torch", or export the model with this head',
             )  # fmt: skip
         graphs = []
-    wanted = dtype in ("auto", *graphs)
-    if runtime == "onnx" or (runtime == "auto" and graphs and wanted and find_spec("onnxruntime")):
-        if dtype == "auto":
-            dtype = graphs[0] if graphs else "fp32"
-        return OnnxRuntime(folder, dtype=dtype, slots=slots, threads=threads)
-    require("torch", extra="torch")
-    from lmworks.runtime.torch_runtime import TorchRuntime
 
-    return TorchRuntime(folder, head=head, dtype="fp32" if dtype == "auto" else dtype, slots=slots, code=code)
+    def open_way(way: Way) -> Runtime:
+        if way.runtime == "onnx":
+            return OnnxRuntime(folder, dtype=way.dtype, slots=slots, threads=threads)
+        require("torch", extra="torch")
+        from lmworks.runtime.torch_runtime import TorchRuntime, limit_threads
+
+        limit_threads(threads)
+        return TorchRuntime(folder, head=head, dtype=way.dtype, slots=slots, code=code)
+
+    ways = find_ways(folder, graphs, dtype)
+    if runtime != "auto":
+        ways = [way for way in ways if way.runtime == runtime] if dtype == ANY else []
+    if not ways:  # what was named, or nothing that is here: opening it says what is missing
+        named = runtime if runtime != "auto" else "torch"
+        default = graphs[0] if named == "onnx" and graphs else "fp32"
+        return open_way(Way(named, default if dtype in ("auto", ANY) else dtype)), "as asked"
+    with trace.paused():  # what is measured is no part of the answer
+        choice = choose(folder, ways, open_way, head=head, threads=threads)
+    return open_way(choice.way), choice.why
 
 
 def read_eos_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:

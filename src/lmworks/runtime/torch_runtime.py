@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, n rows of a call, V vocabulary.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -18,12 +19,23 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lmworks.base.errors import InputError
+from lmworks.base.threads import cpu_count
 from lmworks.base.types import Batch
 from lmworks.models.cache import KVCache
 from lmworks.models.checkpoint import load_model
 from lmworks.models.compact import is_compact
 from lmworks.models.heads import Model
-from lmworks.models.inference import PackedLinear, pack, pack_if_faster, run_ragged
+from lmworks.models.inference import (
+    MANY_ROWS,
+    PackedLinear,
+    join,
+    multiply_directly,
+    pack,
+    pack_if_faster,
+    reads_only,
+    run_ragged,
+)
+from lmworks.runtime import trace
 from lmworks.runtime.base import Logits, check_ids, check_length, check_slots
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -51,21 +63,30 @@ class TorchRuntime:
         """
         if dtype not in DTYPES:
             raise InputError(f"torch cannot run the dtype {dtype!r}", expected=" or ".join(DTYPES))
+        if trace.running is not None:
+            trace.running.watch_torch()
         wanted = DTYPES[dtype]
-        self.cold = WARM if dtype == "fp32" and not isinstance(model, Model) else 0  # tokens until it is packed
-        if not isinstance(model, Model):
-            self.model = load_model(model, head, dtype=wanted, code=code)
-        elif dtype != "fp32" or any(parameter.dtype != wanted for parameter in model.parameters()):
-            self.model = deepcopy(model).to(wanted)
+        self.cold = 0  # tokens until float32 matrices are packed
+        if isinstance(model, Model):
+            same = dtype == "fp32" and all(parameter.dtype == wanted for parameter in model.parameters())
+            self.model = model if same else deepcopy(model).to(wanted)
         else:
-            self.model = model
-        if self.model.parts or is_compact(self.model):  # packing knows the core's own layers only
-            self.cold = 0
-        elif dtype == "bf16":
-            pack(self.model)
+            self.model = load_model(model, head, dtype=wanted, code=code)
+            if not self.model.parts:  # packing knows the core's own layers only
+                self.make_ready(dtype)
+        if dtype == "bf16" and not self.model.parts and not is_compact(self.model):
+            pack(self.model, rows=MANY_ROWS if reads_only(self.model) else 1)
         self.dtype, config = dtype, self.model.config
         self.vocab_size, self.max_length = config.vocab_size, config.max_tokens - self.model.transformer.prefix.length
         self.slots = slots
+
+    def make_ready(self, dtype: str) -> None:
+        """Choose how a model that was read here multiplies; until there were many tokens nothing is reordered."""
+        join(self.model)
+        keep_memory()
+        if dtype == "fp32":
+            self.cold = WARM
+            multiply_directly(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -167,6 +188,30 @@ class TorchRuntime:
             logits[rows] = to_numpy(out)
         return logits
 
+    def extend(self, slot: int, input_ids: Sequence[int], *, at: int) -> Logits:
+        """Keep the first `at` positions of a slot and add these tokens; return the last's logits (V,).
+
+        A long prompt so comes in parts, and what two prompts begin with is read once.
+        """
+        check_slots([slot], 1, self.slots)
+        tokens = np.asarray(input_ids, np.int64)[None]  # (1, T)
+        check_ids(tokens, self.vocab_size)
+        check_length(at + tokens.shape[1], self.max_length)
+        cache = self.cache.select([slot])
+        held = cache.lengths[slot] - cache.kept[slot]
+        if not 0 <= at <= held or not tokens.shape[1]:
+            raise InputError("a slot cannot be extended so", found=f"{tokens.shape[1]} tokens at {at}",
+                             expected=f"1 token or more at 0 to {held}")  # fmt: skip
+        if at:
+            cache.lengths[slot] = at + cache.kept[slot]
+        else:
+            cache.reset()
+        self._reserve(cache.kept[slot] + at + tokens.shape[1])
+        with inference(self.model):
+            logits = to_numpy(self.model(torch.from_numpy(tokens).to(self.device), cache=cache, last=-1))  # (1, V)
+        last: Logits = logits[0]
+        return last
+
     def step(self, slots: Sequence[int], input_ids: Sequence[int]) -> Logits:
         """Add one token to each of these slots, whatever their lengths; return its logits (n, V)."""
         check_slots(slots, len(input_ids), self.slots)
@@ -184,6 +229,25 @@ class TorchRuntime:
         """Make room in the cache; double, so that copying stays rare."""
         if length > self.cache.capacity:
             self.cache.reserve(max(length, min(2 * self.cache.capacity, self.max_length)))
+
+
+def limit_threads(threads: int | None = None) -> None:
+    """Let torch use so many threads; None: no more than the processors that this process may use."""
+    wanted = threads or min(torch.get_num_threads(), cpu_count())
+    if wanted != torch.get_num_threads():
+        torch.set_num_threads(wanted)
+
+
+def keep_memory(*, largest: int = 32 << 20, kept: int = 256 << 20) -> bool:
+    """Let the C library hand out freed blocks again, up to so many bytes, instead of giving them back; say whether.
+
+    The results of large products are as large as its limits: each would be fresh memory that the system first clears.
+    """
+    try:
+        tell = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # another C library
+        return False
+    return bool(tell(-3, largest) and tell(-1, kept))  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 
 @contextmanager
