@@ -157,5 +157,5 @@ def note(scores: Floats, token: int, count: int) -> Chosen:
     raw = np.asarray(scores, np.float64)
     raw = raw - raw.max()
     logs = raw - np.log(np.exp(raw).sum())  # (V,)
-    best = np.argsort(-logs, kind="stable")[:count] if count else []
-    return Chosen(token, float(logs[token]), [(int(i), float(logs[i])) for i in best])
+    best = np.argsort(-logs, kind="stable")[:count].tolist()
+    return Chosen(token, float(logs[token]), [(i, float(logs[i])) for i in best])
