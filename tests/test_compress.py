@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).with_name("training")))
-from tuning_models import make_body, two_languages, write_rows
+from tuning_models import make_languages, two_languages, write_rows
 
 from lmworks.base.errors import InputError
 from lmworks.cli import main
@@ -23,22 +21,14 @@ from lmworks.export.receipt import check_receipt
 from lmworks.finetuning import evaluate_task, finetune
 from lmworks.runtime.predictor import load
 
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    before = torch.get_num_threads()
-    monkeypatch.setenv("LMWORKS_THREADS", "1")
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def root(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a classifier of English and German, its training data and others to judge by."""
     root = tmp_path_factory.mktemp("compress")
-    rows = two_languages(data_folder, skip=0, count=150)
-    make_body(root / "body", (text for text, _ in rows))
-    write_rows(root / "train.jsonl", rows)
+    make_languages(root, data_folder, 150)
     write_rows(root / "judge.jsonl", two_languages(data_folder, skip=500, count=60))
     finetune(root / "body", root / "train.jsonl", root / "model", validation=root / "judge.jsonl",
              task="text-classification", epochs=4, lr=2e-3, batch_size=8, dtype="fp32")  # fmt: skip

@@ -31,9 +31,12 @@ from lmworks.compress_knobs import Pruning, Quantizing
 from lmworks.compress_trial import main_score, measure_candidate
 from lmworks.compressing import Source, apply_pruning, apply_quantizing, keep_settings, open_source
 from lmworks.finetune_data import fingerprint
+from lmworks.models.families import read_config, read_kind
+from lmworks.tasks.registry import find_task
 
-SCORES = ("accuracy", "f1", "precision", "recall", "macro_f1", "exact_match", "mse", "spearman", "mrr", "perplexity",
-          "agreement")  # fmt: skip
+SCORES = ("accuracy", "f1", "precision", "recall", "macro_f1", "exact_match", "mse", "pearson", "spearman", "mrr",
+          "recall_at_1", "perplexity", "cosine", "agreement")  # fmt: skip
+SEEN = 48  # examples that a graph's matrices are rounded for
 DIVERGENCE = 0.002  # nats: what int8-mixed may say otherwise than the model as it is
 WHERE = {"server": "On a server", "edge": "On a small device", "browser": "In a browser"}
 PathLike = str | Path
@@ -84,9 +87,13 @@ def write_graph(dtype: str) -> Make:
     """Return what writes the model as a graph."""
 
     def write(source: Source, folder: Path, how: Pruning) -> None:
+        from lmworks.compress.calibrate import read_batches
         from lmworks.export.onnx_folder import export_graphs
+        from lmworks.training.finetune import open_predictor
 
-        export_graphs(source.folder, folder, to="onnx", dtypes=[dtype], overwrite=True)
+        assert source.data is not None
+        batches = read_batches(open_predictor(source.folder, source.task), source.data, most=SEEN)
+        export_graphs(source.folder, folder, to="onnx", dtypes=[dtype], batches=batches, overwrite=True)
 
     return write
 
@@ -129,6 +136,7 @@ def compress(
     how = (how or Pruning()).check(data)
     source = open_source(model, data, validation, columns, seed=how.seed, revision=revision)
     assert source.held_out is not None
+    check_also(also, source.task)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as place:
         made = measure_all(source, Path(place), names, also, how, demands)
@@ -151,6 +159,15 @@ def choose_names(text: str) -> list[str]:
             raise InputError(f"there is no candidate {name!r}", expected=", ".join(CANDIDATES),
                              fix=did_you_mean(name, CANDIDATES).strip())  # fmt: skip
     return ["fp32", *(name for name in dict.fromkeys(names) if name != "fp32")]
+
+
+def check_also(folders: Sequence[PathLike], task: str) -> None:
+    """Raise InputError for a folder that holds no model, or one of another task, before anything is measured."""
+    for folder in map(Path, folders):
+        found = find_task(read_kind(read_config(folder)))
+        if found != task:
+            raise InputError("a model of another task cannot be measured beside this one", where=str(folder),
+                             found=found, expected=task)  # fmt: skip
 
 
 def report_path(out: Path) -> Path:
@@ -223,7 +240,8 @@ def describe(
     """Return the report: the table, the frontier, the charts, and what to use where."""
     base, held_out = made[0], source.held_out
     assert held_out is not None
-    scores = [name for name in (metric, "agreement") if name in base.found]
+    demanded = [clause.metric for clause in demands if clause.metric in SCORES]
+    scores = list(dict.fromkeys(n for n in (metric, *demanded, "cosine", "agreement") if n in base.found))
     front = frontier(made, metric)
     advice = recommend(made, base, metric, quality_of(demands))
     values: dict[str, Any] = {

@@ -1,4 +1,10 @@
-"""What a smaller model is worth: scores on held-out examples, and time, memory and size beside the original's."""
+"""What a smaller model is worth: scores on held-out examples, and time, memory and size beside the original's.
+
+accuracy, f1, spearman …   the task's own, of labelled examples
+perplexity                 of plain texts, for a model that writes; of one that fills gaps accuracy as well
+agreement                  share of answers that are those of the model as it is
+cosine                     of vectors with those of the model as it is
+"""
 
 from __future__ import annotations
 
@@ -11,8 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lmworks.base.errors import InputError, LmworksError
 from lmworks.compress.candidates import Candidate, time_in_turn
+from lmworks.compress.plain import plain_examples
 from lmworks.evaluation.metrics import score
 from lmworks.text.labelled import Labelled
 
@@ -22,12 +31,20 @@ if TYPE_CHECKING:
 MAIN = ("accuracy", "f1", "exact_match", "spearman", "mrr", "mse", "perplexity")  # the first that there is decides
 WEIGHTS = ("*.safetensors", "onnx/*")
 ONE, BATCHES, MANY, ROUNDS = 12, 2, 32, 5  # texts one at a time, batches of many, and how often each
+COMPARED = 256  # texts whose vectors are compared
 TIMED = 48  # examples that are drawn for it
 NEW_TOKENS = 16  # that a model which writes is timed for
 
 
 def judge(predictor: Predictor, data: Labelled, problem: str | None) -> tuple[dict[str, float], list[Any]]:
-    """Return the metrics of a predictor on labelled examples, and what it said; of plain text its perplexity."""
+    """Return the metrics of a predictor on labelled examples, and what it said; of plain text its perplexity.
+
+    A model that makes vectors is taken to say the vectors (n, D) of the first texts.
+    """
+    if data.task == "fill-mask" or getattr(predictor.prepared, "name", "") == "fill-mask":
+        from lmworks.evaluation.masked import score_masked
+
+        return score_masked(predictor, [text for text in data.examples if isinstance(text, str)])
     if predictor.prepared is None:
         from lmworks.evaluation.perplexity import token_logprobs
         from lmworks.tokens.batch import make_stream
@@ -43,7 +60,25 @@ def judge(predictor: Predictor, data: Labelled, problem: str | None) -> tuple[di
 
     said = answer(predictor, data, problem=problem)
     found = score(data.task, said, data.references, labels=data.labels)
+    if data.task == "feature-extraction":
+        from lmworks.tasks.embed import unit
+
+        said = list(unit(predictor(plain_examples(data.task, data.examples[:COMPARED]))))
     return {name: value for name, value in found.items() if isinstance(value, int | float)}, said
+
+
+def compare_answers(said: Sequence[Any], known: Sequence[Any]) -> dict[str, float]:
+    """Return the share of equal answers; of vectors their cosine, and the share whose nearest other text is the same.
+
+    Numbers have none: they are never equal.
+    """
+    if not said or isinstance(said[0], float):
+        return {}
+    if not isinstance(said[0], np.ndarray):
+        return {"agreement": sum(a == b for a, b in zip(said, known, strict=True)) / len(said)}
+    one, two = np.stack(list(said)), np.stack(list(known))  # (n, D), of length 1
+    nearest = [(x @ x.T - 2 * np.eye(len(x))).argmax(1) for x in (one, two)]
+    return {"cosine": float((one * two).sum(1).mean()), "agreement": float((nearest[0] == nearest[1]).mean())}
 
 
 def main_score(scores: dict[str, float]) -> str:
@@ -52,8 +87,9 @@ def main_score(scores: dict[str, float]) -> str:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return the bytes of a folder's weights and graphs."""
-    return sum(path.stat().st_size for pattern in WEIGHTS for path in folder.glob(pattern))
+    """Return the bytes of a folder's weights; of its graphs where it has no others."""
+    found = [sum(path.stat().st_size for path in folder.glob(pattern)) for pattern in WEIGHTS]
+    return next(filter(None, found), 0)
 
 
 def examples_to_time(data: Labelled, seed: int) -> list[Any]:
@@ -121,15 +157,6 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def plain_examples(task: str, examples: Sequence[Any]) -> list[Any]:
-    """Return examples as a predictor takes them: the words of a sentence as one text."""
-    if task == "token-classification":
-        return [" ".join(words) for words in examples]
-    if task == "feature-extraction":
-        return [one if isinstance(one, str) else one[0] for one in examples]
-    return list(examples)
-
-
 def measure_candidate(
     one: Candidate, base: Candidate | None, *, task: str, held_out: Labelled, problem: str | None,
     known: Sequence[Any] = (), seed: int = 0,
@@ -143,11 +170,8 @@ def measure_candidate(
     assert one.folder is not None
     predictor = load(one.folder, task, dtype=one.dtype)
     scores, said = judge(predictor, held_out, problem)
-    if known and said:
-        scores["agreement"] = sum(a == b for a, b in zip(said, known, strict=True)) / len(said)
-    elif said:
-        scores["agreement"] = 1.0
-    examples = plain_examples(task, examples_to_time(held_out, seed))
+    scores |= compare_answers(said, known or said)
+    examples = plain_examples(task, examples_to_time(held_out, seed), mask=getattr(predictor.prepared, "mask", ""))
     size = folder_bytes(one.folder) / 1e6
     memory = weigh(one.folder, task, one.dtype, examples[:MANY])
     if base is None:

@@ -75,6 +75,7 @@ def open_source(
         return Source(str(model), folder, task)
     from lmworks.training.measure import problem_type
 
+    columns = {"header": True, **columns}
     split = columns.pop("split", None)
     train, held_out = read_data(Path(data), validation, task, split, seed, columns)
     return Source(str(model), folder, task, train, held_out, problem_type(train))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmworks.base.files import write_json
+from lmworks.base.files import read_json, write_json
 from lmworks.run import Trained, make_prompts
 from lmworks.summary import facts, make_values
 
@@ -38,8 +38,10 @@ def publish(folder: Path, trained: Trained, *, runtimes: Sequence[str]) -> dict[
 def finish(folder: Path, trained: Trained, report: Report) -> None:
     """Write the reports and, last of all, the receipt that covers every file."""
     from lmworks.base.files import write_text
-    from lmworks.export.receipt import write_receipt
+    from lmworks.export.receipt import add_certificate, write_receipt
 
     write_json(folder / "report.json", report.to_dict())
     write_text(folder / "report.html", report.to_html())
     write_receipt(folder, facts(trained))
+    if (folder / "certificate.json").is_file():  # `train` alone makes none
+        add_certificate(folder, read_json(folder / "certificate.json"))

@@ -11,13 +11,22 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from safetensors.numpy import load_file
 from torch import nn
 
 from lmworks.base.errors import FormatError, InputError
 from lmworks.compress.calibrate import choose_skips, distance, find_spans, say, sensitivities
 from lmworks.compress.quantize import find_linears, quantize, quantize_linear, quantize_matrix
 from lmworks.models.checkpoint import load_model, save_model
-from lmworks.models.compact import Grid, QuantizedEmbedding, QuantizedLinear, dequantize, pack4, unpack4
+from lmworks.models.compact import (
+    Grid,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    TiedLinear,
+    dequantize,
+    pack4,
+    unpack4,
+)
 from lmworks.models.families import find_head, gpt2, llama
 from lmworks.models.heads import CausalLM, Model
 from lmworks.runtime.torch_runtime import TorchRuntime
@@ -30,11 +39,11 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def small(*, family: str = "gpt2", seed: int = 0) -> Model:
-    """A perturbed small decoder with untied embeddings."""
+def small(*, family: str = "gpt2", seed: int = 0, tied: bool = False) -> Model:
+    """A perturbed small decoder, with untied embeddings unless they are asked for."""
     new = {"gpt2": gpt2.new, "llama": llama.new}[family]
     config = new(vocab_size=50, hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
-                 max_position_embeddings=32, tie_word_embeddings=False)  # fmt: skip
+                 max_position_embeddings=32, tie_word_embeddings=tied)  # fmt: skip
     model = CausalLM(config, find_head(config, "CausalLM"), seed=seed)
     with torch.no_grad():
         for i, parameter in enumerate(model.parameters()):
@@ -179,6 +188,42 @@ def test_families_that_fuse_tensors_keep_them_apart(family: str, skip: bool, tmp
     loaded = load_model(tmp_path)
     save_model(loaded, tmp_path / "again")
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_tied_embedding_is_stored_once_in_whole_numbers(bits: int, tmp_path: Path) -> None:
+    """Logits are the states times the numbers that the file holds, unpacked here with NumPy."""
+    model, ids = small(tied=True), torch.arange(20)[None]
+    plain = model(ids)
+    quantize(model, Grid(bits=bits, per="channel" if bits == 8 else 8))
+    assert isinstance(model.head.project, TiedLinear)
+    save_model(model, tmp_path)
+    again = load_model(tmp_path)
+    assert torch.equal(again(ids), model(ids))
+    assert again.head.project.q is again.transformer.embeddings.tokens.q
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert not [name for name in tensors if "head" in name]
+    q, scale = (tensors[f"lmworks.transformer.embeddings.tokens.{part}"] for part in ("q", "scale"))
+    if bits == 4:
+        q = np.stack((q & 15, q >> 4), -1).reshape(len(q), -1)[:, :24].astype(np.int64) - 8
+    rows = q * (scale if bits == 8 else scale.repeat(32, 1)[:, :24])  # one group holds the whole row
+    with torch.inference_mode():
+        states, given = again.hidden_states(ids)[0].numpy(), again(ids)[0].numpy()
+    if bits == 8:  # inputs too are rounded, each token by its own largest
+        step = np.abs(states).max(-1, keepdims=True) / 127
+        states = np.rint(states / step) * step
+    np.testing.assert_allclose(given, states @ rows.T, atol=1e-4 * np.abs(given).max())
+    moved = float(np.linalg.norm(given - plain[0].detach().numpy()) / np.linalg.norm(plain.detach().numpy()))
+    assert 1e-4 < moved < (0.1 if bits == 8 else 0.5)
+
+
+def test_a_tied_embedding_that_is_missing_is_one_clear_error(tmp_path: Path) -> None:
+    save_model(quantize(small(tied=True), Grid()), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["lmworks_quantization"]["layers"]["transformer.embeddings.tokens"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match="do not fit"):
+        load_model(tmp_path)
 
 
 def test_the_runtime_leaves_whole_numbers_as_they_are() -> None:

@@ -12,16 +12,8 @@ from test_emit import LENGTHS, WIDTH, batches, expected, make_model, open_graph,
 from torch import nn
 
 from lmworks.base.errors import InputError
-from lmworks.export.arithmetic import (
-    ARITHMETIC,
-    BLOCK,
-    BNB_BLOCK,
-    MIDDLE,
-    NF4,
-    quantize,
-    quantize_blocks,
-    quantize_nf4,
-)
+from lmworks.compress.rounding import BLOCK, BNB_BLOCK, NF4, quantize_blocks, quantize_nf4
+from lmworks.export.arithmetic import ARITHMETIC, MIDDLE, quantize
 from lmworks.export.emit import make_graph
 from lmworks.export.graph import Graph
 from lmworks.export.onnx import check_dtypes

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, Playwright, expect, sync_playwright
+from page_browser import DONE, Visit, choose, launch, served, serving, shoot, workers
+from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
 from serving import running
 from tiny_page import CONTEXT, PROMPTS, copy_folder, made_folder
 
-from lmworks.export.verify_js import CHROMIUM_FLAGS, find_chromium
-from lmworks.export.web import TYPES
 from lmworks.runtime.decoding import generate
 from lmworks.runtime.predictor import load
 
 pytestmark = pytest.mark.browser
-DONE = 60_000  # milliseconds
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +24,6 @@ def playwright() -> Iterator[Playwright]:
     """The driver."""
     with sync_playwright() as driver:
         yield driver
-
-
-def launch(playwright: Playwright, *more: str, without: tuple[str, ...] = ()) -> Browser:
-    """Start Chromium with the flags that `verify` uses, which make every host but 127.0.0.1 unreachable."""
-    flags = [flag for flag in CHROMIUM_FLAGS if flag not in ("--headless", *without)]
-    return playwright.chromium.launch(executable_path=str(find_chromium()), args=[*flags, *more])
 
 
 @pytest.fixture(scope="module")
@@ -52,24 +41,6 @@ def address() -> Iterator[str]:
         yield base
 
 
-class Visit:
-    """A page in a browser context of its own, with everything that it asked for and complained about."""
-
-    def __init__(self, context: BrowserContext) -> None:
-        self.requests: list[str] = []
-        self.complaints: list[str] = []
-        context.on("request", lambda request: self.requests.append(request.url))
-        self.page = context.new_page()
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("console", lambda message: message.type == "error" and self.complaints.append(message.text))
-
-    def open(self, address: str) -> Page:
-        """Go to the page and wait until it is built."""
-        self.page.goto(f"{address}/")
-        expect(self.page.locator("#dtypes .choice").first).to_be_visible()
-        return self.page
-
-
 @pytest.fixture
 def visit(browser: Browser) -> Iterator[Visit]:
     """A fresh context; no service worker, which would outlive its server."""
@@ -81,41 +52,26 @@ def visit(browser: Browser) -> Iterator[Visit]:
 
 def write(page: Page, prompt: str, *, temperature: float = 0, tokens: int = 40) -> str:
     """Write with these settings and return the text."""
-    page.evaluate("delete document.documentElement.dataset.written")
-    page.locator("details").evaluate("(details) => { details.open = true; }")
+    page.evaluate("delete document.documentElement.dataset.output")
+    page.locator("#settings").evaluate("(details) => { details.open = true; }")
     page.fill("#temperature", str(temperature))
     page.fill("#tokens", str(tokens))
     page.fill("#prompt", prompt)
-    page.click("#write")
-    page.wait_for_selector("html[data-written]", state="attached")
+    page.click("#run")
+    page.wait_for_selector("html[data-output]", state="attached")
     return page.locator("#output").text_content() or ""
 
 
 def written(page: Page) -> dict[str, object]:
     """Return what the worker said about the last text."""
-    value: dict[str, object] = json.loads(page.locator("html").get_attribute("data-written") or "{}")
+    value: dict[str, object] = json.loads(page.locator("html").get_attribute("data-output") or "{}")
     return value
 
 
-def workers(page: Page, expected: int) -> int:
-    """Return how many workers of ours live, waiting a little for `expected`."""
-    for _ in range(100):
-        found = sum("web/worker.js" in worker.url for worker in page.workers)
-        if found == expected:
-            break
-        page.wait_for_timeout(50)
-    return found
-
-
-def choose(page: Page, value: str) -> None:
-    """Choose a precision or a device."""
-    page.check(f'input[value="{value}"]')
-
-
-def test_the_page_writes_what_python_writes(visit: Visit, address: str) -> None:
+def test_the_page_writes_what_python_writes(visit: Visit, address: str, tmp_path: Path) -> None:
     """C12: the same model, other text. C15: all requests go to the page's own host."""
     page = visit.open(address)
-    expect(page.locator("#write")).to_contain_text("MB")
+    expect(page.locator("#run")).to_contain_text("MB")
     assert workers(page, 0) == 0
     page.evaluate(
         """() => {
@@ -138,6 +94,7 @@ def test_the_page_writes_what_python_writes(visit: Visit, address: str) -> None:
     expect(page.locator("#selftest")).to_contain_text("Self-test passed")
     expect(page.locator("#speed")).to_contain_text("tokens a second")
     expect(page.locator("#certificate")).to_contain_text("ONNX Runtime256 of 256 ✓")
+    shoot(page, "text-generation", tmp_path)
     assert visit.complaints == []
     assert {url.split("/")[2] for url in visit.requests if not url.startswith("blob:")} == {address.split("/")[2]}
 
@@ -173,7 +130,7 @@ def test_threads_are_there(visit: Visit, address: str) -> None:
         """async (text) => {
             const { Client } = await import("/web/client.js");
             const { files } = await (await fetch("/web/page.json")).json();
-            const client = new Client("");
+            const client = new Client();
             const info = await client.call("load", { dtype: "fp32", device: "wasm", files, threads: 2 });
             const { tokens } = await client.call("generate", { text, options: { tokens: 20 } });
             client.end();
@@ -218,7 +175,7 @@ def test_switching_the_precision_ends_the_worker(visit: Visit, address: str) -> 
     assert workers(page, 1) == 1
     choose(page, "int8")
     assert workers(page, 0) == 0
-    expect(page.locator("#write")).to_contain_text("Load")
+    expect(page.locator("#run")).to_contain_text("Load")
     int8 = load(made_folder(), runtime="onnx", dtype="int8")
     assert write(page, PROMPTS[0]) == int8.generate(PROMPTS[0], max_tokens=40).text
     expect(page.locator("#state")).to_contain_text("Ready: int8")
@@ -242,9 +199,9 @@ def test_a_damaged_model_is_an_error_and_the_other_precision_still_loads(
         listed = json.loads((folder / "web/page.json").read_text())
         listed["files"]["onnx/model.onnx"]["sha256"] = hashlib.sha256(data).hexdigest()
         (folder / "web/page.json").write_text(json.dumps(listed))
-    with running(folder, ready=False) as base:
+    with served(folder) as base:
         page = visit.open(base)
-        page.click("#write")
+        page.click("#run")
         problem = page.locator("#problem")
         expect(problem).to_be_visible(timeout=DONE)
         if not known:
@@ -280,14 +237,14 @@ def test_the_same_seed_writes_the_same_text(visit: Visit, address: str) -> None:
     page = visit.open(address)
     texts = []
     for seed in ("7", "7", "8"):
-        page.locator("details").evaluate("(details) => { details.open = true; }")
+        page.locator("#settings").evaluate("(details) => { details.open = true; }")
         page.fill("#seed", seed)
         texts.append(write(page, PROMPTS[0], temperature=1.5))
     assert texts[0] == texts[1] != texts[2]
     page.fill("#top-k", "1")
     assert write(page, PROMPTS[0], temperature=1.5) == write(page, PROMPTS[0], temperature=0), "k = 1 leaves no choice"
     page.fill("#top-k", "-1")
-    page.click("#write")
+    page.click("#run")
     expect(page.locator("#problem")).to_contain_text("Top k")
 
 
@@ -305,9 +262,9 @@ def test_a_long_text_is_cut_and_a_full_context_goes_on(visit: Visit, address: st
     expect(page.locator("#ending")).to_contain_text("did not see its first")
     first = write(page, PROMPTS[0], tokens=500)
     expect(page.locator("#ending")).to_contain_text("context is full")
-    page.evaluate("delete document.documentElement.dataset.written")
+    page.evaluate("delete document.documentElement.dataset.output")
     page.click("#more")
-    page.wait_for_selector("html[data-written]", state="attached")
+    page.wait_for_selector("html[data-output]", state="attached")
     assert page.locator("#given").text_content() == PROMPTS[0] + first
     assert page.locator("#output").text_content()
     assert write(page, "", tokens=5), "an empty text begins a new one"
@@ -326,7 +283,7 @@ def test_keyboard_names_and_small_screens(visit: Visit, address: str) -> None:
     assert unnamed == []
     page.focus("#prompt")
     page.keyboard.press("Control+Enter")
-    page.wait_for_selector("html[data-written]", state="attached")
+    page.wait_for_selector("html[data-output]", state="attached")
     assert page.get_attribute("#page", "aria-live") == "polite"
     assert page.get_attribute("#page", "aria-busy") == "false"
     reached = set()
@@ -334,35 +291,7 @@ def test_keyboard_names_and_small_screens(visit: Visit, address: str) -> None:
     for _ in range(20):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.id || document.activeElement.name"))
-    assert {"write", "more", "dtype", "unload"} <= reached
-
-
-@contextmanager
-def plain_server(folder: Path) -> Iterator[tuple[str, ThreadingHTTPServer]]:
-    """Yield a static file server that knows nothing of our headers, such as a host for static pages."""
-
-    class Handler(SimpleHTTPRequestHandler):
-        extensions_map = TYPES
-
-        def __init__(self, *args, **kwargs) -> None:
-            super().__init__(*args, directory=str(folder), **kwargs)
-
-        def log_message(self, *_) -> None:
-            pass
-
-    class Quiet(ThreadingHTTPServer):
-        daemon_threads = True
-
-        def handle_error(self, request, client_address) -> None:
-            pass
-
-    server = Quiet(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", server
-    finally:
-        server.shutdown()
-        server.server_close()
+    assert {"run", "more", "dtype", "unload"} <= reached
 
 
 def test_it_works_without_a_connection_and_with_threads_on_any_host(browser: Browser) -> None:
@@ -370,15 +299,15 @@ def test_it_works_without_a_connection_and_with_threads_on_any_host(browser: Bro
     context = browser.new_context()
     context.set_default_timeout(DONE)
     visit = Visit(context)
-    with plain_server(made_folder()) as (base, server):
+    with serving(made_folder(), headers=False) as (base, server):
         page = visit.open(base)
         page.wait_for_function("() => crossOriginIsolated && navigator.serviceWorker.controller")
-        expect(page.locator("#dtypes .choice").first).to_be_visible()
+        page.wait_for_selector("html[data-ready]", state="attached")
         text = write(page, PROMPTS[0])
         server.shutdown()
         server.server_close()
         page.reload()
-        expect(page.locator("#dtypes .choice").first).to_be_visible()
+        page.wait_for_selector("html[data-ready]", state="attached")
         assert write(page, PROMPTS[0]) == text
         expect(page.locator("#selftest")).to_contain_text("Self-test passed")
     context.close()

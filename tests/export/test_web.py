@@ -43,6 +43,13 @@ def test_every_file_that_the_page_loads_is_there_with_its_hash() -> None:
     html = (folder / "index.html").read_text()
     for name in re.findall(r'(?:src|href)="([^"#]+)"', html):
         assert (folder / name.split("?")[0]).is_file(), name
+    worker = (folder / "sw.js").read_text()
+    assert "{{" not in worker
+    assert all(f'"{name}"' in worker for name in web.SCRIPTS), "all of the page works without a connection"
+    for name in web.SCRIPTS:  # every module that one imports is there, by an address with the page's version
+        for imported in re.findall(r"import\([\"'`](\.[^\"'`]+)", (folder / "web" / name).read_text()):
+            assert imported.endswith(".js${version}"), f"{name}: {imported}"
+            assert (folder / "web" / imported.removesuffix("${version}")).is_file(), f"{name}: {imported}"
 
 
 def test_no_asset_names_another_host() -> None:
@@ -69,6 +76,51 @@ def test_the_page_shows_the_run_and_nothing_of_the_machine() -> None:
     assert "<title>Birds &amp; foxes</title>" in html
     assert "{{" not in html
     assert json.loads((made_folder() / "web" / "app.webmanifest").read_text())["name"] == "Birds & foxes"
+
+
+def test_the_page_of_a_task_knows_its_labels_options_and_examples(tmp_path: Path) -> None:
+    folder = copy_folder(tmp_path / "model")
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "id2label": {"1": "good", "0": "bad"}}))
+    items = [{"input": {"text": text}} for text in ("A film.", " ", "A film.", "Another film. " * 200, "🙂 Yes.")]
+    task = {"task": "text-classification", "options": {"long": "window"}, "items": items}
+    page = web.page_data(folder, web.find_graphs(folder), {"parameters": 81_920}, task)
+    assert (page["task"], page["options"]) == ("text-classification", {"long": "window"})
+    assert page["labels"] == ["bad", "good"]
+    assert page["examples"] == [{"text": "A film."}, {"text": "🙂 Yes."}]
+    assert page["summary"].startswith("A classifier of texts, 81,920 parameters.")
+    assert "mask" not in page
+    made = json.loads((made_folder() / "web" / "page.json").read_text())
+    assert (made["task"], made["options"], "labels" in made) == ("text-generation", {}, False)
+
+
+def test_weights_beside_a_graph_belong_to_their_precision(tmp_path: Path) -> None:
+    folder = copy_folder(tmp_path / "model")
+    names = ["onnx/model.onnx_data", "onnx/model.onnx_data_1", "onnx/model.onnx_data_10", "onnx/model.onnx_data_2"]
+    for name in names:
+        (folder / name).write_bytes(b"12345")
+    selftest = json.loads((folder / "selftest.json").read_text())
+    web.write_page(folder, title="x", facts={}, selftest=selftest)
+    page = json.loads((folder / "web" / "page.json").read_text())
+    files = ["onnx/model.onnx", names[0], names[1], names[3], names[2]]
+    assert page["dtypes"]["fp32"]["files"] == files
+    assert page["dtypes"]["fp32"]["bytes"] == (folder / files[0]).stat().st_size + 20
+    assert set(files) <= set(page["files"])
+    assert page["dtypes"]["int8"]["files"] == ["onnx/model_quantized.onnx"]
+
+
+def test_a_model_that_no_browser_can_hold_is_refused_with_sizes_and_the_fix(tmp_path: Path, monkeypatch) -> None:
+    web.check_sizes({"fp32": web.LARGEST, "int8": 1})
+    with pytest.raises(InputError, match="too large for a browser") as caught:
+        web.check_sizes({"fp32": 4_400_000_000, "fp16": 2_200_000_000, "int8": 1_100_000_000})
+    assert caught.value.found == "fp32 of 4.40 GB, fp16 of 2.20 GB"
+    assert caught.value.fix == "export with --dtype int8"
+    folder = copy_folder(tmp_path / "model")
+    before = (folder / "web" / "page.json").read_bytes()
+    monkeypatch.setattr(web, "LARGEST", 1000)
+    with pytest.raises(InputError, match="too large for a browser"):
+        web.write_page(folder, title="x", facts={}, selftest={})
+    assert (folder / "web" / "page.json").read_bytes() == before, "the page that was there stays"
 
 
 def test_the_page_works_without_any_fact(tmp_path: Path) -> None:
@@ -281,7 +333,15 @@ def test_the_wheel_carries_the_page(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     place = "lmworks/export/web/"
-    for name in [*web.SCRIPTS, "sw.js", "index.html", "app.webmanifest", "package.json", "package-lock.json"]:
+    for name in [
+        *web.SCRIPTS,
+        "sw.js",
+        "single.js",
+        "index.html",
+        "app.webmanifest",
+        "package.json",
+        "package-lock.json",
+    ]:
         assert place + name in names, name
     for path in web.find_vendor().iterdir():
         assert f"{place}vendor/{path.name}" in names, path.name

@@ -151,6 +151,13 @@ def test_packing_changes_no_number(model: CausalLM, monkeypatch: pytest.MonkeyPa
     assert not any(isinstance(module, PackedLinear) for m in (model, given) for module in m.modules())
 
 
+def test_a_model_that_was_packed_is_packed_once(model: CausalLM) -> None:
+    packed = TorchRuntime(copy.deepcopy(model), dtype="bf16")
+    first = packed.run({"input_ids": IDS})["logits"]
+    again = TorchRuntime(packed.model, dtype="bf16")
+    assert np.array_equal(first, again.run({"input_ids": IDS})["logits"])
+
+
 def test_a_model_in_training_is_left_in_training() -> None:
     """Evaluation in the middle of training must not drop anything, nor switch dropout off for good."""
     model = CausalLM(gpt2.new(hidden_size=32, num_attention_heads=4, dropout=0.5, **SIZES)).train()

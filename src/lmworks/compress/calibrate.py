@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmworks.base.types import Batch
+from lmworks.compress.plain import plain_examples
 from lmworks.compress.quantize import find_linears, put, quantize_linear
 from lmworks.models.compact import Grid
 from lmworks.models.heads import Model
@@ -38,7 +39,8 @@ def read_batches(predictor: Predictor, data: Labelled, *, most: int = 256) -> li
         rows = torch.tensor(ids[: count * length]).view(count, length).numpy() if count else None
         short = [{"input_ids": torch.tensor([ids]).numpy()}] if ids and rows is None else []
         return short if rows is None else [{"input_ids": rows[i : i + ROWS]} for i in range(0, count, ROWS)]
-    features = sorted(predictor.prepared.encode(examples), key=len)
+    mask = getattr(predictor.prepared, "mask", "")
+    features = sorted(predictor.prepared.encode(plain_examples(predictor.task, examples, mask=mask)), key=len)
     pad = 0 if "pixel_values" in features[0].inputs else predictor.tokenizer.pad_id or 0
     return [collate(features[i : i + ROWS], pad_id=pad) for i in range(0, len(features), ROWS)]
 

@@ -24,6 +24,7 @@ from lmworks.models.compact import (
     Grid,
     QuantizedEmbedding,
     QuantizedLinear,
+    TiedLinear,
     by_group,
     dequantize,
     is_compact,
@@ -32,6 +33,7 @@ from lmworks.models.heads import Model
 from lmworks.models.transformer import TokenEmbeddings
 
 EMBEDDING = "transformer.embeddings.tokens"
+PROJECTION = "head.project"
 ROW_GRIDS = {8: Grid(bits=8), 4: Grid(bits=4, per=32)}  # of the embedding's rows
 
 
@@ -89,9 +91,10 @@ def quantize(
     model: Model, grid: Grid, *, embeddings: bool = True, skip: Collection[str] = (),
     spans: Mapping[str, Tensor] | None = None,
 ) -> Model:  # fmt: skip
-    """Quantize the Linears of the body in place, and the embedding unless it is the output's matrix too; return it.
+    """Quantize the Linears of the body and the embedding in place; return the model.
 
-    The head, a few numbers that decide, stays as it is; so do the layers of `skip`, names of ours. `spans` is what
+    A projection that is the embedding's matrix stays so, in whole numbers. Another head, a few
+    numbers that decide, stays as it is; so do the layers of `skip`, names of ours. `spans` is what
     `calibrate.find_spans` gives. Raises InputError for a name that the model lacks, or a model that is compact already.
     """
     check_plain(model)
@@ -104,10 +107,12 @@ def quantize(
         if name not in skip:
             put(model, name, quantize_linear(linear, grid, span=None if spans is None else spans[name]))
     table = model.transformer.embeddings
-    if embeddings and EMBEDDING not in skip and isinstance(table, TokenEmbeddings) and not model.is_tied:
+    if embeddings and EMBEDDING not in skip and isinstance(table, TokenEmbeddings):
         rows = ROW_GRIDS[grid.bits]
         layer = QuantizedEmbedding(*quantize_matrix(table.tokens.weight.detach(), rows), rows)
         table.tokens = layer  # type: ignore[assignment]
+        if model.is_tied and model.head.project is not None:
+            put(model, PROJECTION, TiedLinear(layer, bias=model.head.project.bias))
     return model
 
 

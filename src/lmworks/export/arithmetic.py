@@ -10,6 +10,8 @@ Shapes: B batch, T tokens, I features in, O features out, D hidden, V vocabulary
 
 In int8 and uint8 each activation gets its scale s_x and zero point z at run time, each output feature has its s_w: the
 arithmetic that runs fast both natively and in WebAssembly. fp16 and q4f16 are fp32 and q4 computed in float16.
+A `Precision`, found on real texts, says which matrices keep 8 bits and multiply floats, and rounds the blocks of q4 for
+what they multiply (compress/rounding.py, compress/precision.py).
 """
 
 from __future__ import annotations
@@ -19,29 +21,29 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from lmworks.compress.rounding import (
+    BLOCK,
+    BNB_BLOCK,
+    Floats,
+    Precision,
+    quantize_blocks,
+    quantize_bytes,
+    quantize_nf4,
+)
 from lmworks.export.graph import Graph
-
-Floats = NDArray[np.float32]
-Bytes = NDArray[np.uint8]
 
 # 7 of the 8 bits. A processor without VNNI adds two products of an unsigned and a signed byte in 16 bits, which 8 bits
 # would overflow: 255 * 127 * 2 > 32767 > 255 * 64 * 2. So the same file gives the same answer everywhere. Two unsigned
 # bytes are multiplied in wider registers: uint8 uses all its bits.
 LARGEST = 63
 MIDDLE = 128  # the zero of uint8
-BLOCK = 32  # inputs that share a scale in q4
 ACCURACY = 4  # MatMulNBits quantizes the activations to 8 bits as well; without it 8-bit and 4-bit crawl
-RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a block's smallest to its largest weight
-BNB_BLOCK = 64
-# NF4: quantiles of a normal distribution, scaled to 1, zero among them (Dettmers et al. 2023, appendix E)
-NF4 = np.array(
-    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32)  # fmt: skip
 
 
 class Arithmetic(Protocol):
     """The three places where a model meets a matrix."""
+
+    precision: Precision
 
     def linear(self, graph: Graph, x: str, weight: Floats, *, name: str, out: str = "") -> str:
         """Return x (…, I) times `weight` (I, O), a value called `out`."""
@@ -58,6 +60,8 @@ class Arithmetic(Protocol):
 
 class Fp32:
     """Weights as they are."""
+
+    precision = Precision()
 
     def linear(self, graph: Graph, x: str, weight: Floats, *, name: str, out: str = "") -> str:
         stored = graph.weight(f"{name}.weight", weight)
@@ -77,6 +81,8 @@ class Int8:
 
     zero = ""  # of the weights; the name of a constant
 
+    precision = Precision()
+
     def __init__(self) -> None:
         self.quantized: dict[str, list[str]] = {}
 
@@ -85,6 +91,8 @@ class Int8:
         return quantize(weight, axis=axis)
 
     def linear(self, graph: Graph, x: str, weight: Floats, *, name: str, out: str = "") -> str:
+        if name in self.precision.kept:
+            return multiply_exactly(graph, x, weight, name=name, out=out or f"{name}.out")
         whole, scale = self.whole(graph, weight, axis=0)  # (I, O), (1, O)
         stored, scales = graph.weight(f"{name}.weight", whole), graph.weight(f"{name}.scale", scale[0])
         return self._multiply(graph, x, stored, scales, name=name, out=out or f"{name}.out")
@@ -131,6 +139,8 @@ class Q4(Int8):
     """Weights in 4 bits, 32 to a scale and a zero point; an embedding that stands alone in 8 bits."""
 
     def linear(self, graph: Graph, x: str, weight: Floats, *, name: str, out: str = "") -> str:
+        if name in self.precision.kept:
+            return multiply_exactly(graph, x, weight, name=name, out=out or f"{name}.out")
         stored = self._store(graph, weight.T, name=name)
         return self._blocks(graph, x, stored, weight.T.shape, name=name, out=out or f"{name}.out")
 
@@ -161,7 +171,7 @@ class Q4(Int8):
         self._blocks(graph, x, self.stored, self.shape, name=name, out=out)
 
     def _store(self, graph: Graph, weight: Floats, *, name: str) -> list[str]:
-        parts: tuple[NDArray[Any], ...] = quantize_blocks(weight)
+        parts: tuple[NDArray[Any], ...] = quantize_blocks(weight, self.precision.moments.get(name))
         names = ("weight", "scale", "zero_point")
         return [graph.weight(f"{name}.{kind}", part) for kind, part in zip(names, parts, strict=True)]
 
@@ -198,50 +208,18 @@ class Bnb4(Int8):
         )  # fmt: skip
 
 
+def multiply_exactly(graph: Graph, x: str, weight: Floats, *, name: str, out: str) -> str:
+    """Return x (…, I) times `weight` (I, O) in 8 bits on disk; a runtime makes floats of it once, when it is opened."""
+    whole, scale = quantize(weight, axis=0, largest=MIDDLE - 1)  # (I, O), (1, O)
+    stored, scales = graph.weight(f"{name}.weight", whole), graph.weight(f"{name}.scale", scale[0])
+    floats = graph.cast(stored, np.float32, name=f"{name}.cast")
+    floats = graph.add("Mul", [floats, scales], name=f"{name}.floats")
+    return graph.add("MatMul", [x, floats], name=name, outputs=[out])
+
+
 def quantize(weight: Floats, *, axis: int, largest: int = LARGEST) -> tuple[NDArray[np.int8], Floats]:
     """Return whole numbers and the scales along `axis`, so that weight is about whole * scale; zero stays zero."""
-    scale = np.abs(weight).max(axis, keepdims=True) / largest
-    scale = np.where(scale == 0, 1, scale).astype(np.float32)
-    return np.round(weight / scale).astype(np.int8), scale
-
-
-def quantize_blocks(weight: Floats) -> tuple[Bytes, Floats, Bytes]:
-    """Return (O, I) as 4-bit numbers (O, N, 16), scales (O, N) and zero points (O, N / 2); two a byte, low first.
-
-    weight is about (number - zero) * scale; zero stays zero. Each block takes the range that loses least: a range that
-    cuts its outliers off leaves finer steps for the rest.
-    """
-    outputs, inputs = weight.shape
-    blocks = np.pad(weight, ((0, 0), (0, -inputs % BLOCK))).reshape(outputs, -1, BLOCK)  # (O, N, 32)
-    low, high = np.minimum(blocks.min(-1), 0), np.maximum(blocks.max(-1), 0)  # (O, N)
-    least = np.full(low.shape, np.inf, np.float32)
-    scale, zero, whole = np.ones_like(low), np.zeros_like(low), np.zeros_like(blocks)
-    for part in RANGES:
-        step = np.where(high == low, 1, (high - low) * part / 15).astype(np.float32)
-        origin = np.clip(np.round(-low * part / step), 0, 15)
-        steps = np.clip(np.round(blocks / step[..., None]) + origin[..., None], 0, 15)
-        loss = np.square((steps - origin[..., None]) * step[..., None] - blocks).sum(-1)  # (O, N)
-        better = loss < least
-        least, scale = np.where(better, loss, least), np.where(better, step, scale)
-        zero, whole = np.where(better, origin, zero), np.where(better[..., None], steps, whole)
-    packed, zeros = whole.astype(np.uint8), np.pad(zero, ((0, 0), (0, zero.shape[1] % 2))).astype(np.uint8)
-    return pair(packed[..., ::2], packed[..., 1::2]), scale, pair(zeros[:, ::2], zeros[:, 1::2])
-
-
-def quantize_nf4(weight: Floats) -> tuple[Bytes, Floats]:
-    """Return (O, I) row after row as places in NF4, two a byte, high first, and the largest of each 64."""
-    flat = weight.ravel()
-    blocks = np.pad(flat, (0, -flat.size % BNB_BLOCK)).reshape(-1, BNB_BLOCK)
-    largest = np.abs(blocks).max(-1)
-    unit = blocks / np.where(largest == 0, 1, largest)[:, None]
-    middles = (NF4[1:] + NF4[:-1]) / 2
-    places = np.searchsorted(middles, unit).astype(np.uint8).ravel()[: flat.size + flat.size % 2]
-    return pair(places[1::2], places[::2]), largest.astype(np.float32)
-
-
-def pair(low: Bytes, high: Bytes) -> Bytes:
-    """Return two 4-bit numbers in a byte."""
-    return np.bitwise_or(low, np.left_shift(high, 4, dtype=np.uint8), dtype=np.uint8)
+    return quantize_bytes(weight, axis=axis, largest=largest)
 
 
 # dtype -> how it multiplies, and whether everything else is float16

@@ -12,6 +12,7 @@ from __future__ import annotations
 from torch import nn
 
 from lmworks.base.errors import InputError
+from lmworks.compress.rounding import Precision
 from lmworks.export.arithmetic import ARITHMETIC
 from lmworks.export.emit_decoder import LAST, declare_generation, emit_causal_attention
 from lmworks.export.emit_encoder import declare_whole, emit_encoder_attention, emit_patch_embeddings
@@ -25,17 +26,19 @@ from lmworks.models.layers import MLP, GatedMLP, RMSNorm
 from lmworks.models.transformer import PatchEmbeddings, TokenEmbeddings, Transformer
 
 
-def make_graph(model: Model, *, dtype: str = "fp32") -> Graph:
+def make_graph(model: Model, *, dtype: str = "fp32", precision: Precision | None = None) -> Graph:
     """Return the graph of a model with its head, with the inputs and outputs that transformers.js reads.
 
     A model that writes text goes on from a cache: past_key_values and present. All others read whole sequences.
-    Raises InputError for what the exporter does not know.
+    `precision` is what calibration found for this dtype. Raises InputError for what the exporter does not know.
     """
     if model.parts:
         found = ", ".join(sorted({part.code for part in model.parts}))
         raise InputError("the ONNX exporter does not know layers of a user's own", found=found)
     arithmetic, half = ARITHMETIC[dtype]
-    walk = Walk(model, arithmetic(), EMITTERS)
+    chosen = arithmetic()
+    chosen.precision = precision or chosen.precision
+    walk = Walk(model, chosen, EMITTERS)
     outputs = declare_outputs(walk)
     source = declare_generation(walk) if walk.writes else declare_whole(walk)
     x = walk.emit(model.transformer, "transformer", source)  # (B, T, D)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lmworks.base.errors import InputError, did_you_mean
 from lmworks.base.files import write_bytes
+from lmworks.compress.rounding import Precision
 from lmworks.export.arithmetic import ARITHMETIC
 from lmworks.export.emit import make_graph
 from lmworks.models.checkpoint import load_model
@@ -18,12 +19,13 @@ ALIASES = {"q8": "int8"}  # transformers.js's name of model_quantized.onnx
 
 def export_onnx(
     model: Model | str | Path, out_folder: str | Path, *, dtypes: Sequence[str] = ("fp32", "int8"),
-    external: bool | None = None,
+    external: bool | None = None, precisions: Mapping[str, Precision] | None = None,
 ) -> dict[str, Path]:  # fmt: skip
     """Write `out_folder/onnx/model*.onnx`, one file a dtype, each whole or not at all; return their paths.
 
     `model` is a loaded model or its folder. The same weights give the same bytes. `external` puts the weights beside
-    the graph, in model*.onnx_data; None: where one file could not hold them. Raises InputError for a dtype or a module
+    the graph, in model*.onnx_data; None: where one file could not hold them. `precisions` are what
+    calibration found for some dtypes. Raises InputError for a dtype or a module
     that the exporter does not know.
     """
     dtypes = check_dtypes(dtypes)
@@ -31,7 +33,8 @@ def export_onnx(
     folder = Path(out_folder) / "onnx"
     made = {}
     for dtype in dtypes:
-        files = make_graph(found, dtype=dtype).to_files(FILES[dtype], external=external)
+        graph = make_graph(found, dtype=dtype, precision=(precisions or {}).get(dtype))
+        files = graph.to_files(FILES[dtype], external=external)
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in reversed(files.items()):  # the graph last: what it names is there
             write_bytes(folder / name, data)
@@ -39,9 +42,9 @@ def export_onnx(
     return made
 
 
-def make_onnx(model: Model, *, dtype: str = "fp32") -> bytes:
+def make_onnx(model: Model, *, dtype: str = "fp32", precision: Precision | None = None) -> bytes:
     """Return the serialized ONNX graph of a model."""
-    return make_graph(model, dtype=dtype).to_bytes()
+    return make_graph(model, dtype=dtype, precision=precision).to_bytes()
 
 
 def check_dtypes(dtypes: Sequence[str]) -> list[str]:

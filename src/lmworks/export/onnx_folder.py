@@ -20,38 +20,43 @@ from lmworks import __version__
 from lmworks.base.errors import CheckFailed, InputError
 from lmworks.base.files import check_output, new_folder, read_json, write_json
 from lmworks.base.report import Report, Table
+from lmworks.base.types import Batch
+from lmworks.export.calibration import find_precisions
 from lmworks.export.merge import merge
 from lmworks.export.onnx import check_dtypes, export_onnx
 from lmworks.export.parity import answer, differ, hash_weights
-from lmworks.export.probe import TEXTS, make_probes
+from lmworks.export.probe import make_probes
 from lmworks.export.receipt import RECEIPT, write_receipt
 from lmworks.export.reference import Arrays
-from lmworks.export.selftest import FP32_CLOSE, FP32_MOST, FP32_PART, record_selftest
-from lmworks.export.web import GRAPHS, write_page
+from lmworks.export.selftest import FP32_CLOSE, FP32_MOST, FP32_PART
+from lmworks.export.web_folder import add_page, check_page, find_task, record
 from lmworks.models.checkpoint import load_model
-from lmworks.models.folder import has_tokenizer, write_folder
+from lmworks.models.folder import write_folder
 from lmworks.models.heads import Model
 from lmworks.models.weights import WEIGHTS
 from lmworks.runtime.onnx_runtime import FILES, OnnxRuntime
-from lmworks.runtime.torch_runtime import TorchRuntime
-from lmworks.tokens.tokenizer import Tokenizer
 from lmworks.training.peft_format import CONFIG as ADAPTER_CONFIG
 
+SELFTEST = "selftest.json"
 PARTS = {"fp32": 1.1}  # of the weights' bytes that a graph takes at most; a smaller dtype about half
-TOKENS = 32  # that the page's self-test writes after each prompt
 
 
 def export_graphs(
     folder: str | Path, out: str | Path, *, to: str = "onnx", dtypes: Sequence[str] = ("fp32", "int8"),
-    external: bool | None = None, overwrite: bool = False,
+    external: bool | None = None, data: str | Path | None = None, single_file: bool = False,
+    batches: Sequence[Batch] = (), overwrite: bool = False,
 ) -> Report:  # fmt: skip
     """Write the graphs of the checkpoint in `folder` to the new folder `out`, which is whole or absent.
 
     An adapter is merged into its base first. `to`: "onnx", or "web" with the page beside them. `external` puts weights
-    beside the graphs; None: where a file of 2 GB could not hold them. Raises InputError for what cannot be exported,
-    CheckFailed for a graph that does not give torch's answers.
+    beside the graphs; None: where a file of 2 GB could not hold them. `data` is a file of real examples that torch
+    answers for selftest.json, in place of the built-in ones; a head that no task has gets none. `single_file` puts the
+    whole page into page.html as well. `batches` are real inputs that matrices are rounded for, else built-in texts.
+    Raises InputError for what cannot be exported, CheckFailed for a graph that does not give torch's answers.
     """
     folder, out, dtypes = Path(folder), Path(out), check_dtypes(dtypes)
+    if single_file and to != "web":
+        raise InputError("only a page can be a single file", found=f"--to {to}", fix="add --to web")
     with merged(folder) as source:
         model = load_model(source).eval()
         if to == "web":
@@ -61,16 +66,31 @@ def export_graphs(
         check_output(out, overwrite=overwrite, need_bytes=int(need))
         if any(out.resolve() in (place.resolve(), *place.resolve().parents) for place in (folder, source)):
             raise InputError("the output would replace the checkpoint itself", where=str(out), fix="choose another -o")
+        task = find_task(model, source)
+        if data is not None and task is None:
+            raise InputError("no task answers with this head, so nothing can be recorded of --data", found=model.kind)
         with new_folder(out) as staged:
             write_folder(model, source, staged)
             (staged / WEIGHTS).unlink()  # the graphs hold them
-            export_onnx(model, staged, dtypes=dtypes, external=external)
+            chosen = find_precisions(model, source, dtypes, batches=batches)
+            export_onnx(model, staged, dtypes=dtypes, external=external, precisions=chosen)
             announce(staged)
             graphs, limit = check_graphs(model, source, staged, dtypes)
-            if to == "web":
-                add_page(model, staged, title=folder.resolve().name)
+            for dtype, precision in chosen.items():
+                graphs[dtype] |= {"kept": list(precision.kept), "divergence": precision.divergence}
+            selftest, unproven = None, "no task answers with this head"
+            try:
+                selftest = None if task is None else record(model, staged, task, data=data)
+            except InputError as error:  # such as a tokenizer without the task's mask: the graphs themselves are fine
+                if to == "web" or data is not None:
+                    raise
+                unproven = error.what
+            if selftest is not None and to == "web":
+                add_page(model, staged, selftest, title=folder.resolve().name, single_file=single_file)
+            elif selftest is not None:
+                write_json(staged / SELFTEST, selftest)
             values: dict[str, Any] = {
-                "out": str(out), "to": to, "head": model.kind, "graphs": graphs, "limit": limit,
+                "out": str(out), "to": to, "head": model.kind, "task": task, "graphs": graphs, "limit": limit,
                 "merged": source != folder, "source_sha": hash_weights(source),
             }  # fmt: skip
             made_by = {"made_by": f"lmworks {__version__}", "source": folder.resolve().name}
@@ -81,7 +101,9 @@ def export_graphs(
         for dtype, row in graphs.items()
     )
     columns = ("dtype", "file", "MB", "largest difference", "agreement")
-    return Report(f"{out}: {model.kind}, {', '.join(dtypes)}", values, tables=(Table("Graphs", columns, rows),))
+    notes = () if selftest else (f"There is no selftest.json to verify the folder with: {unproven}.",)
+    title = f"{out}: {model.kind}, {', '.join(dtypes)}"
+    return Report(title, values, tables=(Table("Graphs", columns, rows),), notes=notes)
 
 
 @contextmanager
@@ -160,23 +182,3 @@ def agree(given: Sequence[Any], known: Sequence[Any], kind: str) -> float | None
     axis = 0 if kind == "QuestionAnswering" else -1  # where an answer starts and ends is chosen among the tokens
     same = [np.atleast_1d(a.argmax(axis) == b.argmax(axis)) for a, b in zip(given, known, strict=True)]
     return float(np.concatenate(same).mean())
-
-
-def check_page(model: Model, source: Path, dtypes: Sequence[str]) -> None:
-    """Raise InputError for a model that the page cannot show."""
-    if model.kind != "CausalLM" or not model.config.causal or not has_tokenizer(source):
-        raise InputError("the web page shows models that write text", found=model.kind, fix="export with --to onnx")
-    if not set(dtypes) & set(GRAPHS):
-        raise InputError(
-            "the web page needs a graph that it can run", found=", ".join(dtypes), expected=", ".join(GRAPHS)
-        )
-
-
-def add_page(model: Model, staged: Path, *, title: str) -> None:
-    """Write the page and its self-test, of texts that the model can continue."""
-    tokenizer, room = Tokenizer.from_pretrained(staged), model.config.max_tokens
-    tokens = min(TOKENS, room // 2)
-    prompts = [text for text in TEXTS if 1 <= len(tokenizer.encode_prompt(text)) <= room - tokens]
-    selftest = record_selftest(TorchRuntime(model), tokenizer, prompts, tokens=tokens)
-    facts = {"parameters": sum(p.numel() for p in model.parameters())}
-    write_page(staged, title=title, facts=facts, selftest=selftest)

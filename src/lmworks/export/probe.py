@@ -11,16 +11,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lmworks.base.errors import InputError
-from lmworks.export.reference import Arrays
 from lmworks.models.config import Config
 from lmworks.models.folder import VOCABULARIES, has_tokenizer
 from lmworks.tasks.base import Facts
 from lmworks.tasks.image import FILE, ImageClassification
 from lmworks.tokens.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lmworks.export.reference import Arrays  # the module imports torch, which these texts are read without
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog.",

@@ -29,6 +29,27 @@ def write_receipt(
     return receipt
 
 
+def add_certificate(folder: str | Path, certificate: Mapping[str, Any]) -> None:
+    """Write into lmworks.json what `verify` found last: passed, date, and a verdict for each runtime and dtype.
+
+    A receipt that cannot be read stays as it is: the certificate itself says so.
+    """
+    path = Path(folder) / RECEIPT
+    try:
+        receipt = read_json(path)
+    except LmworksError:
+        return
+    verdicts = {
+        runtime: {
+            dtype: "skipped" if "skipped" in cell else "passed" if cell["passed"] else "failed"
+            for dtype, cell in row.items()
+        }
+        for runtime, row in certificate["runtimes"].items()
+    }
+    found = {"passed": certificate["passed"], "date": certificate["checked"]["date"], "runtimes": verdicts}
+    write_json(path, {**receipt, "certificate": found})
+
+
 def check_receipt(folder: str | Path) -> dict[str, Any]:
     """Compare a folder with its manifest.
 

@@ -19,13 +19,16 @@ from numpy.typing import NDArray
 
 from lmworks.base.errors import FormatError, InputError
 from lmworks.runtime.base import Runtime
-from lmworks.runtime.decoding import Decodes, generate
+from lmworks.runtime.decoding import generate
+from lmworks.runtime.writing import Decodes
 
 Logits = NDArray[np.float32]
 
 FORMAT = 1
 FP32_CLOSE, FP32_MOST, FP32_PART = 1e-4, 1e-3, 1e-5  # within 1e-4, or 1e-5 of the largest logit, never more than 1e-3
-INT8_PART = 0.25  # of the standard deviation of the logits
+PARTS = {  # of the standard deviation of the logits: how far a lossy dtype may move one of them
+    "fp16": 0.05, "int8": 0.25, "uint8": 0.25, "q4": 0.6, "bnb4": 0.6, "q4f16": 0.6,
+}  # fmt: skip
 PROBES = (  # texts that tell tokenizers apart; every runtime must give the ids that Python gives
     "",
     " ",
@@ -87,13 +90,19 @@ def record_selftest(
     return {
         "format": FORMAT,
         "reference": f"{runtime.name} {runtime.dtype}, whole sequences without a cache, greedy",
-        "tolerance": {
-            "fp32": min(FP32_MOST, max(FP32_CLOSE, FP32_PART * largest)),
-            "int8": INT8_PART * float(np.mean(spreads)),
-        },
+        "tolerance": tolerances(largest, float(np.mean(spreads))),
         "prompts": entries,
         "texts": [{"text": text, "ids": tokenizer.encode_prompt(text)} for text in (*PROBES, *texts)],
     }
+
+
+def tolerances(largest: float, spread: float, *, times: float = 1.0) -> dict[str, float]:
+    """Return how far a logit may move in each dtype, given the largest logit and the logits' standard deviation.
+
+    `times`: so much farther in lossy dtypes, where the largest of very many differences is taken.
+    """
+    parts = {dtype: times * part * spread for dtype, part in PARTS.items()}
+    return {"fp32": min(FP32_MOST, max(FP32_CLOSE, FP32_PART * largest)), **parts}
 
 
 def reference(runtime: Runtime, ids: Sequence[int], tokens: int) -> tuple[list[int], Logits, float]:
@@ -156,14 +165,13 @@ def compare(answers: Sequence[Answer], selftest: Mapping[str, Any], *, dtype: st
 def failed(selftest: Mapping[str, Any], dtype: str, problem: str) -> dict[str, Any]:
     """Return the cell of a runtime that gave no answers."""
     checked = sum(len(known["tokens"]) for known in selftest["prompts"])
+    return {"tokens_equal": [0, checked], **no_answer(selftest, dtype, problem)}
+
+
+def no_answer(selftest: Mapping[str, Any], dtype: str, problem: str) -> dict[str, Any]:
+    """Return what the cells of all tasks say where there were no answers."""
     tolerance = float(selftest["tolerance"][dtype])
-    return {
-        "tokens_equal": [0, checked],
-        "max_abs_diff": None,
-        "tolerance": tolerance,
-        "passed": False,
-        "problem": problem,
-    }
+    return {"max_abs_diff": None, "tolerance": tolerance, "passed": False, "problem": problem}
 
 
 def check_record(selftest: Mapping[str, Any], tokenizer: Decodes, runtime: Runtime | None) -> dict[str, Any]:

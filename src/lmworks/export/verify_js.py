@@ -21,7 +21,6 @@ from urllib.parse import unquote, urlsplit
 
 from lmworks.base.errors import LmworksError
 from lmworks.base.threads import cpu_count
-from lmworks.export.selftest import Answer, compare, failed, from_base64
 from lmworks.export.vendor import INSTALL, LIBRARY
 from lmworks.export.web import ASSETS, find_served, headers_for
 
@@ -45,6 +44,7 @@ CHROMIUM_FLAGS = (
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )
 BROWSER_FIX = "install Chromium (on Debian: apt-get install chromium), or name it: LMWORKS_CHROMIUM=/path/to/chromium"
+ASKED = ("task", "options", "items", "prompts", "texts")
 NODE_FIX = "install Node.js 20 or later, or name it: LMWORKS_NODE=/path/to/node"
 
 
@@ -110,19 +110,15 @@ def ask_node(
     modules: str | Path | None = None,
     timeout: float = 600,
 ) -> dict[str, Given]:
-    """Answer the prompts in Node, one process a dtype. Raises Absent."""
+    """Answer what `selftest` asks (prompts, or the items of a task) in Node, one process a dtype. Raises Absent."""
     program = find_node(node)
     where = find_modules(program, modules)
     given = {}
     for dtype in dtypes:
         work = {
-            "modules": str(where),
-            "folder": str(folder.resolve()),
-            "dtype": dtype,
-            "prompts": selftest["prompts"],
-            "texts": selftest["texts"],
-            "threads": cpu_count(),
-        }
+            "modules": str(where), "folder": str(folder.resolve()), "dtype": dtype, "threads": cpu_count(),
+            **{name: selftest[name] for name in ASKED if name in selftest},
+        }  # fmt: skip
         given[dtype] = run_node([str(program), str(HERE / "verify_node.mjs")], json.dumps(work), timeout)
     return given
 
@@ -146,15 +142,23 @@ def ask_browser(
     selftest: Mapping[str, Any],
     dtypes: Sequence[str],
     *,
+    device: str = "wasm",
+    threads: int = 1,
     chromium: str | Path | None = None,
     timeout: float = 600,
 ) -> dict[str, Given]:
-    """Answer the prompts in headless Chromium, by the folder's own worker and library. Raises Absent and Broken."""
+    """Answer what `selftest` asks in headless Chromium, by the folder's own worker and library.
+
+    `device`: "wasm" with so many `threads`, or "webgpu". Raises Absent and Broken.
+    """
     program = find_chromium(chromium)
-    work = {"dtypes": list(dtypes), "prompts": selftest["prompts"], "texts": selftest["texts"], "version": ""}
+    asked = {name: selftest[name] for name in ASKED if name in selftest}
+    work = {"dtypes": list(dtypes), "device": device, "threads": threads, "version": "", **asked}
+    flags = [flag for flag in CHROMIUM_FLAGS if device == "wasm" or flag != "--disable-gpu"]
+    flags += [] if device == "wasm" else ["--enable-unsafe-webgpu"]
     with CheckServer(folder, work) as server, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         address = f"http://127.0.0.1:{server.server_port}/.check/page"
-        command = [str(program), *CHROMIUM_FLAGS, f"--user-data-dir={profile}", address]
+        command = [str(program), *flags, f"--user-data-dir={profile}", address]
         log = Path(profile) / "stderr.txt"
         with log.open("wb") as stderr:
             process = subprocess.Popen(command, stdout=stderr, stderr=stderr, start_new_session=True)
@@ -165,6 +169,8 @@ def ask_browser(
         if server.result is None:
             last = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()][-2:]
             raise Broken(f"Chromium gave no answer in {timeout:.0f} s or ended early: {' | '.join(last)[:400]}")
+    if "absent" in server.result:
+        raise Absent(str(server.result["absent"]), BROWSER_FIX)
     if "error" in server.result:
         raise Broken(f"the check page failed: {server.result['error']}")
     return server.result
@@ -261,18 +267,3 @@ class CheckHandler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""
-
-
-def judge(given: Given, selftest: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """Hold what a JavaScript runtime gave to the record; the cell also counts texts whose ids differ from Python's."""
-    if "error" in given:
-        return failed(selftest, dtype, str(given["error"]))
-    answers = [Answer(list(a["ids"]), list(a["tokens"]), from_base64(a["logits"])) for a in given["answers"]]
-    cell = compare(answers, selftest, dtype=dtype)
-    same = [ids == known["ids"] for ids, known in zip(given["texts"], selftest["texts"], strict=True)]
-    cell["texts_equal"] = [sum(same), len(same)]
-    if not all(same):
-        text = selftest["texts"][same.index(False)]["text"]
-        problem = f"tokenizer.json gives other ids than in Python for {text!r}"
-        cell = {**cell, "passed": False, "problem": "; ".join(filter(None, [cell.get("problem"), problem]))}
-    return cell

@@ -1,7 +1,8 @@
 """The web page of a model folder: static files, no build step, nothing fetched from elsewhere.
 
     index.html  sw.js                  the page, and the worker that makes it usable without a connection
-    web/app.js client.js engine.js worker.js style.css icon.svg app.webmanifest
+    web/*.js style.css icon.svg app.webmanifest
+                                       app.js starts the page, view-*.js show a task each, worker.js holds the model
     web/page.json                      what the page shows, and the size and SHA-256 of every file that it loads
     web/vendor/                        transformers.js and ONNX Runtime's WebAssembly, with their licences
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,30 @@ from typing import Any
 from lmworks.base.errors import FormatError, InputError
 from lmworks.base.files import confine, read_json, sha256, write_bytes, write_json, write_text
 from lmworks.export.vendor import FIX
+from lmworks.models.families import read_config
+from lmworks.runtime.onnx_runtime import FILES
+from lmworks.tokens.tokenizer import Tokenizer
 
 ASSETS = Path(__file__).parent / "web"
-SCRIPTS = ("app.js", "client.js", "engine.js", "worker.js", "style.css", "icon.svg")
-GRAPHS = {"fp32": "onnx/model.onnx", "int8": "onnx/model_quantized.onnx"}
-SETTINGS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+SCRIPTS = (*sorted({path.name for path in ASSETS.glob("*.js")} - {"sw.js", "single.js"}), "style.css", "icon.svg")
+GRAPHS = {dtype: f"onnx/{name}" for dtype, name in FILES.items()}
+SETTINGS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "preprocessor_config.json", "modules.json", "1_Pooling/config.json", "sentence_*_config.json",
+    "config_sentence_transformers.json",
+)  # fmt: skip
+WRITES = "text-generation"
+LARGEST = 2_000_000_000  # bytes of a graph with its weights: WebAssembly addresses 4 GB, and loading takes them twice
+MODELS = {  # what the page's first sentence calls a model
+    WRITES: "A language model",
+    "text-classification": "A classifier of texts",
+    "token-classification": "A model that finds entities",
+    "question-answering": "A model that answers questions about a text",
+    "fill-mask": "A model that fills in gaps",
+    "feature-extraction": "A model that turns texts into vectors",
+    "image-classification": "A classifier of pictures",
+}
+NAMED, SHORT = 12, 1000  # labels that are listed by name; characters of an example
 NEEDED = ("transformers.min.js", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 
 HEADERS = {  # threads in WebAssembly need the first two; the last says that the page may load nothing from elsewhere
@@ -55,13 +75,15 @@ def write_page(folder: Path, *, title: str, facts: Mapping[str, Any], selftest: 
     """Write the page into a model folder that already holds its settings and graphs.
 
     `facts` are a run's values (`lmworks.summary.make_values`); whatever is missing or None is left out of the page.
-    `selftest` is what `record_selftest` returned. Raises InputError when the JavaScript library was never vendored, and
-    FormatError when the folder holds no graph.
+    `selftest` is what `record_selftest` or `record_task` returned; it says which task the page is for. Raises
+    InputError when the JavaScript library was never vendored or a graph is too large for a browser, and FormatError
+    when the folder holds no graph.
     """
     vendored = find_vendor()
-    graphs = {dtype: name for dtype, name in GRAPHS.items() if (folder / name).is_file()}
+    graphs = find_graphs(folder)
     if not graphs:
         raise FormatError("the folder holds no ONNX graph", where=str(folder), expected=", ".join(GRAPHS.values()))
+    check_sizes({dtype: sum((folder / name).stat().st_size for name in names) for dtype, names in graphs.items()})
     web = folder / "web"
     shutil.rmtree(web, ignore_errors=True)
     (web / "vendor").mkdir(parents=True)
@@ -69,16 +91,41 @@ def write_page(folder: Path, *, title: str, facts: Mapping[str, Any], selftest: 
         write_bytes(web / name, (ASSETS / name).read_bytes())
     for path in sorted(vendored.iterdir()):
         write_bytes(web / "vendor" / path.name, path.read_bytes())
-    write_bytes(folder / "sw.js", (ASSETS / "sw.js").read_bytes())
+    listed = ", ".join(json.dumps(name) for name in SCRIPTS)
+    write_text(folder / "sw.js", (ASSETS / "sw.js").read_text("utf-8").replace('"{{scripts}}"', listed))
     write_text(
         web / "app.webmanifest",
         (ASSETS / "app.webmanifest").read_text("utf-8").replace('"{{title}}"', json.dumps(title)),
     )
     write_json(folder / "selftest.json", dict(selftest))
-    write_json(web / "page.json", page_data(folder, graphs, facts, selftest))
-    shell = (ASSETS / "index.html").read_text("utf-8")
-    html = shell.replace("{{version}}", page_version(folder)).replace("{{title}}", escape(title))
+    data = page_data(folder, graphs, facts, selftest)
+    write_json(web / "page.json", data)
+    html = (ASSETS / "index.html").read_text("utf-8")
+    for name, text in (("version", page_version(folder)), ("title", title), ("summary", data["summary"])):
+        html = html.replace("{{" + name + "}}", escape(text))
     write_text(folder / "index.html", html)
+
+
+def find_graphs(folder: Path) -> dict[str, list[str]]:
+    """Return the files of each dtype: its graph, then the weights beside it."""
+    found = {}
+    for dtype, name in GRAPHS.items():
+        if (folder / name).is_file():
+            beside = sorted((folder / "onnx").glob(f"{Path(name).name}_data*"), key=lambda path: (len(path.name), path))
+            found[dtype] = [name, *(f"onnx/{path.name}" for path in beside)]
+    return found
+
+
+def check_sizes(sizes: Mapping[str, int]) -> None:
+    """Raise InputError for a dtype whose graph, given in bytes, no browser can hold."""
+    large = [f"{dtype} of {size / 1e9:.2f} GB" for dtype, size in sizes.items() if size > LARGEST]
+    small = [dtype for dtype, size in sizes.items() if size <= LARGEST]
+    if large:
+        raise InputError(
+            "the model is too large for a browser", found=", ".join(large),
+            expected=f"at most {LARGEST / 1e9:g} GB: WebAssembly addresses 4 GB, and loading takes the weights twice",
+            fix=f"export with --dtype {','.join(small)}" if small else "export with --dtype q4, or a smaller model",
+        )  # fmt: skip
 
 
 def find_vendor() -> Path:
@@ -93,13 +140,20 @@ def find_vendor() -> Path:
 
 
 def page_data(
-    folder: Path, graphs: Mapping[str, str], facts: Mapping[str, Any], selftest: Mapping[str, Any]
+    folder: Path, graphs: Mapping[str, Sequence[str]], facts: Mapping[str, Any], selftest: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return web/page.json: texts and numbers to show, and every file that the page may load."""
     vendored = sorted(path.relative_to(folder).as_posix() for path in (folder / "web" / "vendor").iterdir())
-    names = [*(name for name in SETTINGS if (folder / name).is_file()), *graphs.values(), *vendored]
+    settings = [path.relative_to(folder).as_posix() for name in SETTINGS for path in sorted(folder.glob(name))]
+    names = [*settings, *(name for files in graphs.values() for name in files), *vendored]
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    task = selftest.get("task", WRITES)
     return {
-        "summary": make_summary(facts),
+        "task": task,
+        "options": selftest.get("options", {}),
+        **describe_task(folder, task),
+        "report": "corpus" in facts,
+        "summary": make_summary(facts, task),
         "rows": make_rows(read_json(folder / "config.json"), facts),
         "bars": {
             "title": "Bits per byte of held-out text",
@@ -107,15 +161,29 @@ def page_data(
             "rows": make_bars(facts),
         },
         "examples": examples(selftest),
-        "dtypes": {dtype: {"file": name, "bytes": (folder / name).stat().st_size} for dtype, name in graphs.items()},
-        "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names},
+        "dtypes": {
+            dtype: {"file": names[0], "bytes": sum(sizes[name] for name in names), "files": list(names)}
+            for dtype, names in graphs.items()
+        },
+        "files": {name: {"bytes": size, "sha256": sha256(folder / name)} for name, size in sizes.items()},
     }
 
 
-def make_summary(facts: Mapping[str, Any]) -> str:
+def describe_task(folder: Path, task: str) -> dict[str, Any]:
+    """Return what a task's view has to know before the model is there: its labels, how a mask is written."""
+    if task == "fill-mask":
+        tokenizer = Tokenizer.from_pretrained(folder)
+        found = tokenizer.find("mask_token", "[MASK]")
+        return {"mask": "<mask>" if found is None else tokenizer.token(found)}
+    return {"labels": list(read_config(folder).labels)} if task.endswith("classification") else {}
+
+
+def make_summary(facts: Mapping[str, Any], task: str = WRITES) -> str:
     """Return one sentence about the model."""
     parameters, size = facts.get("parameters"), facts.get("train_bytes")
-    model = f"A language model of {count(parameters)} parameters" if parameters else "A language model"
+    model = f"{MODELS[task]}, {count(parameters)} parameters" if parameters else MODELS[task]
+    if task == WRITES and parameters:
+        model = f"A language model of {count(parameters)} parameters"
     trained = f", trained on {size / 1e6:,.2f} MB of text" if size else ""
     return f"{model}{trained}. It runs in this page, on your machine."
 
@@ -128,10 +196,16 @@ def make_rows(config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[list[
     settings = facts.get("settings") or {}
     perplexity, accuracy = facts.get("perplexity"), facts.get("next_token_accuracy")
     steps, seconds = facts.get("steps"), facts.get("train_seconds")
+    labels = config.get("id2label") or {}
+    named = [str(name) for name in labels.values()]
+    listed = f"{len(named)}: {', '.join(named[:NAMED])}{' …' if len(named) > NAMED else ''}" if named else ""
+    image = config.get("image_size")
     rows = [
         ("Architecture", join(config.get("model_type"), suffix(layers, "layers"), suffix(width, "wide"))),
         ("Parameters", f"{facts['parameters']:,}" if facts.get("parameters") else ""),
-        ("Context", suffix(context, "tokens")),
+        ("Labels", listed),
+        ("Pictures", f"{image} × {image} pixels" if isinstance(image, int) else ""),
+        ("Context", suffix(context, "tokens") if image is None else ""),
         ("Tokenizer", join(settings.get("tokenizer"), suffix(config.get("vocab_size"), "tokens"))),
         ("Training text", f"{facts['train_bytes'] / 1e6:,.2f} MB" if facts.get("train_bytes") else ""),
         ("Training", join(suffix(steps, "steps"), f"{seconds:,.0f} s" if seconds else "", facts.get("dtype"))),
@@ -152,10 +226,13 @@ def make_bars(facts: Mapping[str, Any]) -> list[list[Any]]:
     return [[name, facts[key]] for name, key in names if isinstance(facts.get(key), float | int)]
 
 
-def examples(selftest: Mapping[str, Any], *, most: int = 4) -> list[str]:
-    """Return a few different beginnings out of the recorded prompts."""
-    texts = [str(prompt["text"]) for prompt in selftest.get("prompts", [])]
-    return list(dict.fromkeys(text for text in texts if text.strip()))[:most]
+def examples(selftest: Mapping[str, Any], *, most: int = 4) -> list[dict[str, Any]]:
+    """Return a few different inputs out of the self-test, none of them very long."""
+    inputs = [{"text": prompt["text"]} for prompt in selftest.get("prompts", ())]
+    inputs += [item["input"] for item in selftest.get("items", ())]
+    short = [given for given in inputs if "image" in given or 0 < len(str(given)) <= SHORT]
+    told = [given for given in short if all(text.strip() for text in given.values() if isinstance(text, str))]
+    return [given for i, given in enumerate(told) if given not in told[:i]][:most]
 
 
 def page_version(folder: Path) -> str:

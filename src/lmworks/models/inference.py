@@ -138,7 +138,9 @@ def pack(model: nn.Module, *, rows: int = 1) -> None:
         return
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, Attention) and all(map(is_plain, (child.q_proj, child.k_proj, child.v_proj))):
+            if not isinstance(child, Attention) or isinstance(child, PackedAttention):
+                continue
+            if all(map(is_plain, (child.q_proj, child.k_proj, child.v_proj))):
                 qkv = PackedLinear(child.q_proj, child.k_proj, child.v_proj, rows=rows)
                 out = PackedLinear(child.o_proj, rows=rows) if is_plain(child.o_proj) else child.o_proj
                 setattr(parent, name, PackedAttention(child, qkv, out))

@@ -4,7 +4,7 @@
 
 const version = self.location.search;
 const CACHE = `lmworks${version}`;
-const VERSIONED = ["app.js", "client.js", "engine.js", "worker.js", "style.css", "icon.svg", "vendor/transformers.min.js"];
+const VERSIONED = ["{{scripts}}", "vendor/transformers.min.js"];
 const SHELL = ["./", "selftest.json", "web/page.json", ...VERSIONED.map((name) => `web/${name}${version}`)];
 const ISOLATION = {
   "Cross-Origin-Opener-Policy": "same-origin",
