@@ -281,7 +281,7 @@ def test_metrics_count_requests_and_tokens_and_hold_no_text(served: Running) -> 
 def test_info_tells_what_is_served_and_its_limits(served: Running) -> None:
     told = httpx.get(f"{served.base}/info").json()
     assert told["model_id"] == "sentiment"
-    assert told["max_input_length"] == 512
+    assert told["max_input_length"] == 256
     tasks = {model["name"]: model["task"] for model in told["models"]}
     assert tasks["names"] == "token-classification" and tasks["minilm"] == "feature-extraction"
     assert all(model["runtime"] == "onnx" and model["dtype"] == "fp32" for model in told["models"])

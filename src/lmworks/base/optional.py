@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 from lmworks.base.errors import MissingExtra
 
 TORCH_HINT = "a CPU-only build is enough; see README.md, Install"
+
+
+def is_installed(package: str) -> bool:
+    """Say whether a package is there, without importing it; an import hook that refuses it counts as not."""
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def require(module: str, *, extra: str) -> ModuleType:

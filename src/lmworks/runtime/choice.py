@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ import numpy as np
 from lmworks.base.errors import InputError, LmworksError
 from lmworks.base.files import read_json, write_json
 from lmworks.base.hub_cache import home_folder
+from lmworks.base.optional import is_installed
 from lmworks.base.threads import cpu_count
 from lmworks.models.config import Config
 from lmworks.models.families import read_config
@@ -70,7 +70,7 @@ class Choice(NamedTuple):
 
 def find_ways(folder: Path, graphs: Sequence[str], dtype: str) -> list[Way]:
     """Return the ways to run a folder in this dtype, the one that starts sooner first; "auto" and "any" are several."""
-    installed = {name: bool(find_spec(package)) for name, package in (("onnx", "onnxruntime"), ("torch", "torch"))}
+    installed = {name: is_installed(package) for name, package in (("onnx", "onnxruntime"), ("torch", "torch"))}
     ways = [Way("onnx", graph) for graph in graphs] if installed["onnx"] else []
     if installed["torch"] and (any(folder.glob("model*.safetensors*")) or not ways):
         ways.insert(int(Way("onnx", "fp32") in ways), Way("torch", "fp32"))

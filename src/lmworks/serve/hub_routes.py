@@ -85,6 +85,9 @@ def read_parameters(given: HubParameters | None, task: str) -> dict[str, Any]:
         if name not in TAKES[task]:
             raise Refused(400, f"{task} has no parameter {name}", param=name, code="unsupported_parameter")
     named = {TAKES[task][name]: value for name, value in options.items()}
+    if task == "token-classification":  # its own default; "none" there is every token that has a label
+        strategy = named.get("aggregation", "simple")
+        named["aggregation"] = "tokens" if strategy == "none" else strategy
     if "long" in named:
         named["long"] = "truncate" if named["long"] else "error"
     return named

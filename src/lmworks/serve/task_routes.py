@@ -87,7 +87,8 @@ def make_router(service: Service) -> APIRouter:
             payload = {"prompt": text, "settings": {"max_tokens": 128}}
             written = await service.ask(request, model, "write", param="input_text", **payload)
             return start | {"prediction": written.generation.text, "finish_reason": written.generation.finish_reason}
-        [found] = await service.answers(request, model, [text])
+        whole_words = {"aggregation": "first"} if task == TAG else {}
+        [found] = await service.answers(request, model, [text], **whole_words)
         if task == CLASSIFY:
             one = labelled(found)
             return start | {"prediction": one["label"], **one}
