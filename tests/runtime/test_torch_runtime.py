@@ -13,6 +13,7 @@ from lmworks.base.errors import InputError
 from lmworks.models.checkpoint import save_model
 from lmworks.models.families import gpt2, llama
 from lmworks.models.heads import CausalLM
+from lmworks.models.inference import pack
 from lmworks.runtime.base import Runtime
 from lmworks.runtime.torch_runtime import PackedLinear, TorchRuntime, alike, is_padded_left
 
