@@ -131,7 +131,7 @@ def test_without_any_the_tokenizers_end_token_counts(copy):
 def test_auto_keeps_the_answers_with_what_is_there(copy, monkeypatch):
     """Which of float32's runtimes is taken is test_choice.py's matter; int8 only where there is nothing else."""
     assert load(copy).runtime.dtype == "fp32"
-    monkeypatch.setattr(choice, "find_spec", lambda name: name == "torch")
+    monkeypatch.setattr(choice, "is_installed", lambda name: name == "torch")
     assert load(copy).runtime.name == "torch"
     monkeypatch.undo()
     (copy / "onnx" / "model.onnx").unlink()
