@@ -248,7 +248,7 @@ ABOUT = """
 SST-2: two epochs, batch 16, lr 5e-5 (LoRA rank 8: 5e-4), on both sides with the same schedule and decay; `trainer` is
 the HF Trainer, for LoRA with peft, in bf16 as we train, and `trainer-fp32` the same as it comes. A seed of one side
 follows the same seed of the other on one machine with two cores. The bag of words is logistic regression on tf-idf of
-words and pairs.
+words and pairs. The seconds are those of a machine that other jobs shared: compare no two of them closely.
 
 Few shots: MiniLM sees eight or sixteen sentences of each label for twenty epochs; the deviation is that of five
 draws. These settings were fixed before the first run, and nothing is chosen by the test sentences. `contrastive`
