@@ -43,7 +43,6 @@ from lmworks.tokens.tokenizer import Tokenizer
 
 WINDOWED = 512  # tokens at most of a model whose self-test has a text longer than the model
 MANY = {"token-classification": 3.0, "question-answering": 3.0, "feature-extraction": 6.0}  # numbers for every token
-LABELS = 32  # a head of more labels gives many numbers too
 HALF = 0.5  # of several labels that may hold at once, those above it do
 
 
@@ -110,13 +109,11 @@ def record_task(runtime: Runtime, folder: Path, task: str, *, data: str | Path |
         inputs.append(lengthen(task, inputs[-1], mask, fits))
     answers = [ask(predictor, task, given) for given in inputs]
     numbers = np.concatenate([answer.logits.ravel() for answer in answers])
-    largest_of_many = task.endswith("-classification") and answers[0].logits.size > LABELS
-    times = MANY.get(task, 3.0 if largest_of_many else 1.0)
     return {
         "format": FORMAT,
         "task": task,
         "reference": f"{runtime.name} {runtime.dtype}, one text at a time",
-        "tolerance": tolerances(float(np.abs(numbers).max()), float(numbers.std()), times=times),
+        "tolerance": tolerances(float(np.abs(numbers).max()), float(numbers.std()), times=MANY.get(task, 1.0)),
         "options": predictor.options,
         "items": [to_item(given, answer) for given, answer in zip(inputs, answers, strict=True)],
         "texts": [] if tokenizer is None else [{"text": t, "ids": tokenizer.encode_prompt(t)} for t in PROBES],
