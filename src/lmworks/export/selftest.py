@@ -146,20 +146,26 @@ def compare(answers: Sequence[Answer], selftest: Mapping[str, Any], *, dtype: st
     )
     same_ids = all(given.ids == known["ids"] for given, known in zip(answers, prompts, strict=True))
     tolerance = float(selftest["tolerance"][dtype])
-    problems = []
-    if not same_ids:
-        problems.append("tokenizer.json gives other ids for the recorded prompts")
-    if not difference <= tolerance:
-        problems.append(f"a logit differs by {difference:.3g}, more than {tolerance:.3g}")
+    cell = {"tokens_equal": [equal, checked], "max_abs_diff": difference, "tolerance": tolerance}
+    problems = find_problems(same_ids, difference, tolerance)
     if dtype == "fp32" and equal != checked:
         problems.append(f"{checked - equal} of {checked} greedy tokens differ")
-    cell: dict[str, Any] = {
-        "tokens_equal": [equal, checked],
-        "max_abs_diff": float(difference) if np.isfinite(difference) else None,
-        "tolerance": tolerance,
-        "passed": not problems,
-    }
-    return {**cell, "problem": "; ".join(problems)} if problems else cell
+    return judged(cell, problems)
+
+
+def find_problems(same_ids: bool, difference: float, tolerance: float) -> list[str]:
+    """Return what is wrong in any task: other ids, or logits too far away."""
+    problems = [] if same_ids else ["tokenizer.json gives other ids for the recorded texts"]
+    if not difference <= tolerance:
+        problems.append(f"a logit differs by {difference:.3g}, more than {tolerance:.3g}")
+    return problems
+
+
+def judged(cell: dict[str, Any], problems: Sequence[str]) -> dict[str, Any]:
+    """Return a cell with its verdict; a number that JSON cannot hold is None."""
+    finite = {key: None if isinstance(value, float) and not np.isfinite(value) else value
+              for key, value in cell.items()}  # fmt: skip
+    return {**finite, "passed": not problems} | ({"problem": "; ".join(problems)} if problems else {})
 
 
 def failed(selftest: Mapping[str, Any], dtype: str, problem: str) -> dict[str, Any]:

@@ -28,7 +28,9 @@ from lmworks.export.selftest import (
     PROBES,
     Logits,
     distance,
+    find_problems,
     from_base64,
+    judged,
     no_answer,
     to_base64,
     tolerances,
@@ -190,23 +192,13 @@ def compare_task(answers: Sequence[TaskAnswer], selftest: Mapping[str, Any], *, 
         except (KeyError, TypeError, ValueError, IndexError, AttributeError):
             pairs, moved = [False], float("inf")  # no answer of this task at all
         equal, checked = equal + sum(pairs), checked + len(pairs)
-    problems = []
-    if not same_ids:
-        problems.append("tokenizer.json gives other ids for the recorded texts")
-    if not difference <= tolerance:
-        problems.append(f"a logit differs by {difference:.3g}, more than {tolerance:.3g}")
+    problems = find_problems(same_ids, difference, tolerance)
     if dtype == "fp32" and equal != checked:
         problems.append(f"{checked - equal} of {checked} decisions differ")
     elif dtype == "fp32" and not moved <= tolerance:
         problems.append(f"a score differs by {moved:.3g} although the decisions are the same")
-    cell: dict[str, Any] = {
-        "decisions_equal": [equal, checked],
-        "max_abs_diff": difference if np.isfinite(difference) else None,
-        "score_diff": moved if np.isfinite(moved) else None,
-        "tolerance": tolerance,
-        "passed": not problems,
-    }
-    return {**cell, "problem": "; ".join(problems)} if problems else cell
+    cell = {"decisions_equal": [equal, checked], "max_abs_diff": difference, "score_diff": moved}
+    return judged({**cell, "tolerance": tolerance}, problems)
 
 
 def match(task: str, given: Any, known: Any, *, multiple: bool) -> list[bool]:
