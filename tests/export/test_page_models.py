@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from page_browser import DONE, Visit, choose, launch, served, workers
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from page_browser import DONE, Visit, choose, served, workers
+from playwright.sync_api import Browser, Page, expect
 from task_pages import draw_vit, made_page
 
 import lmworks
@@ -20,15 +20,6 @@ PICTURES = "image-classification"
 GPU = (
     """Object.defineProperty(navigator, "gpu", { value: { requestAdapter: async () => ({ features: new Set() }) } });"""
 )
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """One Chromium for the file."""
-    with sync_playwright() as driver:
-        chromium = launch(driver)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

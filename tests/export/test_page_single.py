@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from page_browser import DONE, Visit, launch
-from playwright.sync_api import Browser, expect, sync_playwright
+from page_browser import DONE, Visit
+from playwright.sync_api import Browser, expect
 from task_pages import made_page
 from tiny_page import PROMPTS, copy_folder, made_folder
 
@@ -17,15 +17,6 @@ from lmworks.base.errors import FormatError, InputError
 from lmworks.export import single_file
 from lmworks.export.single_file import write_single_file
 from lmworks.runtime.predictor import load
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """One Chromium for the file."""
-    with sync_playwright() as driver:
-        chromium = launch(driver)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from page_browser import DONE, Visit, launch, served, shoot
+from page_browser import DONE, Visit, served, shoot
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 from task_pages import LABELS, made_page
 
 import lmworks
@@ -30,15 +30,6 @@ window.shifts = 0;
 new PerformanceObserver((list) => { for (const entry of list.getEntries()) window.shifts += entry.value; })
   .observe({ type: "layout-shift", buffered: true });
 """
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """One Chromium for the file."""
-    with sync_playwright() as driver:
-        chromium = launch(driver)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture
