@@ -75,6 +75,11 @@ class Predictor:
             raise InputError("this model reads images: it has no tokenizer")
         return self._tokenizer
 
+    @property
+    def pad_id(self) -> int:
+        """The token that fills rows up; images have none to fill."""
+        return 0 if self._tokenizer is None else self._tokenizer.pad_id or 0
+
     def __call__(self, examples: Any, **options: Any) -> Any:
         """Answer each of a list of examples, in order, or a single example."""
         if not isinstance(examples, list):
@@ -98,9 +103,8 @@ class Predictor:
         """Encode, run and decode a few examples at once."""
         with stage("tokenise"):
             features = task.encode(examples)
-        pad = 0 if self._tokenizer is None else self._tokenizer.pad_id or 0
         smaller = getattr(task, "reduce", None)  # large outputs are made small as they come
-        outputs = run_features(self.runtime, features, output=task.output, pad_id=pad, reduce=smaller)
+        outputs = run_features(self.runtime, features, output=task.output, pad_id=self.pad_id, reduce=smaller)
         with stage("post-process"):
             return task.decode(features, outputs, examples)
 

@@ -42,8 +42,6 @@ class Batches:
         self.line: list[tuple[Question, int]] = []  # a question and the number of one of its features, by arrival
         self.batches = self.rows = self.tokens = 0
         self.budget: int = getattr(predictor.runtime, "batch_tokens", BATCH_TOKENS)
-        tokenizer = predictor._tokenizer
-        self.pad_id = 0 if tokenizer is None else tokenizer.pad_id or 0
 
     def add(self, request: int, examples: list[Any], options: dict[str, Any], until: float) -> None:
         """Encode the examples and put them in line. Raises InputError for what cannot be encoded."""
@@ -117,7 +115,7 @@ class Batches:
             return output if make is None else make(feature, output)
 
         found = run_features(
-            self.predictor.runtime, features, output=task.output, pad_id=self.pad_id, reduce=reduce,
+            self.predictor.runtime, features, output=task.output, pad_id=self.predictor.pad_id, reduce=reduce,
             batch_tokens=max(self.budget, sum(map(len, features)) * 2),
         )  # fmt: skip
         self.batches += 1

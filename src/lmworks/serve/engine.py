@@ -82,11 +82,9 @@ class Loaded:
     def facts(self) -> dict[str, Any]:
         """What the server tells about the model."""
         runtime = self.predictor.runtime
-        tokenizer = self.predictor._tokenizer
         return {
             "task": self.predictor.task, "runtime": runtime.name, "dtype": runtime.dtype,
             "max_input_length": runtime.max_length, "vocab_size": runtime.vocab_size,
-            "mask_token": getattr(tokenizer, "mask_token", None),
         }  # fmt: skip
 
     def ask(self, request: int, kind: str, payload: dict[str, Any], until: float) -> None:

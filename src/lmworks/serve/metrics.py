@@ -36,7 +36,6 @@ class Metrics:
     """The counts of one server."""
 
     def __init__(self, supervisor: Supervisor) -> None:
-        self.supervisor = supervisor
         self.registry = CollectorRegistry()
         self.seconds = Histogram(
             "lmworks_request_duration_seconds", "From the first byte to the last", ("route", "status"),

@@ -9,7 +9,6 @@ from pydantic import Field
 from lmworks.serve.schema import MOST_CHARACTERS, MOST_STOPS, MOST_TOKENS, Asked, Name, Text, Texts, Writing
 
 Long = Literal["error", "truncate", "window"]
-Pair = Annotated[list[Text], Field(min_length=2, max_length=2)]
 TopK = Annotated[int, Field(ge=1, le=1000)]
 
 
