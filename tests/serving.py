@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -65,6 +67,27 @@ def server(
         uvicorn_server.should_exit = True
         thread.join(10)
         listening.close()
+
+
+def start(*options: str, ready: bool = True) -> tuple[subprocess.Popen[str], str]:
+    """Start `lmworks serve` as a process; return it with its address, with `ready` once it answers."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lmworks", "serve", *options, "--port", "0"], stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    assert "http://127.0.0.1:" in line, line
+    base = line.split(" at ")[1].split("/ ")[0].rstrip("/")
+    until = time.monotonic() + 60
+    while ready:
+        try:
+            if httpx.get(f"{base}/health/ready").status_code == 200:
+                break
+        except httpx.TransportError:
+            pass
+        assert time.monotonic() < until, "never ready"
+        time.sleep(0.05)
+    return process, base
 
 
 @contextmanager

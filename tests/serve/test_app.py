@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from serving import Running, running, server
+from serving import Running, running, server, start
 from tiny_page import copy_folder, made_folder
 
 from lmworks.base.errors import FormatError, InputError
@@ -152,25 +152,6 @@ def test_a_model_that_cannot_be_loaded_is_never_ready_and_says_why(tmp_path: Pat
         answer = one.post("/v1/completions", {"prompt": "a"})
         assert answer.status_code == 500
         assert "model.onnx" in answer.json()["error"]["message"]
-
-
-def start(*options: str) -> tuple[subprocess.Popen[str], str]:
-    """Start `lmworks serve` and return it with its address, once it is ready."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lmworks", "serve", *options, "--port", "0"], stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    line = process.stderr.readline()
-    assert "http://127.0.0.1:" in line, line
-    base = line.split(" at ")[1].split("/ ")[0].rstrip("/")
-    for _ in range(600):
-        try:
-            if httpx.get(f"{base}/health/ready").status_code == 200:
-                break
-        except httpx.TransportError:
-            pass
-        time.sleep(0.05)
-    return process, base
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

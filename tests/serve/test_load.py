@@ -6,8 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +15,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from serving import Running, server
+from serving import Running, server, start
 from tiny_page import PROMPTS, made_folder
 
 from lmworks.runtime.predictor import load
@@ -111,28 +109,6 @@ def test_four_times_too_much_is_turned_away_in_order(classifier: Path, reviews: 
         assert time.monotonic() - started < 5
 
 
-def start(*folders: Path) -> tuple[subprocess.Popen[bytes], str]:
-    """Start a server of its own; return it with its address, as soon as it listens."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lmworks", "serve", *map(str, folders), "--port", "0"], stderr=subprocess.PIPE
-    )
-    assert process.stderr is not None
-    line = process.stderr.readline().decode()
-    return process, line.split(" at ")[1].split("/ ")[0].rstrip("/")
-
-
-def until_ready(base: str) -> None:
-    """Wait for a server."""
-    for _ in range(1200):
-        try:
-            if httpx.get(f"{base}/health/ready").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.05)
-    raise AssertionError("never ready")
-
-
 STATES: dict[str, tuple[float, Callable[[int], tuple[str, dict[str, Any]]] | None]] = {
     "loading": (0.0, None),
     "idle": (0.5, None),
@@ -150,10 +126,8 @@ STATES: dict[str, tuple[float, Callable[[int], tuple[str, dict[str, Any]]] | Non
 @pytest.mark.parametrize("state", STATES)
 def test_told_to_end_it_answers_what_was_asked(state: str, classifier: Path) -> None:
     delay, make = STATES[state]
-    process, base = start(classifier, made_folder())
+    process, base = start(str(classifier), str(made_folder()), ready=state != "loading")
     try:
-        if state != "loading":
-            until_ready(base)
         engines = psutil.Process(process.pid).children()
         count = 1 if state.startswith(("one", "a ")) else 24
 
@@ -172,7 +146,7 @@ def test_told_to_end_it_answers_what_was_asked(state: str, classifier: Path) -> 
                 assert '"done": true' in answer.text.strip().splitlines()[-1]
         assert process.wait(35) == 0
         assert process.stderr is not None
-        assert process.stderr.read() == b""
+        assert process.stderr.read() == ""
         assert psutil.wait_procs(engines, timeout=10)[1] == [], "no engine outlives its server"
     finally:
         process.kill()
