@@ -95,7 +95,8 @@ def test_neurons_and_ranks_go_and_the_network_recovers(root: Path, tmp_path: Pat
 def test_a_budget_picks_a_folder_or_refuses(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Held: the picked folder opens, has the score and the size of its row. Not: exit 1, a report, and no folder."""
     words = ["quantize", str(root / "model"), "-o", str(tmp_path / "out"), "--data", str(root / "train.jsonl"),
-             "--validation", str(root / "judge.jsonl"), "--candidates", "int8,onnx-int8", "--json"]  # fmt: skip
+             "--validation", str(root / "judge.jsonl"), "--candidates", "int8,onnx-int8", "--json",
+             "--text-column", "text", "--label-column", "label"]  # fmt: skip
     assert main([*words, "--budget", "accuracy>=-5%, size<=0.5x"]) == 0
     values = json.loads(capsys.readouterr().out)
     rows = {row["name"]: row for row in values["candidates"]}

@@ -124,7 +124,7 @@ def test_a_server(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_enough_commands() -> None:
-    assert len(COMMANDS) == 8
+    assert len(COMMANDS) == 9
 
 
 def test_python(place: Path) -> None:

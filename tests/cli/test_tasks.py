@@ -286,9 +286,27 @@ def test_long_texts(folders: Any, capsys: Any) -> None:
     assert sum(x["score"] for x in windows[0]) == pytest.approx(1)
 
 
+def test_predict_answers_as_the_verb_of_the_task(folders: Any, tmp_path: Path, capsys: Any) -> None:
+    file = write_lines(tmp_path / "t.txt", ["I love [MASK].", "so [MASK]"])
+    for head, verb in (
+        ("SequenceClassification", "classify"),
+        ("TokenClassification", "ner"),
+        ("MaskedLM", "fill-mask"),
+    ):
+        for texts in (["--file", file], ["It is [MASK]."]):
+            found = ask(capsys, "predict", folders[head], *texts, "--json")
+            assert found == ask(capsys, verb, folders[head], *texts, "--json")
+    vectors = ask(capsys, "predict", MINILM, "Ada", "--json")
+    assert vectors == ask(capsys, "embed", MINILM, "Ada", "--json") and len(vectors[0]) == 384
+    answer = ask(capsys, "predict", folders["QuestionAnswering"], "Who?", "Ada wrote it.", "--json")
+    question = ["--question", "Who?", "--context", "Ada wrote it."]
+    assert answer == ask(capsys, "qa", folders["QuestionAnswering"], *question, "--json")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["predict", "{QuestionAnswering}"], "lmworks qa"),
         (["classify", "./nowhere", "x"], "no such model folder"),
         (["qa", "{SequenceClassification}", "--question", "a", "--context", "b"], "no head for QuestionAnswering"),
         (["ner", "{SequenceClassification}", "a"], "no head for TokenClassification"),
@@ -388,6 +406,8 @@ def test_generate(data_folder: Path, tmp_path: Path, capsys: Any) -> None:
     assert len({one.text for one in found}) > 20
     said = ask(capsys, "generate", tmp_path, prompts[0], "--max-tokens", "8", "--temperature", "0", "--json")
     assert (said["text"], said["tokens"]) == (found[0].text, found[0].tokens)
+    going_on = ask(capsys, "predict", tmp_path, prompts[0], "--json")
+    assert going_on["tokens"][:8] == said["tokens"] and len(going_on["tokens"]) > 80  # greedy, as the server's /predict
 
 
 def test_qa_on_200_questions(folders: Any, data_folder: Path) -> None:

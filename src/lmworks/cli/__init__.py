@@ -139,6 +139,11 @@ VERBS = {  # verb -> where it lives, what it does, two examples
     "pull": (
         "lmworks.cli.hub:pull",
         "Fetch a model from the Hub into the shared cache.",
+    "predict": (
+        "lmworks.cli.tasks:predict",
+        "Answer by whatever a model was made for.",
+        ('lmworks predict my_model "I love it"', "lmworks predict my_model --file texts.txt --json"),
+    ),
         ("lmworks pull dslim/bert-base-NER", "lmworks pull roberta-base --revision main"),
     ),
     "doctor": (

@@ -27,5 +27,5 @@ class Columns:
     label_column: LabelColumn = None
     header: Header = True
     split: Annotated[
-        str | None, Parameter(help='The part of a nested file to train on; "train,val" also names the other.')
+        str | None, Parameter(help='The part of a nested file to use; "train,val" also names the one to judge by.')
     ] = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -20,13 +20,6 @@ DryRun = Annotated[bool, Parameter(help="Print parameters, memory and time, and 
 Model = Annotated[str, Parameter(help="A model folder, or the name of a model on the Hub.")]
 Code = Annotated[
     tuple[str, ...], Parameter(help="FILE.py:Name of layers of its maker's own, which is run; may be repeated.")
-]
-Runtime = Annotated[
-    Literal["auto", "torch", "onnx"],
-    Parameter(help="What runs the model; auto: what is fastest here, measured once, and keeps the answers."),
-]
-Trace = Annotated[
-    Path | None, Parameter(help="Write where the time goes, for chrome://tracing, and show the time of each stage.")
 ]
 Revision = Annotated[str | None, Parameter(help="A branch, tag or commit of a model on the Hub.")]
 

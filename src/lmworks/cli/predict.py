@@ -11,8 +11,9 @@ from cyclopts import Parameter
 from lmworks.base.errors import InputError
 from lmworks.base.report import counted
 from lmworks.cli.columns import Header, LabelColumn
+from lmworks.cli.engine import Engine
 from lmworks.cli.inputs import mend, read_stdin, read_whole
-from lmworks.cli.output import Code, Json, Model, Revision, Runtime, Trace, print_json, show
+from lmworks.cli.output import Json, Model, print_json, show
 from lmworks.evaluation.prompting import Prompting
 from lmworks.tasks.base import Long
 
@@ -32,23 +33,18 @@ def generate(
     repeat_penalty: Annotated[float, Parameter(help="Above 1 makes recent tokens less likely.")] = 1.0,
     repeat_last_n: Annotated[int, Parameter(help="How many recent tokens the penalty looks at.")] = 64,
     seed: Annotated[int | None, Parameter(help="Makes sampling repeatable.")] = None,
-    runtime: Runtime = "auto",
-    dtype: Annotated[str, Parameter(help="fp32 or int8 (onnx), fp32 or bf16 (torch); any: the fastest.")] = "auto",
-    trace: Trace = None,
-    revision: Revision = None,
-    code: Code = (),
     json: Json = False,
+    engine: Engine = Engine(),  # noqa: B008 (frozen)
 ) -> int:
     """Continue a prompt; the text appears as it is made."""
     from lmworks import api
-    from lmworks.runtime.trace import tracing
 
     if prompt is not None and file is not None:
         raise InputError("the prompt was given twice", found="an argument and --file", fix="leave one of them out")
     if prompt is None:
         prompt = (read_stdin() if file is None else read_whole(file)).rstrip("\n")
     prompt = mend(prompt)
-    with tracing(trace):
+    with engine.tracing():
         pieces = api.generate(
             model,
             prompt,
@@ -59,10 +55,7 @@ def generate(
             repeat_penalty=repeat_penalty,
             repeat_last_n=repeat_last_n,
             seed=seed,
-            runtime=runtime,
-            dtype=dtype,
-            revision=revision,
-            code=code,
+            **engine.settings,
         )
         if not json:
             sys.stdout.write(prompt)
@@ -102,11 +95,6 @@ def evaluate(
     label_column: LabelColumn = None,
     header: Header = True,
     split: Annotated[str | None, Parameter(help="The part of a nested file to score on.")] = None,
-    runtime: Runtime = "auto",
-    dtype: Annotated[str, Parameter(help="fp32 or int8 (onnx), fp32 or bf16 (torch); any: the fastest.")] = "auto",
-    trace: Trace = None,
-    revision: Revision = None,
-    code: Code = (),
     long: Annotated[
         Long | None,
         Parameter(
@@ -116,12 +104,12 @@ def evaluate(
     ] = None,
     json: Json = False,
     prompt: Prompt = Prompting(),  # noqa: B008 (frozen)
+    engine: Engine = Engine(),  # noqa: B008 (frozen)
 ) -> int:
     """Score a language model on a text, or any other model, or an adapter, on labelled data."""
     from lmworks import api
-    from lmworks.runtime.trace import tracing
 
-    with tracing(trace):
+    with engine.tracing():
         report = api.evaluate(
             model,
             texts,
@@ -129,11 +117,8 @@ def evaluate(
             label_column=label_column,
             header=header,
             split=split,
-            runtime=runtime,
-            dtype=dtype,
-            revision=revision,
-            code=code,
             long=long,
             prompt=prompt,
+            **engine.settings,
         )
     return show(report, json=json)

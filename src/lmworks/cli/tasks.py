@@ -1,8 +1,9 @@
-"""`lmworks classify`, `ner`, `qa`, `fill-mask` and `embed`: a checkpoint's answers, for people or as JSON."""
+"""`lmworks predict`, `classify`, `ner`, `qa`, `fill-mask` and `embed`: its answers, for people or JSON."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,18 +11,50 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from lmworks.base.errors import InputError
+from lmworks.cli.engine import Engine
 from lmworks.cli.inputs import Column, File, mend, read_lines, read_stdin, read_texts, read_whole
-from lmworks.cli.output import Code, Json, Model, Revision, Runtime, Trace, print_json
+from lmworks.cli.output import Json, Model, print_json
 
-Dtype = Annotated[
-    Literal["auto", "any", "fp32", "bf16", "fp16", "int8", "uint8", "q4", "q4f16", "bnb4"],
-    Parameter(help="fp32 or bf16 (faster, less exact) in torch, or that of an exported graph; any: the fastest."),
-]
 Long = Annotated[
     Literal["error", "truncate", "window"],
     Parameter(help="A text that is longer than the model: refuse it, cut it, or read it in windows."),
 ]
 Pairs = Annotated[Path | None, Parameter(help="Second texts, one for each text: a file as for --file.")]
+
+
+def predict(
+    model: Model,
+    /,
+    *texts: Annotated[
+        str, Parameter(help="Texts; for a model that answers questions: a question and its context. None: as below.")
+    ],
+    file: File = None,
+    column: Column = None,
+    json: Json = False,
+    engine: Engine = Engine(),  # noqa: B008 (frozen)
+) -> int:
+    """Answer by whatever the model was made for, as the verb of its task does; texts go on greedily."""
+    from lmworks.base.hub import find_folder
+    from lmworks.cli.predict import generate
+    from lmworks.models.families import read_config, read_kind
+    from lmworks.tasks.registry import find_task
+
+    task = find_task(read_kind(read_config(find_folder(model, revision=engine.revision))))
+    same: dict[str, Any] = {"file": file, "json": json, "engine": engine}
+    if task in ("question-answering", "text-generation"):
+        verb, fewest = ("qa", 1) if task == "question-answering" else ("generate", 0)
+        if column is not None or not fewest <= len(texts) <= fewest + 1:
+            found = "--column" if column is not None else f"{len(texts)} texts"
+            raise InputError(f"this model answers as lmworks {verb} does", found=found, fix=f"lmworks {verb} --help")
+        if verb == "generate":
+            return generate(model, *texts, max_tokens=128, temperature=0.0, **same)  # as the server
+        return qa(model, question=[texts[0]], context=texts[1] if len(texts) == 2 else None, **same)
+    verbs: dict[str, Callable[..., int]] = {
+        "token-classification": ner,
+        "fill-mask": fill_mask,
+        "feature-extraction": embed,
+    }
+    return verbs.get(task, classify)(model, *texts, column=column, **same)
 
 
 def classify(
@@ -36,18 +69,14 @@ def classify(
         Literal["auto", "softmax", "sigmoid", "none"], Parameter(help="How numbers become scores.")
     ] = "auto",
     long: Long = "error",
-    runtime: Runtime = "auto",
-    dtype: Dtype = "auto",
-    trace: Trace = None,
-    revision: Revision = None,
-    code: Code = (),
     json: Json = False,
+    engine: Engine = Engine(),  # noqa: B008 (frozen)
 ) -> int:
     """Label texts (or images): every label with its score, the likeliest first."""
     from lmworks.base.hub import find_folder
     from lmworks.models.families import read_config
 
-    folder = find_folder(model, revision=revision)
+    vision = read_config(find_folder(model, revision=engine.revision)).vision
     if pairs is not None and file is not None:
         found = read_lines(file, column, blank=True)  # lines belong together by their numbers
     else:
@@ -61,12 +90,11 @@ def classify(
             )
         examples = list(zip(found, seconds, strict=True))
     options: dict[str, Any] = {"top_k": top_k, "scores": scores}
-    if read_config(folder).vision:
+    if vision:
         task = "image-classification"
     else:
         task, options["long"] = "text-classification", long
-    engine = {"code": code, "runtime": runtime, "trace": trace}
-    answers = run(folder, task, examples, dtype, {**options, **engine})
+    answers = engine.predict(model, task, examples, **options)
     if json:
         print_json([[asdict(label) for label in labels] for labels in answers])
     else:
@@ -91,18 +119,13 @@ def ner(
         Parameter(help="What a word is: the tokenizer's, or all between spaces; auto: as transformers' pipeline."),
     ] = "auto",
     long: Long = "error",
-    runtime: Runtime = "auto",
-    dtype: Dtype = "auto",
-    trace: Trace = None,
-    revision: Revision = None,
-    code: Code = (),
     json: Json = False,
+    engine: Engine = Engine(),  # noqa: B008 (frozen)
 ) -> int:
     """Find the names in texts: label, score, word, and the characters from start to end."""
     found, single = read_texts(texts, file, column)
     options = {"aggregation": aggregation, "words": words, "long": long}
-    engine = {"code": code, "runtime": runtime, "trace": trace}
-    answers = run(model, "token-classification", found, dtype, {**options, **engine}, revision)
+    answers = engine.predict(model, "token-classification", found, **options)
     if json:
         shown = [[asdict(entity) for entity in entities] for entities in answers]
         print_json(shown[0] if single else shown)
@@ -125,20 +148,15 @@ def qa(
     file: Annotated[Path | None, Parameter(help="Read the context from a file.")] = None,
     top_k: Annotated[int, Parameter(help="How many answers to show.")] = 1,
     no_answer: Annotated[bool, Parameter(help="The answer may be that there is none.", negative="")] = False,
-    runtime: Runtime = "auto",
-    dtype: Dtype = "auto",
-    trace: Trace = None,
-    revision: Revision = None,
-    code: Code = (),
     json: Json = False,
+    engine: Engine = Engine(),  # noqa: B008 (frozen)
 ) -> int:
     """Answer questions from a context of any length: the text, its score, and the characters from start to end."""
     if context is None:
         context = read_stdin() if file is None else read_whole(file)
     options = {"top_k": top_k, "no_answer": no_answer}
     examples = [(mend(one), mend(context)) for one in question]
-    engine = {"code": code, "runtime": runtime, "trace": trace}
-    answers = run(model, "question-answering", examples, dtype, {**options, **engine}, revision)
+    answers = engine.predict(model, "question-answering", examples, **options)
     shown = [[asdict(one) for one in answer] if isinstance(answer, list) else asdict(answer) for answer in answers]
     if json:
         print_json(shown[0] if len(shown) == 1 else shown)
@@ -158,18 +176,13 @@ def fill_mask(
     top_k: Annotated[int, Parameter(help="How many tokens to show for each mask.")] = 5,
     targets: Annotated[list[str] | None, Parameter(help="Choose among these words only.", negative="")] = None,
     long: Long = "error",
-    runtime: Runtime = "auto",
-    dtype: Dtype = "auto",
-    trace: Trace = None,
-    revision: Revision = None,
-    code: Code = (),
     json: Json = False,
+    engine: Engine = Engine(),  # noqa: B008 (frozen)
 ) -> int:
     """Fill the masks in texts: the likeliest tokens, their scores, and the text with each."""
     found, single = read_texts(texts, file, column)
     options = {"top_k": top_k, "targets": targets, "long": long}
-    engine = {"code": code, "runtime": runtime, "trace": trace}
-    answers = run(model, "fill-mask", found, dtype, {**options, **engine}, revision)
+    answers = engine.predict(model, "fill-mask", found, **options)
     if json:
         shown = to_json(answers)
         print_json(shown[0] if single else shown)
@@ -193,34 +206,17 @@ def embed(
         Literal["auto", "mean", "cls", "max", "last"], Parameter(help="How tokens become one vector; auto: as trained.")
     ] = "auto",
     long: Long = "error",
-    runtime: Runtime = "auto",
-    dtype: Dtype = "auto",
-    trace: Trace = None,
-    revision: Revision = None,
-    code: Code = (),
     json: Json = False,
+    engine: Engine = Engine(),  # noqa: B008 (frozen)
 ) -> int:
     """Turn texts into vectors, one a text; or find the texts of a file that are nearest in meaning."""
-    from lmworks.base.hub import find_folder
-
-    folder = find_folder(model, revision=revision)
     found, _ = read_texts(texts, file, column)
     options = {"pooling": pooling, "long": long}
     if search is not None:
         from lmworks import api
-        from lmworks.runtime.trace import tracing
 
-        with tracing(trace):
-            answers = api.search(
-                folder,
-                found,
-                read_lines(search, column),
-                top_k=top_k,
-                runtime=runtime,
-                dtype=dtype,
-                code=code,
-                **options,
-            )
+        with engine.tracing():
+            answers = api.search(model, found, read_lines(search, column), top_k=top_k, **engine.settings, **options)
         if json:
             print_json(to_json(answers))
         else:
@@ -228,8 +224,7 @@ def embed(
                 for match in matches:
                     line(f"{match.score:.4f}", match.text, *([query] if len(found) > 1 else []))
         return 0
-    engine = {"code": code, "runtime": runtime, "trace": trace}
-    vectors = run(folder, "feature-extraction", found, dtype, {**options, **engine})
+    vectors = engine.predict(model, "feature-extraction", found, **options)
     rounded = [[float(f"{x:.8g}") for x in vector.tolist()] for vector in vectors]
     if json:
         print_json(rounded)
@@ -237,17 +232,6 @@ def embed(
         for vector in rounded:
             sys.stdout.write(" ".join(map(str, vector)) + "\n")
     return 0
-
-
-def run(
-    model: str | Path, task: str, examples: list[Any], dtype: str, options: dict[str, Any], revision: str | None = None
-) -> Any:
-    """Answer examples with a model."""
-    from lmworks import api
-    from lmworks.runtime.trace import tracing
-
-    with tracing(options.pop("trace")):
-        return api.predict(model, examples, task=task, dtype=dtype, revision=revision, **options)
 
 
 def to_json(answers: Any) -> Any:
