@@ -336,7 +336,7 @@ FAULTS: list[tuple[str, str | list[Any], str, list[str]]] = [
     ("a.jsonl", "", CLASSES, ["nothing in this file", "a.jsonl"]),
     ("a.csv", "text,label\n", CLASSES, ["no examples", "a header and no rows"]),
     ("a.txt", "x\ta\n", CLASSES, ["a .txt does not say", ".jsonl"]),
-    ("a.parquet", "x", CLASSES, [".parquet files are not read", ".csv or .jsonl"]),
+    ("a.parquet", "x", CLASSES, ["this is no parquet file", "a.parquet"]),
     ("a.jsonl", [{"tokens": ["a"], "tags": ["O", "O"]}], TAGS, ["differ in number", "line 1", "1 words and 2 tags"]),
     ("a.jsonl", [{"tokens": [], "tags": []}], TAGS, ["these are no words", "line 1"]),
     ("a.conll", "Ada\tB-PER\nmet\n", TAGS, ["a word without a tag", "a.conll, line 2", "met"]),

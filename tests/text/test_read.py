@@ -134,10 +134,10 @@ def test_bad_folders_end_in_one_message(tmp_path: Path, monkeypatch: pytest.Monk
         read_documents(tmp_path / "a.pdff")
     write(tmp_path, a_txt="x")
 
-    def denied(path: Path) -> bytes:
+    def denied(path: Path, *_: str) -> bytes:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", denied)
+    monkeypatch.setattr(Path, "open", denied)
     with pytest.raises(InputError, match=r"this file cannot be read[\s\S]*a\.txt"):
         read_documents(tmp_path)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lmworks.base.errors import InputError
-from lmworks.models.ngram import KneserNey
+from lmworks.models.ngram import NgramModel
 from lmworks.text.clean import clean
 from lmworks.text.grammar import Tree, Uniform
 from lmworks.text.lexicon import BAD, GOOD, ILL, WELL
@@ -167,7 +167,7 @@ def test_a_five_gram_falls_short(language: Language) -> None:
     by_word = [np.array([0] + [i for t in part for i in word_ids(t, words)]) for part in (texts, test)]
     by_piece = [make_stream(tokenizer, part) for part in (texts, test)]
     for (seen, unseen), size in ((by_piece, tokenizer.vocab_size), (by_word, len(words) + 1)):
-        model = KneserNey.train(seen, order=5, vocab_size=size, eos_id=0)
+        model = NgramModel.train(seen, order=5, vocab_size=size, eos_id=0)
         bits = -model.logprobs(unseen).sum() / math.log(2)
         assert bits > 1.4 * floor
 

@@ -32,6 +32,22 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+@contextmanager
+def new_file(path: str | Path) -> Iterator[Path]:
+    """Yield a name to write to beside `path`; it takes its place when the block succeeds and vanishes when it fails."""
+    path = Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}{STAGED}")
+    try:
+        yield staged
+        with staged.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(staged, path)  # noqa: PTH105
+    finally:
+        staged.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8, atomically."""
     write_bytes(path, text.encode("utf-8"))

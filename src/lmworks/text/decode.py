@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections.abc import Iterator
+from itertools import chain
 
 from lmworks.base.errors import InputError
 from lmworks.base.optional import require
@@ -21,14 +23,20 @@ SEVEN_BIT = (  # encodings that look like ASCII: what gives them away
     (re.compile(rb"~\{(?:[\x21-\x7e]{2})+~\}"), "hz"),
 )
 DECLARED = re.compile(rb"""<meta[^>]{0,200}charset\s{0,9}=\s{0,9}["']?([\w.:-]{1,40})""", re.IGNORECASE)
+WINDOW = 1 << 18  # bytes that tell the encoding of a long text
 LOOSER = 1.0  # charset-normalizer's tolerance of odd characters, on the second try (its own default is 0.2)
 
 
-def decode(data: bytes, name: str) -> tuple[str, str]:
+def decode(data: bytes, name: str, encoding: str | None = None) -> tuple[str, str]:
     """Return the text and its encoding: byte order mark, UTF-8, what an HTML page declares, else detection.
 
-    A last character that is cut off is left out. Raises InputError for bytes that are no text.
+    A last character that is cut off is left out. Raises InputError for bytes that are no text, or not in `encoding`.
     """
+    if encoding is not None:
+        text = attempt(data, encoding)
+        if text is None:
+            raise InputError(f"{name} is not {encoding}", fix="leave the encoding out: it is told by the bytes")
+        return text.removeprefix("\ufeff"), encoding
     for mark, encoding in MARKS:
         if data.startswith(mark):
             text = attempt(data[len(mark) :], encoding)
@@ -55,6 +63,48 @@ def decode(data: bytes, name: str) -> tuple[str, str]:
     return detect(data, name)
 
 
+def sniff(chunks: Iterator[bytes], name: str) -> tuple[str, int]:
+    """Return the encoding of a text that is too long to be decoded at once, and the bytes of its byte order mark.
+
+    All of it is looked at: a book in Latin-1 may have its first accent after megabytes. Other encodings than UTF-8 are
+    told by the lines with other bytes than ASCII from the first byte on that is not UTF-8.
+    """
+    head = next(chunks)
+    for mark, encoding in MARKS:
+        if head.startswith(mark):
+            return encoding, len(mark)
+    if b"\0" in head[:4096]:
+        return decode_wide(head[: 1 << 20], name)[1], 0
+    utf8 = codecs.getincrementaldecoder("utf-8")("strict")
+    at = 0
+    for chunk in chain([head], chunks):
+        if b"\0" in chunk:
+            raise binary(name, f"binary data: a zero byte at byte {at + chunk.index(0):,}")
+        try:
+            utf8.decode(chunk)
+        except UnicodeDecodeError as error:
+            rest = chunk[1 + chunk.rfind(b"\n", 0, error.start) :] + next(chunks, b"")
+            return decode(telling_lines(rest, chunks) or rest[:WINDOW], name)[1], 0
+        at += len(chunk)
+    return "utf-8", 0
+
+
+def telling_lines(rest: bytes, chunks: Iterator[bytes]) -> bytes:
+    """Return whole lines that are not ASCII, of what is left of a text, until there are enough to tell the encoding."""
+    lines: list[bytes] = []
+    size = 0
+    for chunk in chain([b"\n" + rest], chunks):
+        for line in chunk.split(b"\n")[1:-1]:
+            if not line.isascii():
+                lines.append(line)
+                size += len(line)
+            if size > WINDOW:
+                break
+        if size > WINDOW:
+            break
+    return b"\n".join(lines)
+
+
 def attempt(data: bytes, encoding: str) -> str | None:
     """Return the text in this encoding, without a torn last character, or None where it does not fit."""
     try:
@@ -71,7 +121,7 @@ def decode_wide(data: bytes, name: str) -> tuple[str, str]:
             text = attempt(data, encoding)
             if text is not None:
                 return text, encoding
-    raise binary(name)
+    raise binary(name, f"binary data: a zero byte at byte {data.index(0):,}")
 
 
 def detect(data: bytes, name: str) -> tuple[str, str]:
@@ -91,11 +141,11 @@ def detect(data: bytes, name: str) -> tuple[str, str]:
     raise binary(name)
 
 
-def binary(name: str) -> InputError:
+def binary(name: str, found: str = "binary data, or an encoding that cannot be told") -> InputError:
     """Return the error for bytes that are no text."""
     return InputError(
         f"{name} is not text",
-        found="binary data, or an encoding that cannot be told",
+        found=found,
         expected="text in any usual encoding",
         fix="remove the file, or convert it: iconv -f OLD -t UTF-8",
     )

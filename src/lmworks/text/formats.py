@@ -2,6 +2,7 @@
 
     csv, tsv     a table; its first row names the columns, or they are called "1", "2", … (header=False)
     jsonl        one object a line
+    parquet      a table
     json         a list of objects; SQuAD's {"data": …}; nested splits, {"train": [[text, label], …], …} (CLINC150)
     anything     for token-classification, CoNLL: a word and its tag a line (of 2 or more columns the first and the
                  last), an empty line between sentences
@@ -15,6 +16,7 @@ sentence has tokens and tags.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -22,10 +24,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from lmworks.base.errors import FormatError, InputError, did_you_mean, from_os_error
+from lmworks.base.errors import FormatError, InputError, did_you_mean
 from lmworks.base.report import counted
 from lmworks.text.decode import decode
-from lmworks.text.read import ELSEWHERE, parse_table
+from lmworks.text.open import open_bytes, plain_ending, read_bytes
+from lmworks.text.read import ELSEWHERE, parquet_rows, parse_table
 
 Row = tuple[str, dict[str, Any]]  # where it stands ("train.csv, line 12"), and its values by column
 JSON = (".json", ".jsonl", ".ndjson")
@@ -53,7 +56,11 @@ def read_rows(path: Path, task: str, *, header: bool = True, split: str | None =
     if path.is_dir():
         yield from read_folder(path, task, header=header, split=split)
         return
-    text, ending = read_text(path), path.suffix.lower()
+    ending = plain_ending(path)
+    if ending == ".parquet" and split is None:
+        yield from ((f"{path}, row {number}", row) for number, row in enumerate(parquet_rows(path), 1))
+        return
+    text = read_text(path)
     if ending in JSON:
         yield from read_json(text, path, split)
         return
@@ -76,17 +83,14 @@ def read_rows(path: Path, task: str, *, header: bool = True, split: str | None =
 
 def read_text(path: Path) -> str:
     """Return the text of a file in whatever encoding, without its byte order mark, lines ending in newlines."""
-    ending = path.suffix.lower()
+    ending = plain_ending(path)
     if ending in ELSEWHERE and ending not in JSON:
         raise InputError(f"{ending} files are not read", where=str(path), fix=ELSEWHERE[ending])
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+    if not path.exists():
         near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])
         raise InputError(f"there is no file or folder {path}", fix=f"check the path;{near}".rstrip(";")) from None
-    except OSError as error:
-        raise from_os_error(error, "this file cannot be read") from None
-    text, _ = decode(data, str(path))
+    with open_bytes(path) as file:
+        text, _ = decode(read_bytes(file, -1, str(path)), str(path))
     if not text.strip():
         raise InputError("there is nothing in this file", where=str(path))
     return text.replace("\r\n", "\n")
@@ -96,7 +100,7 @@ def read_table(text: str, path: Path, *, header: bool) -> Iterator[Row]:
     """Yield the rows of a csv or tsv file; a row that is shorter than the first one lacks its last columns."""
     csv.field_size_limit(2**31 - 1)
     names: list[str] = []
-    for line, fields in parse_table(text, path):
+    for line, fields in parse_table(io.StringIO(text, newline="\n"), path):
         where = f"{path}, line {line}"
         if not names:
             names = [name.strip() for name in fields] if header else [str(n) for n in range(1, len(fields) + 1)]

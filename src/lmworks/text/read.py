@@ -1,4 +1,4 @@
-"""Read documents from a file or a folder: txt, md, html, csv, tsv, jsonl, in any encoding.
+"""Read documents from a file or a folder: txt, md, html, csv, tsv, jsonl, parquet, in any encoding, also .gz and .zst.
 
 A text file or page is one document; a table has one document a row, from the column that is asked for.
 """
@@ -6,22 +6,24 @@ A text file or page is one document; a table has one document a row, from the co
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any, TextIO
 
 from lmworks.base.errors import InputError, did_you_mean, from_os_error
-from lmworks.text.decode import decode
+from lmworks.base.optional import require
 from lmworks.text.html import main_text
+from lmworks.text.open import WHOLE, open_text, plain_ending, read_lines
 
 DEFAULT_COLUMN = "text"
+ROWS = 256  # of a parquet file that are held at a time, beside what its writer packed together
 ELSEWHERE = {  # formats that a text folder often holds: how to bring them here
     ".json": "write it as .jsonl, one object a line",
-    ".parquet": "write it as .csv or .jsonl",
-    ".gz": "unpack it",
     ".zip": "unpack it",
     ".pdf": "export it as plain text",
     ".docx": "export it as plain text",
@@ -36,6 +38,16 @@ class Document:
     name: str
     text: str
     encoding: str = "utf-8"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A text of a file, what to add to the file's name for it, and the row and column it comes from."""
+
+    suffix: str
+    text: str
+    row: dict[str, Any] | None = None
+    column: str = DEFAULT_COLUMN
 
 
 def read_documents(path: str | Path, *, column: str | None = None) -> list[Document]:
@@ -72,7 +84,7 @@ def find_files(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(root, name)
-            if not name.startswith(".") and path.suffix.lower() in READERS and path.is_file():
+            if not name.startswith(".") and plain_ending(path) in READERS and path.is_file():
                 yield path
 
 
@@ -90,38 +102,99 @@ def describe(folder: Path) -> str:
 
 def read_file(path: Path, column: str | None, name: Path) -> Iterator[Document]:
     """Yield the documents of one file, read by its ending; an ending that says nothing is read as plain text."""
-    ending = path.suffix.lower()
+    parts, encoding = open_parts(path, column)
+    for part in parts:
+        yield Document(name.as_posix() + part.suffix, part.text, encoding)
+
+
+def open_parts(
+    path: Path,
+    column: str | None = None,
+    *,
+    plain: Reader | None = None,
+    ending: str | None = None,
+    encoding: str | None = None,
+    tell: Callable[[int], None] | None = None,
+) -> tuple[Iterator[Part], str]:
+    """Return the texts of one file or standard input ("-"), one at a time, and the encoding they were in.
+
+    `plain` reads plain text (as one document by default); `ending` says what the file holds where its name does not.
+    """
+    ending = plain_ending(path) if ending is None else ending
     if ending in ELSEWHERE:
         raise InputError(f"{ending} files are not read", where=str(path), fix=ELSEWHERE[ending])
+    if ending == ".parquet":
+        return read_parquet(path, column, tell), "utf-8"
+    stream, encoding = open_text(path, encoding=encoding, tell=tell)
+    reader = READERS.get(ending, read_plain)
+    reader = plain if plain is not None and reader is read_plain else reader
+    return guard(reader(stream, path, column), stream, str(path), encoding), encoding
+
+
+def guard(parts: Iterator[Part], stream: TextIO, name: str, encoding: str) -> Iterator[Part]:
+    """Yield the texts and close the file; bytes that are not in its encoding after all are an InputError."""
+    with stream:
+        try:
+            yield from parts
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{name} does not go on as {encoding}, as it begins",
+                found=f"{error.object[error.start : error.start + 4]!r}",
+                fix="name its --encoding, or convert it: iconv -f OLD -t UTF-8",
+            ) from None
+
+
+def read_plain(stream: TextIO, path: Path, column: str | None) -> Iterator[Part]:
+    """Yield the whole file as one document."""
+    yield Part("", stream.read())
+
+
+def read_html(stream: TextIO, path: Path, column: str | None) -> Iterator[Part]:
+    """Yield the main text of a page."""
+    yield Part("", main_text(stream.read()))
+
+
+def read_parquet(path: Path, column: str | None, tell: Callable[[int], None] | None = None) -> Iterator[Part]:
+    """Yield one document a row of a parquet file; a null is no document."""
+    for number, row in enumerate(parquet_rows(path), 1):
+        names = list(row)
+        name = names[choose_column(names, column, str(path))]
+        if row[name] is not None:
+            yield Part(f":{number}", as_text(row[name], f"{path}, row {number}"), row, name)
+    if tell is not None:
+        tell(path.stat().st_size)
+
+
+def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a parquet file, of which some are held at a time; needs the [data] extra."""
+    library = require("pyarrow.parquet", extra="data")
     try:
-        data = path.read_bytes()
+        with library.ParquetFile(path) as table:
+            for batch in table.iter_batches(batch_size=ROWS):
+                yield from batch.to_pylist()
     except OSError as error:
         raise from_os_error(error, "this file cannot be read") from None
-    text, encoding = decode(data, str(path))
-    for suffix, part in READERS.get(ending, read_plain)(text, path, column):
-        yield Document(name.as_posix() + suffix, part, encoding)
+    except ValueError as error:  # as pyarrow's errors are
+        raise InputError("this is no parquet file", where=str(path), found=str(error)[:200]) from None
 
 
-def read_plain(text: str, path: Path, column: str | None) -> Iterator[tuple[str, str]]:
-    """Yield the whole file as one document."""
-    yield "", text
+def as_text(value: Any, where: str) -> str:
+    """Return the value of a text column; anything but a string is an InputError."""
+    if not isinstance(value, str):
+        raise InputError("the text column does not hold text", where=where, found=type(value).__name__)
+    return value
 
 
-def read_html(text: str, path: Path, column: str | None) -> Iterator[tuple[str, str]]:
-    """Yield the main text of a page."""
-    yield "", main_text(text)
-
-
-def read_table(text: str, path: Path, column: str | None) -> Iterator[tuple[str, str]]:
+def read_table(stream: TextIO, path: Path, column: str | None) -> Iterator[Part]:
     """Yield one document a row of a csv or tsv file."""
     csv.field_size_limit(2**31 - 1)
-    rows = iter(parse_table(text, path))
+    rows = iter(parse_table(stream, path))
     _, first = next(rows, (0, []))
     if not first:
         return
     names = names_without_header(first, path, column) or first
     at = choose_column(names, column, str(path))
-    for line, row in rows if names is first else [(1, first), *rows]:
+    for line, row in rows if names is first else chain([(1, first)], rows):
         if len(row) > len(names):
             raise InputError(
                 "a row has more fields than the first one",
@@ -131,28 +204,51 @@ def read_table(text: str, path: Path, column: str | None) -> Iterator[tuple[str,
                 fix='put text that holds a separator in "quotes", or give a .txt or .jsonl file',
             )
         if at < len(row):
-            yield f":{line}", row[at]
+            yield Part(f":{line}", row[at], dict(zip(names, row, strict=False)), names[at])
 
 
-def parse_table(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line, fields); tsv is taken literally if every line has as many tabs, so that a lone quote is a quote."""
+def parse_table(stream: TextIO, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line, fields); tsv is taken literally if every line has as many tabs, so that a lone quote is a quote.
+
+    Of a long tsv the first million lines or so tell.
+    """
     separator = "\t"
-    lines = text.replace("\r\n", "\n").split("\n") if path.suffix.lower() == ".tsv" else []
-    if path.suffix.lower() == ".csv":
-        head = text.partition("\n")[0]
-        separator = max(",;\t", key=head.count)
-    elif len({line.count("\t") for line in lines if line}) == 1:
-        yield from ((i, [unquote(f) for f in line.split("\t")]) for i, line in enumerate(lines, 1) if line)
-        return
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    lines = read_lines(stream, str(path))
+    kind = plain_ending(path)
+    if kind == ".csv":
+        first = next(lines, "")
+        separator = max(",;\t", key=first.count)
+        lines = chain([first], lines)
+    elif kind == ".tsv":
+        head, size = [], 0
+        for line in lines:
+            head.append(line)
+            size += len(line)
+            if size > WHOLE:
+                break
+        lines = chain(head, lines)
+        if len({line.count("\t") for line in head if line.strip("\r\n")}) == 1:
+            plain = (line.removesuffix("\n").removesuffix("\r") for line in lines)
+            yield from ((i, [unquote(f) for f in line.split("\t")]) for i, line in enumerate(plain, 1) if line)
+            return
+    reader = csv.reader(end_lines(lines), delimiter=separator, strict=True)
     try:
-        line = 1
+        line_number = 1
         for row in reader:
             if row:
-                yield line, row
-            line = reader.line_num + 1
+                yield line_number, row
+            line_number = reader.line_num + 1
     except csv.Error as error:
         raise InputError("a row cannot be read", where=f"{path}, line {reader.line_num}", found=str(error)) from None
+
+
+def end_lines(lines: Iterable[str]) -> Iterator[str]:
+    """Yield the lines, cut also where an old Macintosh ended them."""
+    for line in lines:
+        if "\r" in line[:-2]:
+            yield from re.split(r"(?<=\r)(?!\n)(?=.)", line, flags=re.DOTALL)
+        else:
+            yield line
 
 
 def unquote(field: str) -> str:
@@ -175,9 +271,9 @@ def names_without_header(row: Sequence[str], path: Path, column: str | None) -> 
     return [str(i) for i in range(1, len(row) + 1)] if is_number else []
 
 
-def read_jsonl(text: str, path: Path, column: str | None) -> Iterator[tuple[str, str]]:
+def read_jsonl(stream: TextIO, path: Path, column: str | None) -> Iterator[Part]:
     """Yield one document a line, each a JSON object; a null is no document."""
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(read_lines(stream, str(path)), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -188,11 +284,9 @@ def read_jsonl(text: str, path: Path, column: str | None) -> Iterator[tuple[str,
         if not isinstance(row, dict):
             raise InputError("a line is not a JSON object", where=where, found=type(row).__name__)
         names = list(row)
-        value = row[names[choose_column(names, column, where)]]
-        if value is not None and not isinstance(value, str):
-            raise InputError("the text column does not hold text", where=where, found=type(value).__name__)
-        if value is not None:
-            yield f":{number}", value
+        name = names[choose_column(names, column, where)]
+        if row[name] is not None:
+            yield Part(f":{number}", as_text(row[name], where), row, name)
 
 
 def find_column(names: Sequence[str], wanted: str | None) -> int | None:
@@ -218,7 +312,7 @@ def choose_column(names: Sequence[str], wanted: str | None, where: str) -> int:
     )
 
 
-Reader = Callable[[str, Path, str | None], Iterator[tuple[str, str]]]
+Reader = Callable[[TextIO, Path, str | None], Iterator[Part]]
 READERS: dict[str, Reader] = {
     ".txt": read_plain,
     ".md": read_plain,
@@ -227,4 +321,5 @@ READERS: dict[str, Reader] = {
     ".csv": read_table,
     ".tsv": read_table,
     ".jsonl": read_jsonl,
+    ".parquet": read_plain,  # never called: open_parts knows that it is no text
 }

@@ -1,4 +1,4 @@
-"""Keep a part of the documents for validation: the same part for the same seed, and no text on both sides."""
+"""Share documents out, or keep a part for validation: the same for the same seed, and no text on both sides."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import blake2b
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lmworks.base.errors import InputError
+from lmworks.text.duplicates import scramble
 from lmworks.text.read import Document
 
 FEW = 20  # with fewer documents than this, each gives its own last part
@@ -58,3 +62,34 @@ def cut(document: Document, validation: float, *, exactly: bool) -> tuple[Docume
     if not exactly:
         at = 1 + text.rfind("\n", at // 2, at) or 1 + text.rfind(" ", at // 2, at) or at
     return replace(document, text=text[:at]), replace(document, text=text[at:])
+
+
+def share_out(
+    groups: NDArray[np.int64],
+    keys: NDArray[np.uint64],
+    strata: NDArray[np.int64],
+    shares: Sequence[float],
+    *,
+    seed: int = 0,
+) -> NDArray[np.int8]:
+    """Return the number of each document's share, such that a group (named by its first document) stays together.
+
+    Groups come in the order of a hash of seed and text; each goes where most documents are missing, of its stratum (its
+    first document's) and in all, so that every stratum is shared out alike. [documents], as all arguments.
+    """
+    sizes = np.bincount(groups, minlength=len(groups))
+    firsts = np.flatnonzero(sizes)
+    salt = np.uint64(int.from_bytes(blake2b(str(seed).encode(), digest_size=8).digest(), "little"))
+    order = firsts[np.argsort(scramble(keys[firsts] ^ salt), kind="stable")]
+    held = [[0.0] * len(shares) for _ in range(int(strata.max(initial=0)) + 1)]  # documents of a stratum, by share
+    total = [0.0] * len(shares)
+    chosen = np.zeros(len(groups), np.int8)
+    for group, stratum, size in zip(order.tolist(), strata[order].tolist(), sizes[order].tolist(), strict=True):
+        row = held[stratum]
+        here, everywhere = sum(row) + size, sum(total) + size
+        missing = [s * (here + everywhere) - a - b for s, a, b in zip(shares, row, total, strict=True)]
+        best = missing.index(max(missing))
+        row[best] += size
+        total[best] += size
+        chosen[group] = best
+    return chosen[groups]

@@ -1,0 +1,172 @@
+"""Open a text of any length and encoding, packed or not, a file or standard input, and hold little of it at a time."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from encodings.aliases import aliases
+from itertools import chain
+from pathlib import Path
+from typing import BinaryIO, TextIO, cast
+
+from lmworks.base.errors import InputError, did_you_mean, from_os_error
+from lmworks.base.optional import require
+from lmworks.text.decode import decode, sniff
+
+STDIN = Path("-")
+WHOLE = 1 << 24  # bytes: a text up to this is decoded at once; of a longer one little more than a line is held
+CHUNK = 1 << 20
+LONGEST_LINE = 1 << 28  # characters of a row; a longer one is refused rather than held
+
+
+def unpack_gzip(file: BinaryIO) -> BinaryIO:
+    """Return what a .gz file holds."""
+    packed = gzip.GzipFile(fileobj=file)
+    packed.myfileobj = file  # type: ignore[assignment]  # to be closed with it
+    return cast(BinaryIO, packed)
+
+
+def unpack_zstd(file: BinaryIO) -> BinaryIO:
+    """Return what a .zst file holds, all its frames; needs the [data] extra."""
+    reader = require("zstandard", extra="data").ZstdDecompressor().stream_reader(file, read_across_frames=True)
+    return cast(BinaryIO, reader)
+
+
+PACKED: dict[str, Callable[[BinaryIO], BinaryIO]] = {".gz": unpack_gzip, ".zst": unpack_zstd}
+
+
+def plain_ending(path: Path) -> str:
+    """Return the ending that says what a file holds: "a.JSONL.zst" -> ".jsonl"."""
+    ending = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if ending in PACKED else ending
+
+
+class Source(io.RawIOBase):
+    """`head`, and then what a file holds; its errors are ours, and `tell` hears how many bytes were read of it."""
+
+    def __init__(
+        self, file: BinaryIO, name: str, *, head: bytes = b"", tell: Callable[[int], None] | None = None
+    ) -> None:
+        super().__init__()
+        self.file, self.label, self.tell_size, self.head = file, name, tell, memoryview(head)
+
+    def readable(self) -> bool:
+        """Say that it can be read."""
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        """Fill the buffer, and return how many bytes that are."""
+        size = len(buffer)
+        data = self.head[:size] if self.head else memoryview(read_bytes(self.file, size, self.label))
+        self.head = self.head[len(data) :]
+        buffer[: len(data)] = data
+        if self.tell_size is not None:
+            self.tell_size(len(data))
+        return len(data)
+
+    def close(self) -> None:
+        """Close the file, unless it is standard input."""
+        if not self.closed and self.file is not getattr(sys.stdin, "buffer", None):
+            self.file.close()
+        super().close()
+
+
+def open_bytes(path: Path, tell: Callable[[int], None] | None = None) -> BinaryIO:
+    """Open a file, or standard input where it is called "-", and unpack it; `tell` hears of each piece of it."""
+    if path == STDIN:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise InputError("no text", fix="name a file or folder, or give the text on standard input: … < texts.txt")
+        return cast(BinaryIO, sys.stdin.buffer)
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise from_os_error(error, "this file cannot be read") from None
+    metered = io.BufferedReader(Source(file, str(path), tell=tell), CHUNK)
+    unpack = PACKED.get(path.suffix.lower())
+    return cast(BinaryIO, metered) if unpack is None else unpack(cast(BinaryIO, metered))
+
+
+def read_bytes(file: BinaryIO, size: int, name: str) -> bytes:
+    """Read up to `size` bytes (-1: all); what cannot be read or unpacked is an InputError."""
+    parts: list[bytes] = []
+    try:
+        while size and (part := file.read(min(size, CHUNK) if size > 0 else CHUNK)):  # unpackers may give less
+            parts.append(part)
+            size -= len(part) if size > 0 else 0
+    except (OSError, EOFError, zlib.error) as error:  # a bad .gz file is an OSError
+        raise broken(error, name) from None
+    except Exception as error:
+        if type(error).__name__ != "ZstdError":
+            raise
+        raise broken(error, name) from None
+    return b"".join(parts)
+
+
+def broken(error: Exception, name: str) -> InputError:
+    """Return the error for a file that ends early, or is not packed as its name says."""
+    return InputError("this file cannot be read", where=name, found=str(error)[:200], fix="fetch it again")
+
+
+def open_text(
+    path: Path, *, encoding: str | None = None, tell: Callable[[int], None] | None = None
+) -> tuple[TextIO, str]:
+    r"""Return the text, to be read in lines that end in \n and nothing else, and its encoding, told by the bytes.
+
+    A long file is read twice, first for its encoding; of a long standard input the first 16 MB tell.
+    """
+    if encoding is not None:
+        check_encoding(encoding)
+    name = "standard input" if path == STDIN else str(path)
+    file = open_bytes(path)
+    head = read_bytes(file, WHOLE + 1, name)
+    if len(head) <= WHOLE:
+        if path != STDIN:
+            file.close()
+        text, encoding = decode(head, name, encoding)
+        if tell is not None:
+            tell(len(head) if path == STDIN else path.stat().st_size)
+        return io.StringIO(text, newline="\n"), encoding
+    if path == STDIN:
+        encoding, mark = sniff(iter([head]), name) if encoding is None else (encoding, 0)
+        source = Source(file, name, head=head, tell=tell)
+    else:
+        with file:
+            rest = iter(lambda: read_bytes(file, CHUNK, name), b"")
+            encoding, mark = sniff(chain([head], rest), name) if encoding is None else (encoding, 0)
+        source = Source(open_bytes(path, tell), name)
+    stream = io.BufferedReader(source, CHUNK)
+    stream.read(mark)
+    return io.TextIOWrapper(stream, encoding=encoding, errors="strict", newline="\n"), encoding
+
+
+def check_encoding(name: str) -> None:
+    """Raise InputError for an encoding that Python does not have."""
+    try:
+        known = codecs.lookup(name)._is_text_encoding
+    except LookupError:
+        known = False
+    if not known:
+        raise InputError(
+            f'there is no encoding "{name}"',
+            expected="a name such as utf-8, latin-1, cp1252, cp1251, shift_jis, gb18030",
+            fix=did_you_mean(name.lower(), aliases.values()).strip(),
+        )
+
+
+def read_lines(stream: TextIO, where: str) -> Iterator[str]:
+    r"""Yield lines with their \n; one that would not fit into memory is an InputError."""
+    number = 0
+    while line := stream.readline(LONGEST_LINE):
+        number += 1
+        if len(line) == LONGEST_LINE:
+            raise InputError(
+                "a line is too long",
+                where=f"{where}, line {number}",
+                found=f"more than {LONGEST_LINE:,} characters",
+                fix="cut it into rows, or give it as plain text (.txt)",
+            )
+        yield line
