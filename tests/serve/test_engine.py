@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import psutil
@@ -21,6 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lmworks.export.onnx_folder import export_graphs
 from lmworks.runtime.predictor import load
+from lmworks.serve.service import describe
+from lmworks.serve.supervisor import SILENT, STARVED, Supervisor, wants_processor
 from lmworks.tokens.tokenizer import Tokenizer
 
 LONG = {"prompt": "Who", "max_tokens": 900, "temperature": 0, "stream": True}
@@ -91,6 +96,31 @@ def test_a_request_in_the_engine_that_dies_is_asked_again_and_a_stream_ends_in_a
     last = json.loads([line for line in lines if line][-1][6:])
     assert last["error"]["code"] == "not_ready"
     assert one.supervisor.tickets == {}
+
+
+def test_an_engine_that_waits_for_a_processor_is_not_taken_for_a_hung_one() -> None:
+    """As on a machine that others overload. Stopped, sleeping and gone are what they look like."""
+    supervisor = Supervisor([describe(made_folder())])
+    spinning, sleeping = (
+        subprocess.Popen([sys.executable, "-c", code]) for code in ("while True: pass", "import time; time.sleep(99)")
+    )
+    try:
+        while not wants_processor(spinning.pid) or wants_processor(sleeping.pid):
+            time.sleep(0.1)
+        for process, silent, alive in (
+            (spinning, SILENT + 1, True), (spinning, STARVED + 1, False), (sleeping, SILENT + 1, False),
+            (sleeping, 0, True),
+        ):  # fmt: skip
+            supervisor.process, supervisor.heard = SimpleNamespace(pid=process.pid), time.monotonic() - silent
+            assert supervisor.alive is alive
+        spinning.send_signal(signal.SIGSTOP)
+        while wants_processor(spinning.pid):
+            time.sleep(0.01)
+    finally:
+        for process in (spinning, sleeping):
+            process.kill()
+            process.wait()
+    assert not wants_processor(spinning.pid), "it is gone"
 
 
 def test_no_engine_outlives_its_server() -> None:

@@ -1,6 +1,7 @@
 """Who may ask, how often, and how much: keys, rates, bodies, counted before any of it is read.
 
-Keys are compared by their SHA-256 in constant time, all of them, so the time says nothing. Only the probes are open.
+Keys are compared by their SHA-256 in constant time, all of them, so the time says nothing. Only the probes and the
+playground's own files are open.
 """
 
 from __future__ import annotations
@@ -80,11 +81,12 @@ class Guard:
 
     def __init__(
         self, app: App, *, keys: list[bytes] | None = None, rates: Rates | None = None, refuse: Any, done: Any,
-        leaving: Callable[[], bool] = lambda: False,
+        leaving: Callable[[], bool] = lambda: False, public: frozenset[str] = frozenset(),
     ) -> None:  # fmt: skip
         """`refuse(scope, receive, send, refused, headers)` answers; `done(scope, status, seconds)` counts."""
         self.app, self.keys, self.rates, self.refuse, self.done = app, keys, rates, refuse, done
         self.leaving = leaving  # whether the server is about to end
+        self.public = public  # paths that need no key beside the probes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or turn it away."""
@@ -124,7 +126,7 @@ class Guard:
     def check(self, scope: Scope) -> str:
         """Return who asks. Raises Refused (401) without a right key, where there are keys."""
         client = str((scope.get("client") or ("unknown",))[0])
-        if self.keys is None or scope["path"] in OPEN:
+        if self.keys is None or scope["path"] in OPEN or scope["path"] in self.public:
             return client
         given = {name: value for name, value in scope["headers"] if name in (b"authorization", b"x-api-key")}
         text = given.get(b"authorization", b"").decode("latin-1")

@@ -17,6 +17,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lmworks.base.errors import InputError, LmworksError
@@ -24,7 +25,8 @@ from lmworks.serve.engine import Spec, main
 
 SILENT = 1.2  # seconds without a sign of life after which the server is not ready
 GONE = 2.5  # seconds after which the engine is replaced
-STARTING = 60.0  # seconds that the first sign of life may take
+STARVED = 10.0  # the same, and for readiness too, of an engine that would speak if it were given a processor
+STARTING, SLOWEST = 60.0, 600.0  # seconds that the first sign of life may take; that it may while it is working on it
 LOOK = 0.1  # seconds between two looks at the engine
 RETRIES = 1  # times that a request is asked again
 QUEUE = 256  # requests in the engine; one more is refused
@@ -60,6 +62,15 @@ class Ticket:
     answers: asyncio.Queue[tuple[str, Any]] = field(default_factory=asyncio.Queue)
     begun: bool = False  # a part of the answer has been given out
     asked: int = 1
+
+
+def wants_processor(pid: int | None) -> bool:
+    """Whether a thread of a process could run, or waits for a disk; False where the system does not tell."""
+    for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with suppress(OSError):
+            if stat.read_text("utf-8", "replace").rpartition(")")[2].split()[0] in "RD":
+                return True
+    return False
 
 
 class Supervisor:
@@ -141,8 +152,16 @@ class Supervisor:
 
     @property
     def alive(self) -> bool:
-        """Whether the engine gave a sign of life just now."""
-        return time.monotonic() - self.heard < SILENT
+        """Whether the engine gave a sign of life just now, or could not."""
+        return self.spoke(SILENT)
+
+    def spoke(self, seconds: float) -> bool:
+        """Whether the engine gave a sign of life in these seconds; one that waits for a processor has more of them.
+
+        On a machine that others overload, to replace such an engine would cost more and help nobody.
+        """
+        silent = time.monotonic() - self.heard
+        return silent < seconds or (silent < STARVED and wants_processor(self.process.pid))
 
     @property
     def ready(self) -> bool:
@@ -166,8 +185,9 @@ class Supervisor:
         while True:
             await asyncio.sleep(LOOK)
             now = time.monotonic()
-            silent = now - self.heard > GONE if self.heard else now - self.started > STARTING
-            if not self.process.is_alive() or silent:
+            spent = now - self.started
+            slow = spent > STARTING and not (spent < SLOWEST and wants_processor(self.process.pid))
+            if not self.process.is_alive() or (slow if not self.heard else not self.spoke(GONE)):
                 await self.replace()
 
     async def replace(self) -> None:
