@@ -89,7 +89,7 @@ def run(
     ranks = find_ranks()
     with ranks.together():
         settings, out = settings or Settings(), Path(out)
-        settings.check()
+        settings.check(page=runtimes is not None)
         check_output(out, overwrite=overwrite)
         path = None if texts is None else Path(texts)
         corpus = read_corpus(path, column=column, validation=settings.validation, seed=settings.seed)

@@ -147,9 +147,22 @@ def check_same_run(folder: Path, settings: dict[str, Any], data_sha256: str) -> 
 def make_network(settings: Settings, *, vocab_size: int, **tokens: int | None) -> Config:
     """Return the network's shape for these settings; `tokens` are the ids of its special tokens."""
     from lmworks.models.families import gpt2, llama
+    from lmworks.models.families.sequential import SEQUENTIAL, TYPE
 
+    assert settings.hidden_size and settings.layers and settings.context  # resolve() filled them
+    if settings.arch != "transformer":
+        return SEQUENTIAL[TYPE + settings.arch].new(
+            vocab_size=vocab_size,
+            hidden_size=settings.hidden_size,
+            embedding_size=settings.embedding_size or settings.hidden_size,
+            num_hidden_layers=settings.layers,
+            window=settings.window,
+            max_position_embeddings=settings.context,
+            dropout=settings.dropout or 0.0,
+            **tokens,
+        )
     make = {"gpt2": gpt2.new, "llama": llama.new}[settings.family]
-    assert settings.hidden_size and settings.heads  # resolve() filled them
+    assert settings.heads
     return make(
         vocab_size=vocab_size,
         hidden_size=settings.hidden_size,
@@ -217,10 +230,10 @@ def score(
 
     `n_bytes` is None when the tokenizer loses something on this text: then bits per byte would flatter it.
     """
-    from lmworks.models.ngram import KneserNey
+    from lmworks.models.ngram import NgramModel
 
     network = token_logprobs(runtime, held_out, context=settings.context or runtime.max_length)
-    referee = KneserNey.train(train, order=5, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
+    referee = NgramModel.train(train, order=5, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
     ngram = referee.logprobs(held_out)
     mixed = mixture(network.logprobs, ngram)
     return Scores(
@@ -286,6 +299,7 @@ def train_config(settings: Settings) -> TrainConfig:
         clip_value=s.clip_value,
         gradient_checkpointing=s.gradient_checkpointing,
         balance=s.balance_ranks,
+        compile="auto" if s.arch == "transformer" else "never",
         eval_every=s.eval_every,
         patience=s.patience,
         dtype=s.dtype,

@@ -12,8 +12,9 @@ from lmworks.base.errors import InputError, did_you_mean
 from lmworks.base.knobs import check_belongs, check_ranges, check_useful
 
 Size = Literal["tiny", "small", "base"]
+Arch = Literal["transformer", "feedforward", "rnn", "lstm", "gru"]
 Family = Literal["llama", "gpt2"]
-TokenizerKind = Literal["bpe", "char"]
+TokenizerKind = Literal["word", "char", "bpe", "wordpiece", "unigram"]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 Balance = Literal["auto", "always", "never"]
@@ -28,16 +29,22 @@ class Settings:
     ----------
     size
         The dial: tiny trains in minutes on two cores, small in about half an hour, base in hours.
+    arch
+        transformer, or what came before it: feedforward (a window of tokens), rnn, lstm, gru (a state).
     family
-        The architecture: llama (rotary positions, gated MLP) or gpt2 (learned positions).
+        The Transformer: llama (rotary positions, gated MLP) or gpt2 (learned positions).
     tokenizer
-        bpe (byte-level, loses nothing) or char (one token a character).
+        word, char (grapheme clusters), bpe (byte-level, loses nothing), wordpiece or unigram.
     vocab_size
         Tokens in the vocabulary; by default it follows the size of the corpus.
     hidden_size
         Width of the network.
+    embedding_size
+        Width of the tokens' vectors without attention; by default hidden_size.
+    window
+        Tokens that feedforward sees at once; by default 8.
     layers
-        Transformer blocks.
+        Blocks of a Transformer, or layers of what came before it.
     heads
         Attention heads.
     context
@@ -89,10 +96,13 @@ class Settings:
     """
 
     size: Size = "tiny"
+    arch: Arch = "transformer"
     family: Family = "llama"
     tokenizer: TokenizerKind = "bpe"
     vocab_size: int | None = None
     hidden_size: int | None = None
+    embedding_size: int | None = None
+    window: int | None = None
     layers: int | None = None
     heads: int | None = None
     context: int | None = None
@@ -124,9 +134,14 @@ class Settings:
         self.check_uses()
         chosen: dict[str, Any] = dict(SIZES[self.size])
         cap = chosen.pop("largest_vocab")
+        if self.arch != "transformer":
+            chosen = {name: value for name, value in chosen.items() if name != "heads"} | EARLIER[self.arch]
+            chosen["embedding_size"] = self.hidden_size or chosen["hidden_size"]
         chosen["vocab_size"] = max(512, min(cap, corpus_bytes // 500 // 64 * 64))
         given = {name: value for name, value in asdict(self).items() if value is not None}
         full = {**chosen, **given}
+        if self.arch != "transformer" and self.dtype == "auto":
+            full["dtype"] = "fp32"  # a state is summed over hundreds of steps
         full.setdefault("min_lr", full["lr"] / 10)
         full.setdefault("warmup", min(100, max(1, full["steps"] // 10)))
         full.setdefault("eval_every", max(1, full["steps"] // 10))
@@ -134,13 +149,17 @@ class Settings:
         settings.check()
         return settings
 
-    def check(self) -> None:
-        """Raise InputError for the first knob outside its range."""
+    def check(self, *, page: bool = False) -> None:
+        """Raise InputError for the first knob outside its range; `page`: for what a web page cannot run."""
         check_ranges(self, RANGES)
         for name, kind in CHOICES.items():
             if getattr(self, name) not in get_args(kind):
-                found, expected = str(getattr(self, name)), ", ".join(get_args(kind))
-                raise InputError(f"there is no such {name}", found=found, expected=expected)
+                found, known = str(getattr(self, name)), get_args(kind)
+                near = did_you_mean(found, known).strip()
+                raise InputError(f"there is no such {name}", found=found, expected=", ".join(known), fix=near)
+        if page and self.arch != "transformer":
+            raise InputError("the web page runs Transformers only", found=f"--arch {self.arch}",
+                             fix=f"lmworks train --arch {self.arch}, then lmworks export --to onnx")  # fmt: skip
         if self.hidden_size and self.heads and (self.hidden_size % self.heads or self.hidden_size // self.heads % 2):
             raise InputError(
                 "--hidden-size must be an even multiple of --heads",
@@ -156,6 +175,9 @@ class Settings:
         """Raise InputError for a knob that another one leaves without effect."""
         plain = Settings()
         check_belongs(self, plain, BELONGS)
+        if self.arch not in EARLIER and self.embedding_size:
+            raise InputError("--embedding-size is for networks without attention", found=f"--arch {self.arch}",
+                             fix="leave it out, or --hidden-size")  # fmt: skip
         clipped = self.clip_value and self.max_grad_norm not in (0, plain.max_grad_norm)
         check_useful(
             {
@@ -198,11 +220,31 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-BELONGS = {"momentum": ("optimizer", "sgd"), "decay": ("schedule", "wsd")}  # a knob does nothing without the choice
-CHOICES = {"schedule": Schedule, "optimizer": OptimizerName, "dtype": Dtype, "balance_ranks": Balance}
+EARLIER: dict[str, dict[str, Any]] = {  # than the Transformer
+    "feedforward": {"layers": 1, "window": 8},
+    "rnn": {"layers": 2},
+    "lstm": {"layers": 2},
+    "gru": {"layers": 2},
+}
+BELONGS = {  # a knob does nothing without the choice
+    "momentum": ("optimizer", "sgd"),
+    "decay": ("schedule", "wsd"),
+    "heads": ("arch", "transformer"),
+    "family": ("arch", "transformer"),
+    "window": ("arch", "feedforward"),
+}
+CHOICES = {
+    "arch": Arch,
+    "family": Family,
+    "tokenizer": TokenizerKind,
+    "size": Size,
+    "schedule": Schedule, "optimizer": OptimizerName, "dtype": Dtype, "balance_ranks": Balance,
+}  # fmt: skip
 RANGES: dict[str, tuple[float, float]] = {
     "vocab_size": (260, 200_000),
     "hidden_size": (8, 16_384),
+    "embedding_size": (1, 16_384),
+    "window": (1, 1024),
     "layers": (1, 200),
     "heads": (1, 256),
     "context": (8, 131_072),

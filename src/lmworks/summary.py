@@ -13,6 +13,7 @@ from lmworks.base.report import Cell, Report, Table, counted
 
 if TYPE_CHECKING:
     from lmworks.run import Trained
+    from lmworks.settings import Settings
 
 ADDRESS = "http://127.0.0.1:8000/"  # where `lmworks serve` listens unless it is told otherwise
 PACKAGES = ("torch", "onnx", "onnxruntime", "tokenizers", "safetensors", "numpy")
@@ -115,7 +116,7 @@ def network_table(trained: Trained) -> Table:
     """Return the facts of the network and its training."""
     s, result = trained.settings, trained.result
     rows: list[tuple[Cell, ...]] = [
-        ("architecture", f"{s.family}, {s.layers} layers, {s.hidden_size} wide, {s.heads} heads, context {s.context}"),
+        ("architecture", describe(s)),
         ("parameters", f"{trained.parameters:,}"),
         ("tokenizer", f"{s.tokenizer}, {trained.tokenizer.vocab_size:,} tokens"),
         (
@@ -134,12 +135,13 @@ def certificate_table(certificate: dict[str, Any]) -> Table:
     for runtime, dtypes in certificate["runtimes"].items():
         for dtype, cell in dtypes.items():
             if "skipped" in cell:
-                rows.append((runtime, dtype, None, None, None, f"skipped: {cell['skipped']}"))
+                rows.append((runtime, dtype, *[None] * 4, f"skipped: {cell['skipped']}"))
                 continue
             equal, checked = cell["tokens_equal"]
             verdict = "passed" if cell["passed"] else "FAILED"
-            rows.append((runtime, dtype, f"{equal} of {checked}", cell["max_abs_diff"], cell["tolerance"], verdict))
-    columns = ("runtime", "dtype", "tokens equal", "largest logit difference", "allowed", "verdict")
+            gaps = (cell["max_abs_diff"], cell["rms_diff"], cell["tolerance"])
+            rows.append((runtime, dtype, f"{equal} of {checked}", *gaps, verdict))
+    columns = ("runtime", "dtype", "tokens equal", "largest logit difference", "root mean square", "allowed", "verdict")
     return Table("The same answers as torch fp32", columns, tuple(rows))
 
 
@@ -191,3 +193,11 @@ def recent_gain(trained: Trained) -> float | None:
     validation = trained.result.history.validation
     early = [loss for step, loss in validation if step <= 0.8 * trained.result.steps]
     return early[-1] - validation[-1][1] if early and trained.result.steps else None
+
+
+def describe(s: Settings) -> str:
+    """Return the network in a few words."""
+    size = f"{counted(s.layers or 0, 'layer')}, {s.hidden_size} wide"
+    if s.arch == "transformer":
+        return f"{s.family}, {size}, {s.heads} heads, context {s.context}"
+    return f"{s.arch}, {size}, embedding {s.embedding_size}, context {s.window or s.context}"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lmworks.base.errors import InputError, LmworksError
 from lmworks.base.types import Batch, Ints
 from lmworks.evaluation.perplexity import bits_per_byte, fit_weight, mixture, perplexity, token_logprobs
-from lmworks.models.ngram import KneserNey
+from lmworks.models.ngram import NgramModel
 
 VOCAB = 11
 
@@ -145,7 +145,7 @@ def test_mixture_at_its_edges() -> None:
 def test_mixing_with_a_worse_ngram_still_helps() -> None:
     stream = np.random.default_rng(2).integers(0, VOCAB, 3000) // 3
     stream[0] = 0
-    ngram = KneserNey.train(stream, order=3, vocab_size=VOCAB, eos_id=0)
+    ngram = NgramModel.train(stream, order=3, vocab_size=VOCAB, eos_id=0)
     toy = token_logprobs(Toy(), stream, context=8)
     ours = ngram.logprobs(stream)
     assert mixture(toy.logprobs, ours).logprobs.mean() >= max(toy.logprobs.mean(), ours.mean()) - 1e-3

@@ -17,8 +17,9 @@ from nltk.util import everygrams
 
 from lmworks.base.errors import InputError
 from lmworks.base.types import Ints
-from lmworks.models import ngram as module
-from lmworks.models.ngram import FALLBACK, KneserNey
+from lmworks.models import ngram_smoothing as module
+from lmworks.models.ngram import NgramModel
+from lmworks.models.ngram_smoothing import FALLBACK
 
 EOS, UNKNOWN = 0, 1
 BLANKS = re.compile("[\0\t\n\r ]+")  # what KenLM takes for white space
@@ -91,7 +92,7 @@ def test_the_formulas_of_the_paper(order: int, seed: int) -> None:
     vocab_size = 13
     train = make_stream(seed=seed, vocab_size=vocab_size, documents=120)
     held_out = make_stream(seed=seed + 100, vocab_size=vocab_size + 1, documents=15)  # with an unknown token
-    model = KneserNey.train(train, order=order, vocab_size=vocab_size + 2, eos_id=EOS)
+    model = NgramModel.train(train, order=order, vocab_size=vocab_size + 2, eos_id=EOS)
     slow = SlowReference(train, order, vocab_size + 2)
     np.testing.assert_allclose(model.discounts, [slow.discounts[k] for k in range(1, order + 1)], rtol=1e-12)
     np.testing.assert_allclose(model.logprobs(held_out), slow.logprobs(held_out), rtol=1e-10)
@@ -103,7 +104,7 @@ def test_the_formulas_of_the_paper(order: int, seed: int) -> None:
 @pytest.mark.parametrize("order", [1, 2, 4])
 def test_probabilities_sum_to_one_after_any_history(order: int) -> None:
     stream = make_stream(seed=1, vocab_size=30, documents=100)
-    model = KneserNey.train(stream, order=order, vocab_size=33, eos_id=EOS)
+    model = NgramModel.train(stream, order=order, vocab_size=33, eos_id=EOS)
     for history in ([], [EOS], [EOS, 5], [32, 31], [3, EOS], *(stream[i : i + 5].tolist() for i in range(40))):
         distribution = model.distribution(history)
         assert distribution.min() > 0
@@ -128,7 +129,7 @@ def perplexities(
         stream += [ids.setdefault(word, len(ids) + 2) for word in line if not missing(word)] + [EOS]
     for line in test:
         held_out += [ids.get(word, UNKNOWN) for word in line] + [EOS]
-    model = KneserNey.train(np.array(stream), order=order, vocab_size=len(ids) + 2, eos_id=EOS)
+    model = NgramModel.train(np.array(stream), order=order, vocab_size=len(ids) + 2, eos_id=EOS)
     logprobs = model.logprobs(np.array(held_out))
     known = np.array(held_out[1:]) != UNKNOWN
     return math.exp(-logprobs.mean()), math.exp(-logprobs[known].mean()), int((~known).sum()), len(known)
@@ -165,7 +166,7 @@ def test_nltk_with_one_fixed_discount(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = make_stream(seed=5, vocab_size=12, documents=150)
     calls = iter([(1e-12,) * 3, (0.3,) * 3, (0.3,) * 3])
     monkeypatch.setattr(module, "find_discounts", lambda adjusted: next(calls))
-    model = KneserNey.train(stream, order=3, vocab_size=12, eos_id=EOS)
+    model = NgramModel.train(stream, order=3, vocab_size=12, eos_id=EOS)
     ends = np.flatnonzero(stream == EOS).tolist()
     sentences = [["<s>", *map(str, stream[a + 1 : b].tolist()), "0"] for a, b in pairwise(ends)]
     theirs = KneserNeyInterpolated(3, discount=0.3)
@@ -182,10 +183,10 @@ def test_nltk_with_one_fixed_discount(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_degenerate_counts_fall_back() -> None:
-    model = KneserNey.train(np.array([0, 2, 3, 4, 0]), order=3, vocab_size=6, eos_id=EOS)
+    model = NgramModel.train(np.array([0, 2, 3, 4, 0]), order=3, vocab_size=6, eos_id=EOS)
     assert model.discounts == (FALLBACK,) * 3  # every count is 1
     assert abs(model.distribution([2, 3]).sum() - 1) < 1e-12
-    empty = KneserNey.train(np.array([0]), order=3, vocab_size=6, eos_id=EOS)
+    empty = NgramModel.train(np.array([0]), order=3, vocab_size=6, eos_id=EOS)
     np.testing.assert_allclose(empty.distribution([0]), 1 / 6)
     np.testing.assert_allclose(empty.logprobs(np.array([0, 3, 0])), -math.log(6))
 
@@ -195,7 +196,7 @@ def test_no_ngram_crosses_a_document() -> None:
     a, b = (make_stream(seed=seed, vocab_size=20, documents=60) for seed in (1, 2))
     held_out = make_stream(seed=3, vocab_size=20, documents=20)
     both = [
-        KneserNey.train(streams, order=5, vocab_size=20, eos_id=EOS).logprobs(held_out)
+        NgramModel.train(streams, order=5, vocab_size=20, eos_id=EOS).logprobs(held_out)
         for streams in ([a, b], np.concatenate([b, a[1:]]))
     ]
     np.testing.assert_allclose(both[0], both[1], rtol=1e-12)
@@ -203,7 +204,7 @@ def test_no_ngram_crosses_a_document() -> None:
 
 def test_samples_follow_the_distribution() -> None:
     stream = make_stream(seed=4, vocab_size=9, documents=200)
-    model = KneserNey.train(stream, order=3, vocab_size=9, eos_id=EOS)
+    model = NgramModel.train(stream, order=3, vocab_size=9, eos_id=EOS)
     first = Counter((model.sample(max_tokens=1, seed=seed) or [EOS])[0] for seed in range(1500))
     expected = model.distribution([EOS])
     for token in range(9):
@@ -216,13 +217,13 @@ def test_samples_follow_the_distribution() -> None:
 
 def test_what_cannot_be_trained_or_scored_is_refused() -> None:
     with pytest.raises(InputError, match="begin with the end token"):
-        KneserNey.train(np.array([3, 0]), vocab_size=5, eos_id=EOS)
+        NgramModel.train(np.array([3, 0]), vocab_size=5, eos_id=EOS)
     with pytest.raises(InputError, match="outside the vocabulary"):
-        KneserNey.train(np.array([0, 5, 0]), vocab_size=5, eos_id=EOS)
+        NgramModel.train(np.array([0, 5, 0]), vocab_size=5, eos_id=EOS)
     with pytest.raises(InputError, match="ends documents"):
-        KneserNey.train(np.array([0, 2, 0]), vocab_size=5, eos_id=None)
+        NgramModel.train(np.array([0, 2, 0]), vocab_size=5, eos_id=None)
     with pytest.raises(InputError, match="outside the vocabulary"):
-        KneserNey.train(np.array([0, 2, 0]), vocab_size=5, eos_id=EOS).logprobs(np.array([0, 9]))
+        NgramModel.train(np.array([0, 2, 0]), vocab_size=5, eos_id=EOS).logprobs(np.array([0, 9]))
 
 
 @pytest.mark.slow
@@ -232,7 +233,7 @@ def test_two_million_tokens_are_quick() -> None:
     stream[rng.random(len(stream)) < 0.01] = EOS
     stream[0] = EOS
     start = time.perf_counter()
-    model = KneserNey.train(stream, order=5, vocab_size=4000, eos_id=EOS)
+    model = NgramModel.train(stream, order=5, vocab_size=4000, eos_id=EOS)
     assert time.perf_counter() - start < 20
     start = time.perf_counter()
     model.logprobs(stream[:200_000])

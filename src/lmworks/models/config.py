@@ -70,7 +70,7 @@ class HeadSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The structure of one Transformer, and the tokens that generation needs to know."""
+    """The structure of one network, and the tokens that generation needs to know."""
 
     model_type: str
     vocab_size: int
@@ -84,7 +84,8 @@ class Config:
     hidden_act: str = "gelu_new"
     norm_eps: float = 1e-5
     dropout: float = 0.0  # while training: on embeddings, attention weights, and what a block adds to its stream
-    block: Literal["pre", "post", "parallel"] = "pre"
+    block: Literal["pre", "post", "parallel", "rnn", "lstm", "gru", "feedforward"] = "pre"
+    embedding_size: int | None = None  # of networks without attention; None: as hidden_size
     causal: bool = True
     norm: Literal["layer", "layer_nobias", "rms"] = "layer"
     gated: bool = False  # the MLP computes act(gate(x)) * up(x)
@@ -129,6 +130,8 @@ class Config:
         rotated = self.rotary_dim or self.head_dim
         require(self.positions != "rope" or rotated % 2 == 0, "head_dim", rotated, "even, to be rotated")
         require(0 < rotated <= self.head_dim, "rotary_dim", rotated, f"1 to {self.head_dim}")
+        width = self.embedding_size
+        require(width is None or 1 <= width <= MOST, "embedding_size", width, f"1 to {MOST:,}")
         require(self.window is None or self.window >= 1, "window", self.window, "1 or more")
         require(len(self.labels) >= 1, "number of labels", len(self.labels), "1 or more")
         require(self.hidden_act in HIDDEN_ACTS, "hidden_act", self.hidden_act, ", ".join(HIDDEN_ACTS))

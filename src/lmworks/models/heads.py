@@ -14,7 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 from lmworks.models.cache import KVCache
 from lmworks.models.config import Config, HeadSpec
+from lmworks.models.feedforward import FeedForward
 from lmworks.models.layers import ACTIVATIONS
+from lmworks.models.recurrent import CELLS, Recurrent, StateCache
 from lmworks.models.transformer import Transformer
 
 NEXT_TOKEN = HeadSpec(outputs="vocab", bias=False, keys={"lm_head": "project"})
@@ -89,7 +91,7 @@ class Model(nn.Module):
         self.config, self.kind, self.spec = config, kind, spec
         self.parts: tuple[Any, ...] = ()  # layers of a user's own: models/custom.py
         with torch.device("meta"), NoDraw():  # nothing is drawn that would be thrown away
-            self.transformer = Transformer(config)
+            self.transformer: Transformer = make_body(config)
             self.head = Head(config, self.spec)
         if seed is not None:
             self.to_empty(device=torch.get_default_device())
@@ -114,7 +116,7 @@ class Model(nn.Module):
         *,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | StateCache | None = None,
         last: Tensor | int | None = None,
     ) -> Tensor:
         """Return the head's numbers (B, T, O) or (B, O), for "Model" the states (B, T, D).
@@ -140,11 +142,18 @@ class Model(nn.Module):
         *,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | StateCache | None = None,
     ) -> Tensor:
         """Return the states (B, T, D) that the head reads: a loss may project them piece by piece."""
         states: Tensor = self.transformer(inputs, attention_mask, position_ids, cache, token_type_ids)
         return states
+
+
+def make_body(c: Config) -> Any:
+    """Return the network that reads: of blocks with attention, of cells with a state, or of a window."""
+    if c.block in CELLS:
+        return Recurrent(c)
+    return FeedForward(c) if c.block == "feedforward" else Transformer(c)
 
 
 class CausalLM(Model):
@@ -161,8 +170,12 @@ def initialise(model: nn.Module, c: Config, seed: int) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim < 2:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                parameter.fill_(0.0 if "bias" in name.rpartition(".")[2] else 1.0)
+                if c.block == "lstm" and name.endswith("bias_ih_l0"):  # forget gates open (Jozefowicz et al. 2015)
+                    parameter[c.hidden_size : 2 * c.hidden_size] = 1.0
                 continue
             std = c.initializer_range / (shrink if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0)
+            if c.embedding_size and name.endswith("embeddings.tokens.weight"):
+                std = 1.0  # as torch.nn: nothing scales them before a cell reads them
             drawn = torch.empty(parameter.shape, device="cpu").normal_(0.0, std, generator=generator)
             parameter.copy_(drawn)  # drawn on the CPU, so that every device gets the same

@@ -1,15 +1,9 @@
-"""An n-gram language model: interpolated modified Kneser-Ney smoothing, the referee for every network.
+"""An n-gram language model, whatever smoothed it: in its modified Kneser-Ney form the referee for every network.
 
-    p(w | h) = (a(hw) − D(a(hw))) / Σ_v a(hv) + γ(h) · p(w | h′)        h′ is h without its first token
-
-a(hw) is how often hw occurs; in the lower orders it is in how many different contexts hw occurs, but for what begins
-a document, which has no context. D takes one of three discounts, for counts 1, 2 and more; γ(h) is what they freed. The
-recursion ends in the uniform distribution over the vocabulary, so nothing has probability zero. Source: Chen & Goodman,
-"An empirical study of smoothing techniques for language modeling", 1999, section 3; the details (where a document
-begins, discounts from the adjusted counts) are those of KenLM (Heafield et al. 2013), whose perplexities it reproduces.
-
-Every n-gram of order k ≥ 2 has a number: its place among the sorted keys `number of its first k−1 tokens · V + token`.
-That is exact (no hashing), and finding n-grams is one binary search an order for a whole text at once.
+A longer n-gram that was seen has a probability of its own; for all others its context's weight passes on to the shorter
+context (the form of an ARPA file). `mle` and `laplace` look at the longest context alone, as their formulas say: there
+the weight is the probability of what was not seen. The formulas are in ngram_smoothing, the numbers of n-grams in
+ngram_counts: finding n-grams is one binary search an order for a whole text at once.
 
 Shapes: N tokens of a stream, G n-grams of an order, V vocabulary.
 """
@@ -18,53 +12,63 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lmworks.base.errors import InputError
+from lmworks.base.errors import InputError, did_you_mean
 from lmworks.base.types import Ints
+from lmworks.models.ngram_counts import Float64, Int64, count_ngrams, room_before
+from lmworks.models.ngram_smoothing import Level, Smoothing, fit
 
-Int64 = NDArray[np.int64]
-Float64 = NDArray[np.float64]
-FALLBACK = (0.5, 1.0, 1.5)  # discounts where the counts give none, as in KenLM
-
-
-@dataclass(frozen=True)
-class Level:
-    """The n-grams of one order k ≥ 2."""
-
-    keys: Int64  # (G,) sorted: context · V + token
-    logprobs: Float64  # (G,) natural log of the interpolated probability
-    backoff: Float64  # (G of the order below,) natural log of γ of each context; 0 where nothing follows
+PLAIN = ("mle", "laplace")  # they look at the longest context only
 
 
 @dataclass(frozen=True)
-class KneserNey:
+class NgramModel:
     """A trained model; `unigrams` (V,) are natural log-probabilities, `levels` the orders from 2 up."""
 
     vocab_size: int
     eos_id: int
     unigrams: Float64
     levels: tuple[Level, ...]
-    discounts: tuple[tuple[float, float, float], ...]  # of each order, for counts of 1, 2 and more
+    smoothing: str = "modified-kneser-ney"  # or "arpa" for one that was read
+    discounts: tuple[tuple[float, ...], ...] = ()  # of Kneser-Ney: of each order, for counts of 1, 2 and more
+    degenerate: tuple[int, ...] = ()  # orders whose counts gave no discounts, so that KenLM's fallback stands in
 
     @classmethod
-    def train(cls, streams: Ints | Sequence[Ints], *, order: int = 5, vocab_size: int, eos_id: int | None) -> KneserNey:
+    def train(
+        cls, streams: Ints | Sequence[Ints], *, order: int = 5, vocab_size: int, eos_id: int | None,
+        smoothing: Smoothing = "modified-kneser-ney", discount: float | None = None, min_count: int = 1,
+    ) -> NgramModel:  # fmt: skip
         """Count and smooth one stream `[eos] doc1 [eos] doc2 [eos] …` of token ids, or several.
 
         No n-gram crosses the start of a document; its context is the one eos before it. About a second a million
-        tokens. Raises InputError for ids outside the vocabulary or a stream that does not begin with eos.
+        tokens. `discount` replaces kneser-ney's own; n-grams of two tokens or more that occur less than `min_count`
+        times are taken out of the finished model. Raises InputError for ids outside the vocabulary, a stream that does
+        not begin with eos, or too little text for the smoothing.
         """
         if eos_id is None or order < 1:
             raise InputError("an n-gram model needs a token that ends documents, and an order of at least 1")
+        known = get_args(Smoothing)
+        if smoothing not in known:
+            near = did_you_mean(smoothing, known).strip()
+            raise InputError(f"there is no smoothing {smoothing!r}", expected=", ".join(known), fix=near)
         parts = [streams] if isinstance(streams, np.ndarray) else list(streams)
         for part in parts:
             if not len(part) or part[0] != eos_id:
                 raise InputError("the stream does not begin with the end token", expected=f"id {eos_id} first")
-        stream = np.concatenate([parts[0], *(part[1:] for part in parts[1:])]).astype(np.int64)  # (N,)
-        check(stream, vocab_size)
-        return cls(vocab_size, eos_id, *fit(stream, order, vocab_size, eos_id))
+        for part in parts:
+            check(part, vocab_size)
+        stream = np.concatenate([parts[0], *(part[1:] for part in parts[1:])]).astype(np.int32)  # (N,)
+        counts = count_ngrams(stream, order, vocab_size, eos_id)
+        made = fit(counts, smoothing, discount)
+        model = cls(vocab_size, eos_id, made.unigrams, made.levels, smoothing, made.discounts, made.degenerate)
+        if min_count > 1:
+            from lmworks.models.ngram_prune import keep
+
+            return keep(model, [tally.counts >= min_count for tally in counts.tallies])
+        return model
 
     @property
     def order(self) -> int:
@@ -76,19 +80,35 @@ class KneserNey:
         """How many different n-grams of each order it holds; every token of the vocabulary is a unigram."""
         return (self.vocab_size, *(len(level.keys) for level in self.levels))
 
+    @property
+    def floor(self) -> float:
+        """The natural log-probability of anything after a context that a plain model has not seen."""
+        return -float(np.log(self.vocab_size)) if self.smoothing == "laplace" else -np.inf
+
     def logprobs(self, stream: Ints) -> Float64:
         """Return the natural log-probability of each token of `stream[1:]` after those before it, (N-1,).
 
         Longer n-grams never reach back over an eos, because training has none that does.
         """
+        return self.score(stream)[0]
+
+    def score(self, stream: Ints) -> tuple[Float64, Int64]:
+        """Return those and the length of the n-gram, its token included, that each was found by: (N-1,) each."""
         tokens = np.asarray(stream).astype(np.int64)  # (N,)
         check(tokens, self.vocab_size)
         result = self.unigrams[tokens[1:]]  # (N-1,)
-        for level, found, longer in self.match(tokens):
+        lengths = np.ones(len(result), np.int64)
+        room = room_before(tokens, self.eos_id)[1:] if self.smoothing in PLAIN else None
+        for k, (level, found, longer) in enumerate(self.match(tokens), 2):
             context = found[:-1]
-            shorter = result + np.where(context >= 0, level.backoff[context], 0.0)
+            if room is None:
+                shorter = result + np.where(context >= 0, level.backoff[context], 0.0)
+            else:
+                unseen = np.where(context >= 0, level.backoff[context], self.floor)
+                shorter = np.where(room >= k, unseen, result)
             result = np.where(longer[1:] >= 0, level.logprobs[longer[1:]], shorter)
-        return result
+            lengths[longer[1:] >= 0] = k
+        return result, lengths
 
     def match(self, tokens: Int64) -> Iterator[tuple[Level, Int64, Int64]]:
         """Yield each level with the numbers of the n-grams one shorter, and of its own, that end at each token (N,).
@@ -105,18 +125,28 @@ class KneserNey:
             found = longer
 
     def distribution(self, context: Sequence[int]) -> Float64:
-        """Return the probability of every token after these, (V,); it sums to 1."""
+        """Return the probability of every token after these, (V,); it sums to 1, but for a context without counts.
+
+        That is nothing at all after a context that `mle` has not seen.
+        """
         tokens = np.array(context[max(0, len(context) - self.order + 1) :], np.int64)
         check(tokens, self.vocab_size)
+        start = np.flatnonzero(tokens == self.eos_id)
+        tokens = tokens[start[-1] :] if len(start) else tokens
+        plain = self.smoothing in PLAIN
         probabilities = np.exp(self.unigrams)  # (V,)
-        for level, found, _ in self.match(tokens):
-            if not len(found) or found[-1] < 0:
+        for k, (level, found, _) in enumerate(self.match(tokens), 2):
+            if k > len(tokens) + 1 or found[-1] < 0:
                 break
             ends = np.array([found[-1], found[-1] + 1]) * self.vocab_size
             first, last = np.searchsorted(level.keys, ends)
-            probabilities *= np.exp(level.backoff[found[-1]])
+            weight = np.exp(level.backoff[found[-1]])
+            probabilities = np.full(self.vocab_size, weight) if plain else probabilities * weight
             probabilities[level.keys[first:last] % self.vocab_size] = np.exp(level.logprobs[first:last])
-        return probabilities
+        else:
+            return probabilities
+        missing = plain and k <= len(tokens) + 1  # the longest context was not seen
+        return np.full(self.vocab_size, np.exp(self.floor)) if missing else probabilities
 
     def sample(self, *, max_tokens: int, prompt: Sequence[int] = (), seed: int = 0) -> list[int]:
         """Draw tokens after eos and `prompt` until the next eos (which is left out) or `max_tokens`."""
@@ -131,7 +161,7 @@ class KneserNey:
         return tokens[1 + len(prompt) :]
 
 
-def check(tokens: Int64, vocab_size: int) -> None:
+def check(tokens: Ints, vocab_size: int) -> None:
     """Raise InputError for ids outside the vocabulary."""
     if len(tokens) and (tokens.min() < 0 or tokens.max() >= vocab_size):
         raise InputError(
@@ -139,79 +169,3 @@ def check(tokens: Int64, vocab_size: int) -> None:
             found=f"ids from {tokens.min()} to {tokens.max()}",
             expected=f"0 to {vocab_size - 1}",
         )
-
-
-@dataclass(frozen=True)
-class Tally:
-    """What the n-grams of one order are and how often they occur, in the order of their keys."""
-
-    keys: Int64  # (G,)
-    suffix: Int64  # (G,) the number of the n-gram without its first token
-    counts: Int64  # (G,) occurrences
-    initial: NDArray[np.bool_]  # (G,) begins a document
-
-
-def tally(stream: Int64, order: int, vocab_size: int, eos_id: int) -> list[Tally]:
-    """Number and count the n-grams of orders 2 … `order`, or as far as the documents are long."""
-    at = np.arange(len(stream))
-    begin = np.maximum.accumulate(np.where(stream == eos_id, at, 0))  # (N,) the last eos so far
-    room = at - np.concatenate([[0], begin[:-1]]) + 1  # (N,) tokens of the document up to here, its eos included
-    found, tallies = stream, []
-    for k in range(2, order + 1):
-        ends = np.flatnonzero(room >= k)  # where an n-gram of this order ends
-        if not len(ends):
-            break
-        keys = found[ends - 1] * vocab_size + stream[ends]
-        by_key = np.argsort(keys)
-        keys, ends = keys[by_key], ends[by_key]
-        first = np.flatnonzero(np.diff(keys, prepend=-1))
-        counts = np.diff(np.concatenate([first, [len(keys)]]))
-        shown = ends[first]  # one place where each n-gram ends
-        tallies.append(Tally(keys[first], found[shown], counts, room[shown] == k))
-        found = np.full(len(stream), -1)
-        found[ends] = np.repeat(np.arange(len(first)), counts)
-    return tallies
-
-
-def fit(
-    stream: Int64, order: int, vocab_size: int, eos_id: int
-) -> tuple[Float64, tuple[Level, ...], tuple[tuple[float, float, float], ...]]:
-    """Return unigram log-probabilities, levels and discounts."""
-    tallies = tally(stream, order, vocab_size, eos_id)
-    if tallies:
-        adjusted = np.bincount(tallies[0].keys % vocab_size, minlength=vocab_size)  # (V,) different tokens before it
-    else:
-        adjusted = np.bincount(stream[1:], minlength=vocab_size)
-    cuts = find_discounts(adjusted)
-    taken = np.choose(np.minimum(adjusted, 3), [0.0, *cuts])  # (V,)
-    total = max(1, int(adjusted.sum()))
-    freed = taken.sum() / total if adjusted.any() else 1.0
-    below = (adjusted - taken) / total + freed / vocab_size  # (V,) probabilities of the order below
-    unigrams, levels, discounts = np.log(below), [], [cuts]
-    for k, this in enumerate(tallies):
-        if k + 1 < len(tallies):
-            longer = tallies[k + 1]
-            kinds = np.bincount(longer.suffix, minlength=len(this.keys))  # (G,) different tokens before it
-            adjusted = np.where(this.initial, this.counts, kinds)
-        else:
-            adjusted = this.counts
-        cuts = find_discounts(adjusted)
-        taken = np.choose(np.minimum(adjusted, 3), [0.0, *cuts])  # (G,)
-        context = this.keys // vocab_size  # (G,)
-        totals = np.bincount(context, adjusted, minlength=len(below))  # (G below,)
-        freed = np.bincount(context, taken, minlength=len(below))
-        gamma = np.where(totals > 0, freed / np.maximum(totals, 1), 1.0)  # (G below,)
-        below = (adjusted - taken) / totals[context] + gamma[context] * below[this.suffix]  # (G,)
-        levels.append(Level(this.keys, np.log(below), np.log(gamma)))
-        discounts.append(cuts)
-    return unigrams, tuple(levels), tuple(discounts)
-
-
-def find_discounts(adjusted: Int64) -> tuple[float, float, float]:
-    """Return D for counts of 1, 2 and more, estimated from how many n-grams have a count of 1, 2, 3 and 4."""
-    n = np.bincount(np.minimum(adjusted, 5), minlength=5)[:5].astype(np.float64)
-    if not n[1:4].all():
-        return FALLBACK
-    y = n[1] / (n[1] + 2 * n[2])
-    one, two, more = (float(i - (i + 1) * y * n[i + 1] / n[i]) for i in (1, 2, 3))
-    return (one, two, more) if 0 < one <= 1 and 0 < two <= 2 and 0 < more <= 3 else FALLBACK

@@ -32,6 +32,7 @@ from lmworks.base.types import Batch
 from lmworks.models.families import read_config
 from lmworks.runtime import trace
 from lmworks.runtime.base import Logits, check_ids, check_length, check_slots
+from lmworks.runtime.states import States, align, put_back
 
 FILES = {  # transformers.js finds a dtype by its file's suffix; the best first. Our int8 is its q8, the default in WASM
     "fp32": "model.onnx",
@@ -64,6 +65,8 @@ class OnnxRuntime:
         self.outputs = choose_outputs([item.name for item in self.session.get_outputs()], folder)
         self.cache_names = [name.removeprefix("past_key_values.") for name in shapes if name.startswith("past_")]
         self.lengths = np.zeros(slots, np.int64)
+        self.states = States(self.session.get_inputs(), slots)  # in place of a cache, where there is no attention
+        self.rewinds = not self.states.arrays
         self.caches: list[NDArray[Any]] = []
         self.bindings: dict[tuple[int, int], Any] = {}  # rows -> their caches, bound
         self.capacity = 0
@@ -81,17 +84,29 @@ class OnnxRuntime:
     def run(self, batch: Batch) -> dict[str, NDArray[Any]]:
         """Run whole sequences, padded on either side.
 
-        input_ids (B, T), or pixel_values -> logits (B, T, O) or (B, O); hidden_states (B, T, D) of a bare body.
+        input_ids (B, T), or pixel_values -> logits (B, T, O) or (B, O), of a classifier's graph also its features (B, D);
+        hidden_states (B, T, D) of a bare body.
         """
         if "pixel_values" in self.inputs:
             feed = {"pixel_values": np.ascontiguousarray(batch["pixel_values"], dtype=np.float32)}
             self._check_images(feed["pixel_values"])
         else:
             feed = self._read_texts(batch)
+        if self.states.arrays:
+            return {"logits": self._run_states(feed, batch)}
         found = self.session.run(list(self.outputs), feed)
-        if len(found) == 2:  # where an answer starts, and where it ends
+        if "start_logits" in self.outputs:  # where an answer starts, and where it ends
             return {"logits": np.stack(found, -1)}
-        return {next(iter(self.outputs.values())): np.asarray(found[0], np.float32)}
+        return {name: np.asarray(array, np.float32) for name, array in zip(self.outputs.values(), found, strict=True)}
+
+    def _run_states(self, feed: dict[str, NDArray[Any]], batch: Batch) -> NDArray[np.float32]:
+        """Run whole sequences (B, T), padded on either side, from their first token -> (B, T, V)."""
+        input_ids, mask = feed["input_ids"], batch.get("attention_mask")
+        order = None if mask is None or mask[:, 0].all() else align(np.asarray(mask))
+        if order is not None:
+            feed["input_ids"] = np.take_along_axis(input_ids, order, 1)
+        (logits,) = self.session.run(["logits"], {**feed, **self.states.fresh(len(input_ids))})
+        return np.asarray(logits if order is None else put_back(logits, order), np.float32)
 
     def _read_texts(self, batch: Batch) -> dict[str, NDArray[Any]]:
         """Return what the graph is fed for a batch of texts; what it does not ask for is left out."""
@@ -150,6 +165,9 @@ class OnnxRuntime:
         if not 0 <= at <= self.lengths[slot] or not 1 <= row.shape[1] <= CHUNK:
             raise InputError("a slot cannot be extended so", found=f"{row.shape[1]} tokens at {at}",
                              expected=f"1 to {CHUNK} tokens at 0 to {self.lengths[slot]}")  # fmt: skip
+        if self.states.arrays and at not in (0, self.lengths[slot]):
+            raise InputError("a state cannot go back to an earlier token", found=f"token {at}",
+                             fix="run the text again from its beginning")  # fmt: skip
         self.lengths[slot] = at
         logits = np.empty((1, self.vocab_size), np.float32)
         self._forward(slice(slot, slot + 1), row, logits)
@@ -172,13 +190,20 @@ class OnnxRuntime:
 
     def _check_writes(self) -> None:
         """Raise InputError for a graph without a cache."""
-        if not self.cache_names:
+        if not (self.cache_names or self.states.arrays):
             raise InputError("this graph reads whole texts: it cannot write one", fix="export a causal language model")
 
     def _forward(self, rows: slice, input_ids: NDArray[np.int64], logits: Floats) -> None:
         """Feed (B, T) new tokens to the slots `rows`, in place; write the last token's logits into (B, V)."""
         input_ids = np.ascontiguousarray(input_ids)
         past = self.lengths[rows]  # (B,)
+        if self.states.arrays:
+            feed = {"input_ids": input_ids, "num_logits_to_keep": np.array(1, np.int64)}
+            found = self.session.run(["logits", *self.states.outputs], {**feed, **self.states.read(rows, past)})
+            logits[:] = found[0][:, -1]
+            self.states.write(rows, found[1:])
+            self.lengths[rows] = past + input_ids.shape[1]
+            return
         lengths = past + input_ids.shape[1]
         total = int(lengths.max())
         self._reserve(total)
@@ -249,7 +274,7 @@ def choose_outputs(names: Sequence[str], folder: Path) -> dict[str, str]:
     if "start_logits" in names and "end_logits" in names:
         return {"start_logits": "logits", "end_logits": "logits"}
     if "logits" in names:
-        return {"logits": "logits"}
+        return {name: name for name in ("logits", "features") if name in names}
     for name in STATES:
         if name in names:
             return {name: "hidden_states"}

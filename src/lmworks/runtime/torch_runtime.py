@@ -35,6 +35,8 @@ from lmworks.models.inference import (
     reads_only,
     run_ragged,
 )
+from lmworks.models.recurrent import Sequential
+from lmworks.models.transformer import Transformer
 from lmworks.runtime import trace
 from lmworks.runtime.base import Logits, check_ids, check_length, check_slots
 
@@ -78,7 +80,8 @@ class TorchRuntime:
             pack(self.model, rows=MANY_ROWS if reads_only(self.model) else 1)
         self.dtype, config = dtype, self.model.config
         self.vocab_size, self.max_length = config.vocab_size, config.max_tokens - self.model.transformer.prefix.length
-        self.slots = slots
+        self.slots, self.rewinds = slots, not isinstance(self.model.transformer, Sequential)
+        self.gives_features = False  # of each row, what the head's last matrix reads, beside the logits
 
     def make_ready(self, dtype: str) -> None:
         """Choose how a model that was read here multiplies; until there were many tokens nothing is reordered."""
@@ -96,19 +99,22 @@ class TorchRuntime:
     @property
     def leaves_padding_out(self) -> bool:
         """Whether padding is better left out: on a graphics card many small products cost more than padding."""
-        return self.device.type == "cpu" and not self.model.parts
+        return self.device.type == "cpu" and not self.model.parts and isinstance(self.model.transformer, Transformer)
 
     @cached_property
-    def cache(self) -> KVCache:
-        """Keys and values of every slot; made when the first prompt comes."""
+    def cache(self) -> Any:
+        """Keys and values of every slot, or its state; made when the first prompt comes."""
         capacity = min(FIRST_CAPACITY, self.max_length)
         dtype = next(self.model.parameters()).dtype
+        if isinstance(self.model.transformer, Sequential):
+            return self.model.transformer.make_cache(self.slots, dtype=dtype, device=self.device)
         return KVCache(self.model.config, self.slots, capacity=capacity, dtype=dtype, device=self.device)
 
     def run(self, batch: Batch) -> dict[str, NDArray[Any]]:
         """Run whole sequences, padded on either side, without a cache.
 
-        input_ids (B, T), or pixel_values -> logits (B, T, O) or (B, O); hidden_states (B, T, D) of a bare body.
+        input_ids (B, T), or pixel_values -> logits (B, T, O) or (B, O); hidden_states (B, T, D) of a bare body. Where
+        they are asked for (`gives_features`) also features (B, D).
         """
         name = "hidden_states" if self.model.kind == "Model" else "logits"
         with inference(self.model):
@@ -120,12 +126,28 @@ class TorchRuntime:
             check_length(input_ids.shape[1], self.max_length)
             self.warm_up(input_ids.size)
             mask = batch.get("attention_mask")
-            if mask is not None and self.leaves_padding_out and self.is_wasteful(mask):
+            if mask is not None and self.leaves_padding_out and not self.gives_features and self.is_wasteful(mask):
                 return {name: self.run_without_padding(input_ids, mask.astype(bool), types)}
             seen = self.needed(mask)
             ids = torch.from_numpy(input_ids).to(self.device)
             segments = None if types is None else torch.from_numpy(types).to(self.device)
-            return {name: to_numpy(self.model(ids, seen, token_type_ids=segments))}
+            with self.reading_features() as read:
+                logits = to_numpy(self.model(ids, seen, token_type_ids=segments))
+            return {name: logits, **read}
+
+    @contextmanager
+    def reading_features(self) -> Iterator[dict[str, NDArray[Any]]]:
+        """Yield what will hold the features (B, D) of the rows that the model runs, where they are asked for."""
+        read: dict[str, NDArray[Any]] = {}
+        project = self.model.head.project
+        if not self.gives_features or project is None:
+            yield read
+            return
+        hook = project.register_forward_pre_hook(lambda _, inputs: read.update(features=to_numpy(inputs[0])))
+        try:
+            yield read
+        finally:
+            hook.remove()
 
     def is_wasteful(self, mask: NDArray[Any]) -> bool:
         """Say whether the padding in a mask (B, T) costs more than to leave it out: a twentieth at least."""

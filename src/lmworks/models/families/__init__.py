@@ -16,6 +16,7 @@ from lmworks.base.errors import FormatError, InputError, LmworksError, did_you_m
 from lmworks.base.files import read_json
 from lmworks.models.config import Config, HeadSpec
 from lmworks.models.families import bert, distilbert, gpt2, llama, mistral, modernbert, phi, qwen2, roberta, vit
+from lmworks.models.families.sequential import SEQUENTIAL
 
 
 class Family(Protocol):
@@ -51,6 +52,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": qwen2,
     "roberta": roberta,
     "vit": vit,
+    **SEQUENTIAL,
 }
 IRREGULAR = {("gpt2", "CausalLM"): "GPT2LMHeadModel", ("bert", "CausalLM"): "BertLMHeadModel"}  # else NameForTask
 ALSO = {"BertForPreTraining": "MaskedLM", "GPT2DoubleHeadsModel": "CausalLM"}  # two heads; ours is the first
