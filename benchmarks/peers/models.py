@@ -1,23 +1,27 @@
 """Models of published sizes with random weights, prompts, and the answers of transformers in float32.
 
-Random weights serve for speed only. They are drawn large enough that the next token does not hang on rounding, and
-every contestant gets the same file.
+Random weights serve for speed only, and every contestant gets the same file. They are drawn so that rounding is not
+magnified from layer to layer and the next token hangs on the layers: each adds a part of what it reads, all together
+about as much as the embeddings are, and the last norm turns half of the signs around, else the input's own token would
+always be the next one.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from race import to_text
 
-VERSION = 1  # of what this file writes
+VERSION = 2  # of what this file writes
 PROMPT, TOKENS = 16, 48
 SHORTEST, LONGEST = 8, 256  # rows of the ragged batch
-SPREAD = 0.05  # of the weights; transformers draws 0.02
-QUIET = 0.1  # the embeddings, so that the layers have a say in the next token
+SPREAD = 0.02  # of the weights
+EMBEDDINGS = {"llama": 0.8, "gpt2": 0.25}  # of the embeddings; BERT's are normed at once
+LAST = 0.1  # the last norm's weights without their signs: logits of a usual size
 
 LLAMA = {"vocab_size": 32000, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
          "num_key_value_heads": 12, "intermediate_size": 2048, "max_position_embeddings": 512,
@@ -55,9 +59,13 @@ def make_model(name: str, folder: Path) -> dict[str, Any]:
     }[family](initializer_range=SPREAD, bos_token_id=1, eos_token_id=2, pad_token_id=0, **changes)  # fmt: skip
     classes = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel", "bert": "BertForSequenceClassification"}
     model = getattr(transformers, classes[family])(config).eval()
-    with torch.no_grad():  # else the input's own token would always be the next one
-        model.get_input_embeddings().weight.mul_(QUIET)
-    folder.mkdir(parents=True, exist_ok=True)
+    if family != "bert":
+        last = model.model.norm.weight if family == "llama" else model.transformer.ln_f.weight
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(EMBEDDINGS[family] / SPREAD)
+            last.copy_(LAST * (2 * torch.randint(0, 2, last.shape) - 1))
+    shutil.rmtree(folder, ignore_errors=True)  # with what was converted from an older one
+    folder.mkdir(parents=True)
     model.save_pretrained(folder)
     write_tokenizer(folder, config.vocab_size)
     tasks = encoding(model) if family == "bert" else decoding(model)

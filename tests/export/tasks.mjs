@@ -3,6 +3,7 @@
 // { modules, folders: [{ folder, texts, pairs, windows: [[before, text, length, overlap]] }] } -> [{ texts, pairs, windows, decoded }]
 // { modules, pictures: [{ image, steps }] } -> [[number of pixel_values]]
 // { modules, comparisons: [[task, answers, items, options]] } -> [what compareTask says]
+// { modules, folder, chats: [{ messages, template, tokens, room }] } -> [{ text, ids, dropped } | { error, name }]
 
 import { createRequire } from "node:module";
 import { join } from "node:path";
@@ -63,6 +64,14 @@ async function compareAll() {
   return work.comparisons.map((one) => compareTask(...one));
 }
 
-const run = work.jobs ? runJobs : work.folders ? encode : work.pictures ? preparePictures : compareAll;
+async function converse() {
+  const { Engine, renderChat } = await load("engine");
+  const tokenizer = await library.AutoTokenizer.from_pretrained(work.folder);
+  const engine = new Engine(library, tokenizer, { config: { max_position_embeddings: work.context, eos_token_id: 0 } });
+  return Promise.all(work.chats.map(({ messages, ...how }) =>
+    tryTo(() => ({ text: renderChat(tokenizer, messages, how), ...engine.converse(messages, how) }))));
+}
+
+const run = work.chats ? converse : work.jobs ? runJobs : work.folders ? encode : work.pictures ? preparePictures : compareAll;
 const result = await run().catch((error) => ({ error: error?.stack ?? String(error) }));
 process.stdout.write(JSON.stringify(result), () => process.exit(0));

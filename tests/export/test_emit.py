@@ -70,7 +70,7 @@ def run(session: onnxruntime.InferenceSession, inputs: dict[str, np.ndarray]) ->
         if item.name.startswith("past"):
             dtype = np.float16 if "float16" in item.type else np.float32
             feed[item.name] = np.zeros((len(inputs["input_ids"]), item.shape[1], 0, item.shape[3]), dtype)
-    names = [item.name for item in session.get_outputs() if not item.name.startswith("present")]
+    names = [item.name for item in session.get_outputs() if not item.name.startswith(("present", "features"))]
     found = session.run(names, {item.name: feed[item.name] for item in session.get_inputs()})
     assert all(array.dtype == np.float32 for array in found)
     return np.stack(found, -1) if len(found) == 2 else found[0]
@@ -169,12 +169,12 @@ def test_a_graph_gives_transformers_answers(cell: tuple[str, str], tmp_path: Pat
 
 
 @pytest.mark.parametrize(("case", "head", "inputs", "outputs"), [
-    ("bert", "SequenceClassification", "input_ids attention_mask token_type_ids", "logits"),
+    ("bert", "SequenceClassification", "input_ids attention_mask token_type_ids", "logits features"),
     ("bert", "Model", "input_ids attention_mask token_type_ids", "last_hidden_state"),
     ("roberta", "TokenClassification", "input_ids attention_mask", "logits"),
     ("distilbert", "QuestionAnswering", "input_ids attention_mask", "start_logits end_logits"),
     ("modernbert", "MaskedLM", "input_ids attention_mask", "logits"),
-    ("llama", "SequenceClassification", "input_ids attention_mask", "logits"),
+    ("llama", "SequenceClassification", "input_ids attention_mask", "logits features"),
     ("vit", "ImageClassification", "pixel_values", "logits"),
 ])  # fmt: skip
 def test_names_are_those_of_transformers_js(case: str, head: str, inputs: str, outputs: str) -> None:

@@ -14,6 +14,7 @@ from task_pages import draw_vit, made_page
 
 import lmworks
 from lmworks.export.onnx_folder import export_graphs
+from lmworks.export.verify import verify
 
 pytestmark = pytest.mark.browser
 PICTURES = "image-classification"
@@ -203,3 +204,16 @@ def test_every_precision_loads_and_passes_in_webassembly(dtype: str, visit: Visi
         known = lmworks.load(folder, runtime="onnx", dtype=dtype, aggregation="first")("Zoë Müller left Paris.")
         given = json.loads(page.get_attribute("html", "data-output") or "")
         assert [(e["label"], e["start"], e["end"]) for e in given] == [(e.label, e.start, e.end) for e in known]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", [
+    "text-classification", "token-classification", "question-answering", "fill-mask", "feature-extraction", PICTURES,
+])  # fmt: skip
+def test_webgpu_gives_torchs_decisions(task: str, tmp_path: Path) -> None:
+    """Through the page's worker on a software adapter, two items a task; it once refused the encoders' mask."""
+    folder = Path(shutil.copytree(made_page(task), tmp_path / "page"))
+    certificate = verify(folder, runtimes=("webgpu",))
+    cell = certificate["runtimes"]["webgpu"]["fp32"]
+    assert certificate["passed"], certificate["problems"]
+    assert cell["decisions_equal"][0] == cell["decisions_equal"][1] > 0 and cell["max_abs_diff"] <= 1e-4

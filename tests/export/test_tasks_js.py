@@ -16,6 +16,7 @@ from minilm_heads import make_head
 import lmworks
 from lmworks.base.errors import LmworksError
 from lmworks.export.onnx_folder import export_graphs
+from lmworks.export.selftest import from_base64, measure_gaps
 from lmworks.export.verify_js import find_modules, find_node
 
 pytestmark = pytest.mark.node
@@ -243,6 +244,10 @@ def test_the_self_test_is_answered_and_compared(data_folder, tmp_path):
     fine, changed, rough = ask({"comparisons": rows})
     assert (fine["equal"], fine["checked"], fine["ids"]) == (3, 3, None)
     assert fine["difference"] < CLOSE
+    for row, given in zip((fine, rough), ("fp32", "q4"), strict=True):  # the same measures as in Python
+        both = zip(answers[given]["answers"], items, strict=True)
+        pairs = [(from_base64(a["logits"]), from_base64(b["logits"])) for a, b in both]
+        assert {"max_abs_diff": row["difference"], "rms_diff": row["rms"]} == pytest.approx(measure_gaps(pairs))
     assert (changed["equal"], changed["checked"], changed["ids"]) == (2, 3, 2)
     assert CLOSE < rough["difference"] < 20
 

@@ -17,12 +17,15 @@ from lmworks.export.arithmetic import ARITHMETIC
 from lmworks.export.emit_decoder import LAST, declare_generation, emit_causal_attention
 from lmworks.export.emit_encoder import declare_whole, emit_encoder_attention, emit_patch_embeddings
 from lmworks.export.emit_head import declare_outputs, emit_head, finish
+from lmworks.export.emit_recurrent import declare_states, emit_feed_forward, emit_recurrent
 from lmworks.export.graph import Graph
 from lmworks.export.walk import Emitters, Stream, Walk
 from lmworks.models.attention import Attention
 from lmworks.models.blocks import ParallelBlock, PostNormBlock, PreNormBlock
+from lmworks.models.feedforward import FeedForward
 from lmworks.models.heads import Head, Model
 from lmworks.models.layers import MLP, GatedMLP, RMSNorm
+from lmworks.models.recurrent import Recurrent, Sequential
 from lmworks.models.transformer import PatchEmbeddings, TokenEmbeddings, Transformer
 
 
@@ -40,7 +43,15 @@ def make_graph(model: Model, *, dtype: str = "fp32", precision: Precision | None
     chosen.precision = precision or chosen.precision
     walk = Walk(model, chosen, EMITTERS)
     outputs = declare_outputs(walk)
-    source = declare_generation(walk) if walk.writes else declare_whole(walk)
+    if isinstance(model.transformer, Sequential):
+        if half or not walk.writes:
+            raise InputError(
+                f"a graph of {model.config.model_type} cannot be had so", found=dtype if half else model.kind,
+                expected="fp32, int8 or q4 of the language model: ONNX Runtime's cells compute in float32",
+            )  # fmt: skip
+        source = declare_states(walk)
+    else:
+        source = declare_generation(walk) if walk.writes else declare_whole(walk)
     x = walk.emit(model.transformer, "transformer", source)  # (B, T, D)
     if walk.writes:
         graph = walk.graph
@@ -190,6 +201,8 @@ def emit_down(walk: Walk, mlp: MLP, path: str, x: str) -> tuple[str, str]:
 
 EMITTERS: Emitters = {
     Transformer: emit_transformer,
+    Recurrent: emit_recurrent,
+    FeedForward: emit_feed_forward,
     TokenEmbeddings: emit_token_embeddings,
     PatchEmbeddings: emit_patch_embeddings,
     PreNormBlock: emit_pre_norm_block,

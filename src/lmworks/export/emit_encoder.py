@@ -30,7 +30,7 @@ def declare_whole(walk: Walk) -> str:
     if c.causal:
         share_causal_mask(walk, ids, mask)
     else:
-        walk.shared["seen"] = graph.cast(mask, np.int32, name="mask.int32")
+        walk.shared["bias"] = hide_padding(walk, ids, mask)
     share_positions(walk, mask)
     return ids
 
@@ -43,8 +43,20 @@ def share_positions(walk: Walk, mask: str) -> None:
     walk.shared["positions"] = graph.add("Max", [from_zero, graph.constant(0)], name="positions")
 
 
+def hide_padding(walk: Walk, ids: str, mask: str) -> str:
+    """Return the bias (B, 1, T, T) that hides padding; WebGPU knows no mask of keys, processors take either."""
+    graph, add = walk.graph, walk.graph.add
+    seen = graph.cast(mask, np.float32, name="mask.seen")
+    hidden = add("Sub", [graph.number(1), seen], name="mask.hidden")
+    bias = add("Mul", [hidden, graph.number(HIDDEN)], name="mask.bias")  # (B, T)
+    bias = add("Unsqueeze", [bias, graph.constant([1, 2])], name="mask.bias.4d")  # (B, 1, 1, T)
+    length = add("Shape", [ids], name="mask.length", start=1, end=2)
+    shape = add("Concat", [graph.constant([1, 1]), length, graph.constant([1])], name="mask.bias.shape", axis=0)
+    return add("Expand", [bias, shape], name="mask.bias.expanded")
+
+
 def share_window(walk: Walk) -> str:
-    """Return the bias (1, 1, T, T) that hides what lies beyond a local layer's window."""
+    """Return the bias (B, 1, T, T) that also hides what lies beyond a local layer's window."""
     if "window" not in walk.shared:
         graph, add = walk.graph, walk.graph.add
         length = add("Shape", [walk.shared["mask"]], name="window.length", start=1, end=2)
@@ -56,7 +68,7 @@ def share_window(walk: Walk) -> str:
         far = add("Greater", [away, graph.constant(walk.config.window or 0)], name="window.far")
         far = graph.cast(far, np.float32, name="window.hidden")
         bias = add("Mul", [far, graph.number(HIDDEN)], name="window.bias")
-        walk.shared["window"] = add("Unsqueeze", [bias, graph.constant([0, 1])], name="window.bias.4d")
+        walk.shared["window"] = add("Add", [walk.shared["bias"], bias], name="window.bias.all")
     return walk.shared["window"]
 
 
@@ -79,8 +91,8 @@ def emit_encoder_attention(walk: Walk, attention: Attention, path: str, x: str, 
     if not cos and attention.q_proj.bias is not None:
         joined = np.concatenate([walk.read(part.bias) for part in parts.values()])
         bias = graph.weight(f"{path}.qkv_proj.bias", joined)
-    inputs = [*values, bias, walk.shared.get("seen", "")]
-    inputs += [share_window(walk)] if local and walk.config.window is not None else []
+    windowed = local and walk.config.window is not None
+    inputs = [*values, bias, "", share_window(walk) if windowed else walk.shared.get("bias", "")]
     while not inputs[-1]:
         inputs.pop()
     return graph.add(

@@ -12,10 +12,11 @@ from lmworks.export.walk import Stream, Walk
 from lmworks.models.heads import Head
 
 ROWS, TOKENS, KEPT = "batch_size", "sequence_length", "num_logits"
+FEATURES = "features"  # what a classifier's last matrix reads: it tells known inputs from strange ones
 
 
 def declare_outputs(walk: Walk) -> list[str]:
-    """Declare what the graph gives: last_hidden_state, start_logits and end_logits, or logits."""
+    """Declare what the graph gives: last_hidden_state, start_logits and end_logits, or logits, perhaps features."""
     graph, model, c = walk.graph, walk.model, walk.config
     tokens: int | str = KEPT if walk.writes else TOKENS if c.vision is None else c.max_position_embeddings
     if model.kind == "Model":
@@ -24,7 +25,10 @@ def declare_outputs(walk: Walk) -> list[str]:
         return [graph.output(f"{end}_logits", np.float32, [ROWS, tokens]) for end in ("start", "end")]
     size = model.spec.size(c)
     shape: Shape = [ROWS, tokens, size] if model.head.pool == "none" else [ROWS, size]
-    return [graph.output("logits", np.float32, shape)]
+    found = [graph.output("logits", np.float32, shape)]
+    if model.kind == "SequenceClassification" and model.spec.outputs == "labels":
+        found.append(graph.output(FEATURES, np.float32, [ROWS, c.hidden_size]))
+    return found
 
 
 def finish(walk: Walk, x: str, outputs: list[str]) -> None:
@@ -34,14 +38,14 @@ def finish(walk: Walk, x: str, outputs: list[str]) -> None:
         walk.skip(model.head)  # a pooler that no task reads
         graph.add("Identity", [x], name="states", outputs=outputs)
         return
-    span = len(outputs) == 2
-    walk.emit(model.head, "head", x, "span" if span else outputs[0])
+    span = len(outputs) == 2 and FEATURES not in outputs
+    walk.emit(model.head, "head", x, "span" if span else outputs[0], FEATURES in outputs)
     for i, out in enumerate(outputs if span else ()):
         graph.add("Gather", ["span", graph.constant(i)], name=f"head.{out}", outputs=[out], axis=-1)
 
 
-def emit_head(walk: Walk, head: Head, path: str, x: str, out: str) -> None:
-    """Make the head's numbers; a projection tied to the embedding is not stored again.
+def emit_head(walk: Walk, head: Head, path: str, x: str, out: str, features: bool = False) -> None:
+    """Make the head's numbers, and give out what they are made of; a projection tied to the embedding is not stored.
 
     A head that chooses among a few labels keeps its weights as they are in every dtype.
     """
@@ -53,6 +57,8 @@ def emit_head(walk: Walk, head: Head, path: str, x: str, out: str) -> None:
     if head.norm is not None:
         x = walk.emit(head.norm, f"{path}.norm", Stream(x))
     assert head.project is not None
+    if features:
+        graph.add("Identity", [x], name=f"{path}.features", outputs=[FEATURES])
     bias = head.project.bias
     product = out if bias is None else f"{path}.product"
     if walk.tied:

@@ -21,6 +21,7 @@ from lmworks.base.errors import CheckFailed, InputError
 from lmworks.base.files import check_output, new_folder, read_json, write_json
 from lmworks.base.report import Report, Table
 from lmworks.base.types import Batch
+from lmworks.evaluation.monitor import carry
 from lmworks.export.calibration import find_precisions
 from lmworks.export.merge import merge
 from lmworks.export.onnx import check_dtypes, export_onnx
@@ -89,6 +90,7 @@ def export_graphs(
                 add_page(model, staged, selftest, title=folder.resolve().name, single_file=single_file)
             elif selftest is not None:
                 write_json(staged / SELFTEST, selftest)
+            watched = carry(folder, staged, dtypes)
             values: dict[str, Any] = {
                 "out": str(out), "to": to, "head": model.kind, "task": task, "graphs": graphs, "limit": limit,
                 "merged": source != folder, "source_sha": hash_weights(source),
@@ -101,7 +103,8 @@ def export_graphs(
         for dtype, row in graphs.items()
     )
     columns = ("dtype", "file", "MB", "largest difference", "agreement")
-    notes = () if selftest else (f"There is no selftest.json to verify the folder with: {unproven}.",)
+    notes: tuple[str, ...] = () if selftest else (f"There is no selftest.json to verify the folder with: {unproven}.",)
+    notes += (watched,) if watched else ()
     title = f"{out}: {model.kind}, {', '.join(dtypes)}"
     return Report(title, values, tables=(Table("Graphs", columns, rows),), notes=notes)
 

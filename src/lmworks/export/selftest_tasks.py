@@ -31,6 +31,7 @@ from lmworks.export.selftest import (
     find_problems,
     from_base64,
     judged,
+    measure_gaps,
     no_answer,
     to_base64,
     tolerances,
@@ -44,7 +45,6 @@ from lmworks.runtime.predictor import Predictor, make_predictor
 from lmworks.tokens.tokenizer import Tokenizer
 
 WINDOWED = 512  # tokens at most of a model whose self-test has a text longer than the model
-MANY = {"token-classification": 3.0, "question-answering": 3.0, "feature-extraction": 6.0}  # numbers for every token
 HALF = 0.5  # of several labels that may hold at once, those above it do
 
 
@@ -115,7 +115,7 @@ def record_task(runtime: Runtime, folder: Path, task: str, *, data: str | Path |
         "format": FORMAT,
         "task": task,
         "reference": f"{runtime.name} {runtime.dtype}, one text at a time",
-        "tolerance": tolerances(float(np.abs(numbers).max()), float(numbers.std()), times=MANY.get(task, 1.0)),
+        "tolerance": tolerances(float(np.abs(numbers).max()), float(numbers.std())),
         "options": predictor.options,
         "items": [to_item(given, answer) for given, answer in zip(inputs, answers, strict=True)],
         "texts": [] if tokenizer is None else [{"text": t, "ids": tokenizer.encode_prompt(t)} for t in PROBES],
@@ -174,31 +174,32 @@ def read_answer(given: Mapping[str, Any]) -> TaskAnswer:
 def compare_task(answers: Sequence[TaskAnswer], selftest: Mapping[str, Any], *, dtype: str) -> dict[str, Any]:
     """Hold answers to the record; return a cell of the certificate.
 
-    decisions_equal [equal, checked], max_abs_diff and tolerance of the logits, score_diff of what the answers say, and
-    passed: the same ids, logits within the tolerance and, in fp32, every decision equal and every score as near as the
-    logits. Of a lossy dtype decisions and scores are reported, not judged.
+    decisions_equal [equal, checked], max_abs_diff, rms_diff and tolerance of the logits, score_diff of what the answers
+    say, and passed: the same ids, logits within the tolerance and, in fp32, every decision equal and every score as
+    near as the logits. Of a lossy dtype decisions and scores are reported, not judged.
     """
     task, multiple = selftest["task"], selftest["options"].get("scores") == "sigmoid"
     tolerance = float(selftest["tolerance"][dtype])
     equal = checked = 0
-    same_ids, difference, moved = True, 0.0, 0.0
+    same_ids, moved, rows = True, 0.0, []
     for given, item in zip(answers, selftest["items"], strict=True):
         known = read_answer(item)
         same_ids &= given.ids == known.ids
-        difference = max(difference, distance(given.logits.ravel(), known.logits.ravel()))
+        rows.append((given.logits.ravel(), known.logits.ravel()))
         try:
             pairs = match(task, given.output, known.output, multiple=multiple)
             moved = max(moved, score_distance(task, given.output, known.output))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError):
             pairs, moved = [False], float("inf")  # no answer of this task at all
         equal, checked = equal + sum(pairs), checked + len(pairs)
-    problems = find_problems(same_ids, difference, tolerance)
+    gaps = measure_gaps(rows)
+    problems = find_problems(same_ids, gaps, tolerance, dtype=dtype)
     if dtype == "fp32" and equal != checked:
         problems.append(f"{checked - equal} of {checked} decisions differ")
     elif dtype == "fp32" and not moved <= tolerance:
         problems.append(f"a score differs by {moved:.3g} although the decisions are the same")
-    cell = {"decisions_equal": [equal, checked], "max_abs_diff": difference, "score_diff": moved}
-    return judged({**cell, "tolerance": tolerance}, problems)
+    cell = {"decisions_equal": [equal, checked], **gaps, "score_diff": moved, "tolerance": tolerance}
+    return judged(cell, problems)
 
 
 def match(task: str, given: Any, known: Any, *, multiple: bool) -> list[bool]:
@@ -263,7 +264,7 @@ def check_task_record(
 ) -> dict[str, Any]:
     """Recompute the record: the ids with the tokenizer and, given torch, every logit and decision.
 
-    Returns ids_equal and decisions_equal as [equal, checked], max_abs_diff, passed.
+    Returns ids_equal and decisions_equal as [equal, checked], max_abs_diff, rms_diff, passed.
     """
     same = [tokenizer.encode_prompt(entry["text"]) == entry["ids"] for entry in selftest["texts"]] if tokenizer else []
     result: dict[str, Any] = {"ids_equal": [sum(same), len(same)], "passed": all(same)}

@@ -4,9 +4,10 @@
      receipt: {passed, files, changed, missing, unlisted}, selftest: {passed, ids_equal …},
      runtimes: {torch | onnx | node | browser | browser-2 | webgpu: {fp32 | int8 …: cell}}, versions: {…}}
 
-A cell is {tokens_equal or decisions_equal: [equal, checked], max_abs_diff, tolerance, passed} or {skipped: reason,
-install: line}: what was not run did not pass. fp32 must give every token and decision; a lossy dtype must keep its
-logits within the tolerance, and its agreement is reported. The browser runs WebAssembly with one thread and with two.
+A cell is {tokens_equal or decisions_equal: [equal, checked], max_abs_diff, rms_diff, tolerance, passed} or {skipped:
+reason, install: line}: what was not run did not pass. fp32 must give every token and decision, and each logit within
+the tolerance; a lossy dtype must keep the root mean square within it, and its agreement is reported. The browser runs
+WebAssembly with one thread and with two.
 """
 
 from __future__ import annotations

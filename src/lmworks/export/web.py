@@ -24,6 +24,7 @@ from lmworks.base.files import confine, read_json, sha256, write_bytes, write_js
 from lmworks.export.vendor import FIX
 from lmworks.models.families import read_config
 from lmworks.runtime.onnx_runtime import FILES
+from lmworks.tokens.chat import special_tokens
 from lmworks.tokens.tokenizer import Tokenizer
 
 ASSETS = Path(__file__).parent / "web"
@@ -170,7 +171,11 @@ def page_data(
 
 
 def describe_task(folder: Path, task: str) -> dict[str, Any]:
-    """Return what a task's view has to know before the model is there: its labels, how a mask is written."""
+    """Return what a task's view has to know before the model is there: labels, how a mask or a chat is written."""
+    if task == WRITES:
+        tokenizer = Tokenizer.from_pretrained(folder)
+        template = tokenizer.chat_template
+        return {"chat": {"template": template, "tokens": special_tokens(tokenizer)}} if template else {}
     if task == "fill-mask":
         tokenizer = Tokenizer.from_pretrained(folder)
         found = tokenizer.find("mask_token", "[MASK]")

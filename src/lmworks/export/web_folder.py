@@ -17,6 +17,7 @@ from lmworks.export.web import GRAPHS, write_page
 from lmworks.models.families import TASKS
 from lmworks.models.folder import has_tokenizer
 from lmworks.models.heads import Model
+from lmworks.models.recurrent import Sequential
 from lmworks.runtime.torch_runtime import TorchRuntime
 from lmworks.tasks.image import FILE
 from lmworks.tokens.tokenizer import Tokenizer
@@ -38,6 +39,9 @@ def find_task(model: Model, source: Path) -> str | None:
 
 def check_page(model: Model, source: Path, dtypes: Sequence[str]) -> None:
     """Raise InputError for a model that the page cannot show."""
+    if isinstance(model.transformer, Sequential):
+        raise InputError("the web page runs Transformers only", where=str(source), found=model.config.model_type,
+                         fix="export with --to onnx")  # fmt: skip
     if model.config.vision:
         require("PIL.Image", extra="vision")
     if find_task(model, source) is None:

@@ -8,7 +8,8 @@ const { Session } = await import(`./session.js${version}`);
 const { showAbout } = await import(`./about.js${version}`);
 
 const VIEWS = {
-  "text-generation": async () => (await import(`./view-writing.js${version}`)).Writing,
+  "text-generation": async () =>
+    page.chat ? (await import(`./view-chat.js${version}`)).Chat : (await import(`./view-writing.js${version}`)).Writing,
   "text-classification": async () => (await import(`./view-classify.js${version}`)).Classify,
   "token-classification": async () => (await import(`./view-entities.js${version}`)).Entities,
   "question-answering": async () => (await import(`./view-question.js${version}`)).Question,

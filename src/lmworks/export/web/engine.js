@@ -54,6 +54,20 @@ export class Engine {
     return { ids: ids.slice(-most), cut: Math.max(0, ids.length - most) };
   }
 
+  // The ids of a conversation in the model's chat template. One that is too long loses its oldest messages, a question and
+  // its answer at a time, never the system's text.
+  converse(messages, { template, tokens, room = 1 }) {
+    const first = messages[0]?.role === "system" ? 1 : 0;
+    for (let dropped = 0; ; dropped += 2) {
+      const kept = messages.filter((_, i) => i < first || i >= first + dropped);
+      const ids = this.encode(renderChat(this.tokenizer, kept, { template, tokens }));
+      if (ids.length + room - 1 <= this.context) return { ids, dropped };
+      if (kept.length < first + 3) {
+        throw refuse(`The message is too long: ${ids.length} tokens; the model reads ${this.context - room + 1} and answers with ${room}.`);
+      }
+    }
+  }
+
   // Continue `ids`. Returns { tokens, reason: "stop" | "length" | "interrupted", tokensPerSecond (without the first) }.
   // onText(piece, count) gets whole characters only. `ends: []` writes on past the end of a document.
   async generate(ids, options = {}) {
@@ -141,6 +155,20 @@ class Written {
   }
 }
 
+// A conversation as the template that the model came with writes it; `tokens` are the special ones by their names.
+export function renderChat(tokenizer, messages, { template, tokens = {} }) {
+  try {
+    return tokenizer.apply_chat_template(messages, { chat_template: template, add_generation_prompt: true, tokenize: false, ...tokens });
+  } catch (error) {
+    throw refuse(`The model's chat template does not take this conversation: ${error.message}`);
+  }
+}
+
+// An error about the input, after which the model is as good as before.
+function refuse(message) {
+  return Object.assign(new Error(message), { name: "InputError" });
+}
+
 // Run recorded prompts as the reference did: greedy, past the end of a document. Each answer is { ids, tokens, text, logits }.
 // `enough()` true stops between prompts; `limit` bounds the tokens of each.
 export async function answer(engine, prompts, { limit = Infinity, enough = () => false, stopping = null } = {}) {
@@ -156,9 +184,9 @@ export async function answer(engine, prompts, { limit = Infinity, enough = () =>
   return answers;
 }
 
-// How answers differ from the record: equal and checked tokens, the largest difference of a logit, the first prompt whose ids differ.
+// How answers differ from the record: equal and checked tokens, the logits' differences (compareLogits), the first prompt whose ids differ.
 export function compare(answers, prompts) {
-  let equal = 0, checked = 0, difference = 0, ids = null;
+  let equal = 0, checked = 0, ids = null;
   answers.forEach((given, i) => {
     const recorded = prompts[i];
     if (ids === null && given.ids.join() !== recorded.ids.join()) ids = i;
@@ -166,15 +194,25 @@ export function compare(answers, prompts) {
       checked += 1;
       equal += token === recorded.tokens[t] ? 1 : 0;
     });
-    const a = fromBase64(given.logits);
-    const b = fromBase64(recorded.logits);
-    if (a.length !== b.length) difference = Infinity;
-    for (let v = 0; v < a.length; v += 1) {
-      const gap = Math.abs(a[v] - b[v]);
-      if (!(gap <= difference)) difference = gap;
-    }
   });
-  return { equal, checked, difference, ids };
+  return { equal, checked, ids, ...compareLogits(answers, prompts) };
+}
+
+// The largest difference of a logit and the root mean square of all, infinite where they cannot be compared. The first
+// judges fp32; the second what is lossy, as the largest of many differences grows with their number.
+export function compareLogits(answers, recorded) {
+  let difference = 0, squares = 0, count = 0;
+  answers.forEach((given, i) => {
+    const [a, b] = [given, recorded[i]].map(({ logits }) => fromBase64(logits));
+    if (a.length !== b.length) difference = Infinity;
+    for (let k = 0; k < a.length; k += 1) {
+      const gap = Math.abs(a[k] - b[k]);
+      if (!(gap <= difference)) difference = Number.isNaN(gap) ? Infinity : gap;
+      squares += gap * gap;
+    }
+    count += b.length;
+  });
+  return { difference, rms: Number.isFinite(difference) ? Math.sqrt(squares / Math.max(count, 1)) : Infinity };
 }
 
 export function toBase64(floats) {

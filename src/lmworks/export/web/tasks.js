@@ -11,7 +11,7 @@
 //   image-classification  { image }                [{ label, score }, …]
 
 const version = new URL(import.meta.url).search;
-const { DTYPES, fromBase64, toBase64 } = await import(`./engine.js${version}`);
+const { DTYPES, compareLogits, toBase64 } = await import(`./engine.js${version}`);
 const { Encoder, InputError } = await import(`./encoding.js${version}`);
 const { READERS } = await import(`./readers.js${version}`);
 const { readSteps } = await import(`./pictures.js${version}`);
@@ -186,24 +186,18 @@ async function readJson(library, folder, name) {
   return response.ok ? response.json() : null;
 }
 
-// How answers differ from the record: equal and checked decisions, the largest difference of a logit, the first item
+// How answers differ from the record: equal and checked decisions, the logits' differences (compareLogits), the first item
 // whose ids differ. `options` are those that the items were answered with.
 export function compareTask(task, answers, items, options = {}) {
-  let equal = 0, checked = 0, difference = 0, ids = null;
+  let equal = 0, checked = 0, ids = null;
   answers.forEach((given, i) => {
     const known = items[i];
     if (ids === null && given.ids.join() !== (known.ids ?? []).join()) ids = i;
     const [same, all] = compareOutputs(task, given.output, known.output, known.options ?? options);
     equal += same;
     checked += all;
-    const [a, b] = [given.logits, known.logits].map(fromBase64);
-    if (a.length !== b.length) difference = Infinity;
-    for (let k = 0; k < a.length; k += 1) {
-      const gap = Math.abs(a[k] - b[k]);
-      if (!(gap <= difference)) difference = gap;
-    }
   });
-  return { equal, checked, difference, ids };
+  return { equal, checked, ids, ...compareLogits(answers, items) };
 }
 
 // [equal decisions, decisions] of two outputs.

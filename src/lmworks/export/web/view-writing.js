@@ -8,6 +8,9 @@ const NUMBERS = ["top-k", "penalty", "tokens", "seed"];
 
 export class Writing extends View {
   verb = "Write";
+  result =
+    '<div id="page" class="text" role="region" aria-label="The model\'s text" aria-live="polite" aria-busy="false" tabindex="0">' +
+    '<span id="given"></span><span id="output"></span></div>';
   fields = areaHtml("prompt", "Begin a text", { rows: 3, placeholder: "The model goes on from here." });
   settings = `
     <label for="temperature">Temperature <output id="temperature-value" for="temperature"></output>
@@ -19,9 +22,7 @@ export class Writing extends View {
     <label>Seed <input id="seed" type="number" min="0" step="1" placeholder="a new one each time" inputmode="numeric"></label>`;
 
   start(examples) {
-    $("result").innerHTML =
-      '<div id="page" class="text" role="region" aria-label="The model\'s text" aria-live="polite" aria-busy="false" tabindex="0">' +
-      '<span id="given"></span><span id="output"></span></div>';
+    $("result").innerHTML = this.result;
     super.start(examples);
     $("temperature").oninput = () => ($("temperature-value").value = $("temperature").value);
     $("temperature").oninput();
@@ -43,11 +44,15 @@ export class Writing extends View {
     await session.ready();
     $("given").textContent = text;
     $("output").replaceChildren();
-    const body = $("output").appendChild(document.createTextNode(""));
+    await this.write(session, { text, options }, $("output").appendChild(document.createTextNode("")));
+  }
+
+  // Let the model write into a text node.
+  async write(session, asked, body) {
     $("ending").textContent = $("speed").textContent = "";
     $("page").setAttribute("aria-busy", "true");
     try {
-      const done = await session.call("generate", { text, options }, ({ piece }) => body.appendData(piece));
+      const done = await session.call("generate", asked, ({ piece }) => body.appendData(piece));
       const speed = done.tokensPerSecond ? `${done.tokensPerSecond.toPrecision(3)} tokens a second` : "";
       $("speed").textContent = [`${done.tokens.length} tokens`, speed].filter(Boolean).join(" · ");
       $("ending").textContent = describeEnd(done);
@@ -58,17 +63,18 @@ export class Writing extends View {
   }
 }
 
-function describeEnd({ reason, full, cut }) {
+function describeEnd({ reason, full, cut, dropped }) {
   const ends = {
     stop: "The model ended its text here.",
     interrupted: "Stopped.",
     length: full ? "The model's context is full; Go on continues from the last part of the text." : "",
   };
   const cutOff = cut ? `The beginning was too long: the model did not see its first ${cut} tokens.` : "";
-  return [ends[reason], cutOff].filter(Boolean).join(" ");
+  const left = dropped ? `The conversation was too long: the model did not see its first ${dropped} messages.` : "";
+  return [ends[reason], cutOff, left].filter(Boolean).join(" ");
 }
 
-function settings() {
+export function settings() {
   for (const id of NUMBERS) {
     if (!$(id).checkValidity()) {
       $("settings").open = true;

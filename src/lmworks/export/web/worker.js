@@ -3,7 +3,8 @@
 //
 //   { id, type: "load", task, dtype, device, files, threads } -> { variant, threads, context, labels, mask, seconds },
 //                                                     notes { loaded, total }
-//   { id, type: "generate", text, options }           -> what Engine.generate returns and { cut, prompt }, notes { piece, count }
+//   { id, type: "generate", text | messages, chat, options } -> what Engine.generate returns and { cut, dropped, prompt },
+//                                                     notes { piece, count }
 //   { id, type: "run", input, options }               -> the answer of any other task (tasks.js)
 //   { id, type: "check", prompts | items, texts, options, limit, budget } -> { answers, texts } (ids of each text)
 //   { type: "stop" }                                  ends the writing after the current token, any other task after the
@@ -65,12 +66,12 @@ const VERBS = {
     return { variant, threads, context: engine.context, labels: engine.labels ?? [], mask: engine.mask ?? null, seconds };
   },
 
-  async generate({ text, options }, note) {
+  async generate({ text, messages = null, chat = {}, options }, note) {
     const room = Math.min(options.tokens, Math.ceil(engine.context / 2));
-    const { ids, cut } = engine.prompt(text, { room });
+    const { ids, cut = 0, dropped = 0 } = messages ? engine.converse(messages, { ...chat, room }) : engine.prompt(text, { room });
     stopping = new library.InterruptableStoppingCriteria();
     const onText = (piece, count) => note({ piece, count });
-    return { ...(await engine.generate(ids, { ...options, onText, stopping })), cut, prompt: ids.length };
+    return { ...(await engine.generate(ids, { ...options, onText, stopping })), cut, dropped, prompt: ids.length };
   },
 
   async run({ input, options }) {
