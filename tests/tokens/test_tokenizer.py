@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import regex
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -79,12 +80,13 @@ def test_bpe_loses_nothing(bpe: Tokenizer, text: str) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(text=ANY_TEXT)
-def test_char_gives_one_token_a_code_point(char: Tokenizer, text: str) -> None:
-    known = set("".join(TEXTS))
+def test_char_gives_one_token_a_grapheme_cluster(char: Tokenizer, text: str) -> None:
+    known = {cluster for line in TEXTS for cluster in regex.findall(r"\X", line)}
+    clusters = [cluster for cluster, _ in char.backend.pre_tokenizer.pre_tokenize_str(text)]
     ids = char.encode(text)
-    assert len(ids) == len(text)
-    assert [id == char.unk_id for id in ids] == [c not in known for c in text]
-    assert char.knows(text) == (set(text) <= known)
+    assert "".join(clusters) == text and len(ids) == len(clusters)
+    assert [id == char.unk_id for id in ids] == [cluster not in known for cluster in clusters]
+    assert char.knows(text) == (set(clusters) <= known)
 
 
 def test_is_lossless_is_about_the_whole_tokenizer(bpe: Tokenizer, char: Tokenizer, data_folder: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from lmworks.base.errors import InputError
 from lmworks.base.types import Batch, Ints
+from lmworks.tokens.patterns import is_ours
 from lmworks.tokens.tokenizer import Tokenizer
 
 PIECE, GROUP = 1 << 18, 1 << 22  # characters: a long document is encoded in pieces, the pieces in groups
@@ -77,8 +78,7 @@ def is_cut_at_lines(tokenizer: Tokenizer) -> bool:
     """Say whether the tokenizer always cuts between a character and a line end, so that pieces give the same ids."""
     rule = tokenizer.pre_tokenizer
     gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    single = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated"}
-    return tokenizer.backend.normalizer is None and (gpt2.items() <= rule.items() or single.items() <= rule.items())
+    return tokenizer.backend.normalizer is None and (gpt2.items() <= rule.items() or is_ours(rule))
 
 
 def split(text: str) -> Iterator[str]:

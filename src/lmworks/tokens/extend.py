@@ -70,7 +70,7 @@ def named_tokens(spec: str) -> list[str]:
         found = [token.strip() for token in spec.split(",")]
     found = list(dict.fromkeys(token for token in found if token.strip()))
     if not found:
-        raise InputError("no tokens to add", where="--add-tokens", found=spec, expected="one,two or a file or auto:500")
+        raise InputError("no tokens to add", found=spec, expected="one,two or a file with one a line")
     return found
 
 
@@ -88,17 +88,35 @@ def add(tokenizer: Tokenizer, tokens: Sequence[str], *, whole: bool = False) -> 
     backend.add_tokens([library.AddedToken(token, single_word=whole, normalized=True) for token in tokens])
     new = Tokenizer(backend, config=tokenizer.config)
     ids = [backend.token_to_id(token) for token in tokens]
+    rewrite = str if backend.normalizer is None else backend.normalizer.normalize_str  # as the decoder gives a token
     lost = [
-        t for t, i in zip(tokens, ids, strict=True) if new.decode([i], skip_special_tokens=False).strip() != t.strip()
+        token
+        for token, i in zip(tokens, ids, strict=True)
+        if new.decode([i], skip_special_tokens=False).strip() not in (token.strip(), rewrite(token).strip())
     ]
     if lost:
         raise InputError(
             "the tokenizer would not give these tokens back: it decodes their letters as bytes",
             found=", ".join(lost[:8]),
-            expected="tokens of ASCII letters, or with a space before them", fix="--add-tokens auto:N merges instead",
+            expected="tokens of ASCII letters, or with a space before them",
+            fix="lmworks tokenizer extend merges such words from their bytes instead",
         )  # fmt: skip
     cut = tokenizer.encode_batch(list(tokens))
     return new, {id: [i for i in old if i != tokenizer.unk_id] for id, old in zip(ids, cut, strict=True)}
+
+
+def add_words(tokenizer: Tokenizer, words: Sequence[str]) -> Added:
+    """Return the tokenizer with named tokens; a byte-level one gets those that it would spell in bytes by merges.
+
+    Of a merged word both forms become tokens, alone and after a space.
+    """
+    plain = [word for word in words if word.isascii() or not is_mergeable(tokenizer)]
+    merged = [form for word in words if word not in plain for form in (word.strip(), f" {word.strip()}")]
+    grown, pieces = grow(tokenizer, merged, 1 << 30) if merged else (tokenizer, {})
+    if not plain:
+        return grown, pieces
+    added, more = add(grown, plain)
+    return added, pieces | {id: [i for new in old for i in pieces.get(new, [new])] for id, old in more.items()}
 
 
 def find_words(tokenizer: Tokenizer, texts: Sequence[str], count: int) -> list[str]:
