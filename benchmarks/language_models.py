@@ -107,6 +107,7 @@ def book_lstm(out: Path) -> dict[str, Any]:
 
 def fit_width(arch: str, vocab_size: int, wanted: int) -> Settings:
     """Return the settings of a network of about so many parameters: the nearest width."""
+
     def settings(width: int) -> Settings:
         own: dict[str, Any] = {"layers": 3, "heads": max(1, width // 32)}
         if arch != "transformer":

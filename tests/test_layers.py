@@ -27,15 +27,20 @@ LAYERS = [
     {"export"},
     {"serve"},
     {"studies", "scaffold"},
-    {"settings", "corpus"},
+    {"settings", "corpus", "ngram_folder", "cleaning"},
+    {"cleaning_split", "cleaning_stats", "cleaning_augment"},
+    {"ngrams"},
     {"run"},
     {"estimate", "summary", "finetune_data"},
     {"few_shot"},
     {"publish", "tuning_report"},
     {"finetune_folder"},
     {"finetune_tasks"},
+    {"tokenizing", "tokenizing_compare", "tokenizing_extend"},
     {"inspection", "doctor", "finetuning"},
     {"compress_trial", "compress_knobs"},
+    {"monitoring_report"},
+    {"monitoring", "monitoring_check"},
     {"compressing"},
     {"compress_budget"},
     {"search_space"},
@@ -51,11 +56,14 @@ LAYERS = [
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted(ROOT.rglob("*.py"))
 TORCH_FREE = ("base/", "text/", "tokens/", "tasks/", "runtime/", "evaluation/", "serve/", "cli/")
-TORCH_FREE_FILES = ("models/config.py", "models/ngram.py", "__init__.py")
+TORCH_FREE_FILES = (
+    "models/config.py", "models/ngram.py", "models/ngram_counts.py", "models/ngram_smoothing.py",
+    "models/ngram_arpa.py", "models/ngram_prune.py", "__init__.py",
+)  # fmt: skip
 WITH_TORCH = ("runtime/torch_runtime.py",)
 LAZY_ONLY = ("torch", "onnx", "onnxruntime", "tokenizers", "fastapi", "uvicorn", "transformers")
 ORACLES = {"transformers", "peft", "optimum", "nltk", "openai", "playwright", "seqeval", "torchvision", "accelerate"}
-LONGEST, LONGEST_FAMILY, BUDGET = 350, 80, 38_000
+LONGEST, LONGEST_FAMILY, BUDGET = 350, 80, 48_000
 
 
 def imports(path: Path, *, top_level: bool = False) -> set[str]:
@@ -155,6 +163,7 @@ def test_public_names_are_pinned() -> None:
         "Report",
         "Tokenizer",
         "build",
+        "clean",
         "distill",
         "evaluate",
         "finetune",
@@ -162,6 +171,8 @@ def test_public_names_are_pinned() -> None:
         "load",
         "predict",
         "search",
+        "split",
+        "stats",
         "train",
         "tune",
         "verify",

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from lmworks.api import build, distill, evaluate, finetune, generate, predict, search, train, tune, verify
     from lmworks.base.errors import InputError, LmworksError
     from lmworks.base.report import Report
+    from lmworks.cleaning import clean
+    from lmworks.cleaning_split import split
+    from lmworks.cleaning_stats import stats
     from lmworks.runtime.auto import AutoClass
     from lmworks.tokens.tokenizer import Tokenizer
 
@@ -29,6 +32,7 @@ PUBLIC = {  # name -> module; imported at first use, so that `import lmworks` co
     "LmworksError": "lmworks.base.errors",
     "Report": "lmworks.base.report",
     "build": "lmworks.api",
+    "clean": "lmworks.cleaning",
     "distill": "lmworks.api",
     "evaluate": "lmworks.api",
     "finetune": "lmworks.api",
@@ -36,6 +40,8 @@ PUBLIC = {  # name -> module; imported at first use, so that `import lmworks` co
     "load": "lmworks.api",
     "predict": "lmworks.api",
     "search": "lmworks.api",
+    "split": "lmworks.cleaning_split",
+    "stats": "lmworks.cleaning_stats",
     "Tokenizer": "lmworks.tokens.tokenizer",
     "train": "lmworks.api",
     "tune": "lmworks.api",
@@ -57,6 +63,7 @@ __all__ = [
     "Report",
     "Tokenizer",
     "build",
+    "clean",
     "distill",
     "evaluate",
     "finetune",
@@ -64,6 +71,8 @@ __all__ = [
     "load",
     "predict",
     "search",
+    "split",
+    "stats",
     "train",
     "tune",
     "verify",

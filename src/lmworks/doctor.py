@@ -22,7 +22,7 @@ from lmworks.base.files import free_bytes
 from lmworks.base.hub import OFFLINE, is_true, redact
 from lmworks.base.hub_cache import cache_folder, home_folder
 from lmworks.base.report import Report, Table
-from lmworks.base.threads import CGROUP, cpu_count, read_quota
+from lmworks.base.threads import CGROUP, cpu_count, read_memory, read_quota
 
 PACKAGES = (
     "numpy safetensors torch torchvision onnxruntime onnx tokenizers sentencepiece huggingface_hub pillow jinja2 "
@@ -195,16 +195,10 @@ def read_flags(path: Path = Path("/proc/cpuinfo")) -> set[str]:
 
 def look_at_memory() -> Iterator[Finding]:
     """Say how much memory is free, within the limit of the container."""
-    try:
-        rows = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE))
-        total, free = int(rows["MemTotal"]) * 1024, int(rows["MemAvailable"]) * 1024
-    except (OSError, KeyError):
+    found = read_memory()
+    if found is None:
         return
-    try:
-        limit = int((CGROUP / "memory.max").read_text())
-        total, free = min(total, limit), min(free, limit - int((CGROUP / "memory.current").read_text()))
-    except (OSError, ValueError):  # no container, or one without a limit
-        pass
+    total, free = found
     status, fix = ("ok", "") if free > LITTLE_MEMORY else ("warning", "close other programs, or choose a smaller model")
     yield Finding("memory", status, f"{free / 1e9:.1f} of {total / 1e9:.1f} GB are free", fix)
 

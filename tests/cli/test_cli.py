@@ -41,7 +41,7 @@ def test_help_is_immediate_and_loads_neither_torch_nor_onnxruntime() -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_help_page_has_two_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([verb, "--help"]) == 0
+    assert main([*verb.split(), "--help"]) == 0
     shown = capsys.readouterr().out
     assert sum(line.strip().startswith("lmworks ") for line in shown.split("Examples:")[1].splitlines()) >= 2
 
@@ -51,7 +51,7 @@ def test_the_option_list_is_pinned(capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.setenv("COLUMNS", "200")
     lines = []
     for verb in VERBS:
-        main([verb, "--help"])
+        main([*verb.split(), "--help"])
         words = capsys.readouterr().out.replace("│", " ").split()
         flags = sorted({word.strip("[],.") for word in words if word.startswith("--")} - {"--help", "--version"})
         lines.append(f"{verb}: {' '.join(flags)}")

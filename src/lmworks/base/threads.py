@@ -1,4 +1,4 @@
-"""How many processors this process may really use: the smallest of machine, affinity and cgroup quota.
+"""How many processors, and how much memory, this process may really use: the smallest of machine, affinity and cgroup.
 
 Inside a container the machine's core count is a trap: libraries that start a thread a core fight each other.
 """
@@ -6,6 +6,7 @@ Inside a container the machine's core count is a trap: libraries that start a th
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from lmworks.base.launch import read_launch
@@ -47,3 +48,17 @@ def read_quota(cgroup: Path) -> float | None:
         return microseconds / float((cgroup / "cpu" / "cpu.cfs_period_us").read_text()) if microseconds > 0 else None
     except (OSError, ValueError):
         return None
+
+
+def read_memory(cgroup: Path = CGROUP) -> tuple[int, int] | None:
+    """Return the bytes of memory that there are and that are free, within the container's limit; None off Linux."""
+    try:
+        rows = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE))
+        total, free = int(rows["MemTotal"]) * 1024, int(rows["MemAvailable"]) * 1024
+    except (OSError, KeyError):
+        return None
+    try:
+        limit = int((cgroup / "memory.max").read_text())
+        return min(total, limit), min(free, limit - int((cgroup / "memory.current").read_text()))
+    except (OSError, ValueError):  # no container, or one without a limit
+        return total, free

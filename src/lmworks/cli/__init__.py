@@ -15,6 +15,38 @@ from lmworks.base.errors import Interrupted, LmworksError, from_os_error
 from lmworks.base.threads import rest_while_waiting
 
 VERBS = {  # verb -> where it lives, what it does, two examples
+    "clean": (
+        "lmworks.cli.clean:clean",
+        "Clean a corpus of any size: encodings, mojibake, markup, boilerplate, languages, duplicates.",
+        (
+            "lmworks clean texts/ -o corpus.jsonl --dedup near",
+            "lmworks clean book.txt -o words.txt --steps nfc,lower,punctuation,digits",
+        ),
+    ),
+    "split": (
+        "lmworks.cli.clean:split",
+        "Share documents out into train, validation and test files; near duplicates stay on one side.",
+        (
+            "lmworks split corpus.jsonl -o parts",
+            "lmworks split reviews.csv -o parts --shares 0.9,0.1 --stratify label --seed 1",
+        ),
+    ),
+    "augment": (
+        "lmworks.cli.clean:augment",
+        "Add changed copies of texts to train on: words swapped, left out or mistyped.",
+        (
+            "lmworks augment parts/train.jsonl -o more.jsonl --copies 3",
+            "lmworks augment reviews.csv -o more.jsonl --ways drop,typo --share 0.2",
+        ),
+    ),
+    "stats": (
+        "lmworks.cli.clean:stats",
+        "Measure a corpus: words, Zipf's law, lengths, quality, diversity, and whether a sample represents it.",
+        (
+            "lmworks stats corpus.jsonl --report corpus.html",
+            "lmworks stats books/ --unit paragraph --sample sample.txt --json",
+        ),
+    ),
     "build": (
         "lmworks.cli.build:build",
         "Text to a verified model in a web page, in one command.",
@@ -24,6 +56,34 @@ VERBS = {  # verb -> where it lives, what it does, two examples
         "lmworks.cli.build:train",
         "Text to a tokenizer and a trained model, in the Hugging Face layout.",
         ("lmworks train books/ -o my_model", "lmworks train input.txt -o my_model --tokenizer char --steps 2000"),
+    ),
+    "ngram train": (
+        "lmworks.cli.ngram:train",
+        "Count and smooth the lines of a text; model.arpa is among the files.",
+        (
+            "lmworks ngram train book.txt --order 5 -o counts",
+            "lmworks ngram train book.txt --order 2 --smoothing mle -o bigrams",
+        ),
+    ),
+    "ngram eval": (
+        "lmworks.cli.ngram:evaluate",
+        "Perplexity, bits per byte and unknown words; every line's end is counted, blank lines are skipped.",
+        ("lmworks ngram eval counts held_out.txt", "lmworks ngram eval kenlm.arpa held_out.txt --json"),
+    ),
+    "ngram sample": (
+        "lmworks.cli.ngram:sample",
+        "Draw sentences from an n-gram model.",
+        ("lmworks ngram sample counts", 'lmworks ngram sample counts --prompt "It was" --count 3 --seed 7'),
+    ),
+    "ngram table": (
+        "lmworks.cli.ngram:table",
+        "Conditional probabilities: P(jumps | fox) = 1.0000.",
+        ('lmworks ngram table bigrams "fox"', 'lmworks ngram table counts "<s>" --top 5 --json'),
+    ),
+    "ngram score": (
+        "lmworks.cli.ngram:score",
+        "The log-probability of a sentence, token by token.",
+        ('lmworks ngram score counts "the quick brown fox"', 'lmworks ngram score kenlm.arpa "a fox" --json'),
     ),
     "finetune": (
         "lmworks.cli.finetune:finetune",
@@ -40,6 +100,35 @@ VERBS = {  # verb -> where it lives, what it does, two examples
             "lmworks distill my_classifier reviews.csv --layers 3 -o my_small_classifier",
             "lmworks distill my_classifier reviews.csv --student small_encoder --temperature 4 -o out",
         ),
+    ),
+    "tokenizer train": (
+        "lmworks.cli.tokenizer:train",
+        "Train a tokenizer on texts of any size: words, characters, BPE, WordPiece or Unigram.",
+        (
+            "lmworks tokenizer train books/ --kind bpe --vocab-size 8000 -o my_tokenizer",
+            "lmworks tokenizer train corpus.txt --kind unigram --vocab-size 16000 --sample 0.1 -o my_tokenizer",
+        ),
+    ),
+    "tokenizer compare": (
+        "lmworks.cli.tokenizer:compare",
+        "Compare tokenizers on texts: tokens a word, unknown words, what is lost, speed, and models trained on each.",
+        (
+            "lmworks tokenizer compare words chars my_model --data held_out.txt",
+            "lmworks tokenizer compare bpe unigram --data languages/ --html compare.html --train-models 300",
+        ),
+    ),
+    "tokenizer extend": (
+        "lmworks.cli.tokenizer:extend",
+        "Give a model more tokens, their rows the mean of their old pieces, and prove that old texts keep their ids.",
+        (
+            "lmworks tokenizer extend my_model words.txt -o my_larger_model",
+            "lmworks tokenizer extend my_model medical.txt --count 500 -o my_larger_model",
+        ),
+    ),
+    "tokenizer inspect": (
+        "lmworks.cli.tokenizer:inspect",
+        "Look into a tokenizer: its steps, tokens and traps, and how it cuts a text.",
+        ('lmworks tokenizer inspect my_model "A text to cut"', "lmworks tokenizer inspect my_tokenizer --json"),
     ),
     "quantize": (
         "lmworks.cli.compress:quantize",
@@ -73,6 +162,11 @@ VERBS = {  # verb -> where it lives, what it does, two examples
             'lmworks generate my_model "Once upon a time"',
             "lmworks generate my_model --temperature 0 --json < prompt.txt",
         ),
+    ),
+    "predict": (
+        "lmworks.cli.tasks:predict",
+        "Answer by whatever a model was made for.",
+        ('lmworks predict my_model "I love it"', "lmworks predict my_model --file texts.txt --json"),
     ),
     "classify": (
         "lmworks.cli.tasks:classify",
@@ -139,11 +233,6 @@ VERBS = {  # verb -> where it lives, what it does, two examples
     "pull": (
         "lmworks.cli.hub:pull",
         "Fetch a model from the Hub into the shared cache.",
-    "predict": (
-        "lmworks.cli.tasks:predict",
-        "Answer by whatever a model was made for.",
-        ('lmworks predict my_model "I love it"', "lmworks predict my_model --file texts.txt --json"),
-    ),
         ("lmworks pull dslim/bert-base-NER", "lmworks pull roberta-base --revision main"),
     ),
     "doctor": (
@@ -156,6 +245,35 @@ VERBS = {  # verb -> where it lives, what it does, two examples
         "Serve the page of a model folder, POST /v1/completions and GET /health/ready.",
         ("lmworks serve my_model", "lmworks serve my_model --port 9000"),
     ),
+    "monitor fit": (
+        "lmworks.cli.monitor:fit",
+        "Teach a model its limits: confidence, what is strange to it, and what traffic it expects.",
+        (
+            "lmworks monitor fit my_classifier reviews.csv",
+            "lmworks monitor fit my_classifier data.json --split train,val --out-of-scope data.json:oos_val",
+        ),
+    ),
+    "monitor check": (
+        "lmworks.cli.monitor:check",
+        "Ask a server, or its log, whether the traffic has drifted; exit code 1 says that it has.",
+        (
+            "lmworks monitor check http://127.0.0.1:8000",
+            "lmworks monitor check http://127.0.0.1:8000 --data labelled.csv --html report.html",
+        ),
+    ),
+    "loadtest": (
+        "lmworks.cli.loadtest:loadtest",
+        "Load a server with real texts: latencies, throughput, errors, and where it saturates.",
+        (
+            "lmworks loadtest http://127.0.0.1:8000 --clients 16 --requests 1000",
+            "lmworks loadtest http://127.0.0.1:8000 --curve --duration 10 --html report.html",
+        ),
+    ),
+}
+GROUPS = {  # verbs of two words
+    "tokenizer": "Train, compare, extend and look into tokenizers.",
+    "ngram": "Train, evaluate, sample and look into n-gram models; ARPA files for KenLM.",
+    "monitor": "Know when a model is out of its depth, and when its traffic changes.",
 }
 HELP = (
     "Turn your text, or a published checkpoint, into a small model that gives the same answers on your machine, "
@@ -177,8 +295,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter shows another
     app = App("lmworks", help=HELP, version=__version__, help_epilogue=show_examples(EXAMPLES), help_format="markdown",
               suppress_keyboard_interrupt=False)  # fmt: skip
+    for name, purpose in GROUPS.items():
+        shown = [lines[0] for verb, (_, _, lines) in VERBS.items() if verb.startswith(f"{name} ")]
+        app.command(App(name, help=purpose, help_epilogue=show_examples(shown), help_format="markdown"))
     for name, (place, purpose, examples) in VERBS.items():
-        app.command(place, name=name, help=purpose, help_epilogue=show_examples(examples))
+        *group, verb = name.split()
+        under = app[group[0]] if group else app
+        under.command(place, name=verb, help=purpose, help_epilogue=show_examples(examples))
     try:
         result = app(words or ["--help"], exit_on_error=False, print_error=True, result_action="return_value")
         sys.stdout.flush()

@@ -26,6 +26,14 @@ def serve(
         int | None, Parameter(help="Processor threads; all that the process may use by default.")
     ] = None,
     dtype: Annotated[str, Parameter(help="Which of the exported graphs: fp32, int8 …; auto: the most exact.")] = "auto",
+    when_unsure: Annotated[
+        str, Parameter(help="What a monitored model does with strange inputs: flag, abstain, or fallback=NAME.")
+    ] = "flag",
+    drift_window: Annotated[int, Parameter(help="Requests that are compared with the monitor's reference.")] = 200,
+    drift_log: Annotated[Path | None, Parameter(help="A file that gets a line of JSON for each comparison.")] = None,
+    alert_url: Annotated[
+        str | None, Parameter(help="Told of drift by POST; on this machine or in a private network only.")
+    ] = None,
     lazy: Annotated[bool, Parameter(help="Load a model when it is first asked for.", negative="")] = False,
 ) -> int:
     """Serve model folders: every task, OpenAI's interface, metrics, and the page of the first."""
@@ -33,14 +41,20 @@ def serve(
     from lmworks.serve.app import make_app
     from lmworks.serve.app import serve as run
     from lmworks.serve.guard import read_keys
+    from lmworks.serve.monitor import Watching
+    from lmworks.serve.monitor_alerts import read_target
     from lmworks.serve.service import describe
 
     ranges = (("rate", rate, 0.001, 1e6), ("queue", queue, 1, 100_000), ("timeout", timeout, 0.1, 86_400),
-              ("grace", grace, 0, 3600), ("slots", slots, 1, 256), ("threads", threads, 1, 1024))  # fmt: skip
+              ("grace", grace, 0, 3600), ("slots", slots, 1, 256), ("threads", threads, 1, 1024),
+              ("drift-window", drift_window, 20, 10_000))  # fmt: skip
     for name, value, low, high in ranges:
         if value is not None and not low <= value <= high:
             raise InputError(f"--{name} is out of range", found=str(value), expected=f"{low} to {high}")
     specs = [describe(model, slots=slots, threads=threads, dtype=dtype, warm=not lazy) for model in models]
     keys = None if api_key_file is None else read_keys(api_key_file)
-    run(make_app(specs, keys=keys, rate=rate, most=queue, seconds=timeout), host=host, port=port, grace=grace)
+    alert = None if alert_url is None else read_target(alert_url)
+    watching = Watching(when_unsure, alert, drift_log, drift_window)
+    app = make_app(specs, keys=keys, rate=rate, most=queue, seconds=timeout, watching=watching)
+    run(app, host=host, port=port, grace=grace)
     return 0

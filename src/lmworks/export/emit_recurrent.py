@@ -10,13 +10,15 @@ Shapes: B batch, T tokens, D hidden_size, E embedding_size, S states of a layer,
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
 from lmworks.export.walk import Walk
-from lmworks.models.feedforward import FeedForward
-from lmworks.models.recurrent import Recurrent
+from lmworks.models.feedforward import DenseLayer, FeedForward
+from lmworks.models.recurrent import Recurrent, RecurrentLayer
 
 STATE, NEW_STATE = "state.", "new_state."
 OPERATORS: dict[type[nn.Module], tuple[str, list[int]]] = {  # and torch's gates in ONNX's order
@@ -49,14 +51,15 @@ def emit_recurrent(walk: Walk, body: Recurrent, path: str, ids: str) -> str:
     graph, add, size = walk.graph, walk.graph.add, body.config.hidden_size
     x = add("Transpose", [emit_vectors(walk, body, ids)], name="steps", perm=[1, 0, 2])  # (T, B, E)
     for i, layer in enumerate(body.layers):
+        assert isinstance(layer, RecurrentLayer)
         cell, name = layer.cell, f"layers.{i}.cell"
         operator, gates = OPERATORS[type(cell)]
         states = 2 if operator == "LSTM" else 1
+        read = partial(order, walk, gates=gates, size=size)
         weights = [
-            graph.weight(f"{name}.{kind}", order(walk, [getattr(cell, f"{kind}_l0")], gates, size))
-            for kind in ("weight_ih", "weight_hh")
+            graph.weight(f"{name}.{kind}", read([getattr(cell, f"{kind}_l0")])) for kind in ("weight_ih", "weight_hh")
         ]
-        bias = graph.weight(f"{name}.bias", order(walk, [cell.bias_ih_l0, cell.bias_hh_l0], gates, size))
+        bias = graph.weight(f"{name}.bias", read([getattr(cell, f"{kind}_l0") for kind in ("bias_ih", "bias_hh")]))
         past, present = declare_state(walk, i, (states, size))
         before = add("Transpose", [past], name=f"{name}.past", perm=[1, 0, 2])  # (S, B, D)
         starts = [before]
@@ -97,6 +100,7 @@ def emit_feed_forward(walk: Walk, body: FeedForward, path: str, ids: str) -> str
             parts.append(add("Slice", inputs, name=f"window.{i}"))
         x = add("Concat", parts, name="window", axis=-1)  # (B, T, n E)
     for i, layer in enumerate(body.layers):
+        assert isinstance(layer, DenseLayer)
         name = f"layers.{i}.linear"
         x = add("Tanh", [walk.affine(layer.linear, name, x)], name=f"{name}.act")
     return x

@@ -147,7 +147,7 @@ def read_counts(lines: Iterator[tuple[int, str]], path: Path) -> list[int]:
             break
     else:
         raise damaged(path, "no \\data\\")
-    counts = []
+    counts: list[int] = []
     for number, line in lines:
         row = re.fullmatch(r"ngram (\d+)\s*=\s*(\d+)", line.strip())
         if row is None:

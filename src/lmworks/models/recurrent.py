@@ -97,9 +97,7 @@ class RecurrentLayer(nn.Module):
         self.cell = CELLS[c.block](width, c.hidden_size, batch_first=True)
         self.drop = nn.Dropout(c.dropout)
 
-    def forward(
-        self, x: Tensor, state: Tensor | None = None, counts: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, state: Tensor | None = None, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Read (B, T, E or D) from states (B, S, D), of row b only `counts[b]` tokens -> (B, T, D), (B, S, D)."""
         if state is None:
             start: Any = None

@@ -84,8 +84,8 @@ class OnnxRuntime:
     def run(self, batch: Batch) -> dict[str, NDArray[Any]]:
         """Run whole sequences, padded on either side.
 
-        input_ids (B, T), or pixel_values -> logits (B, T, O) or (B, O), of a classifier's graph also its features (B, D);
-        hidden_states (B, T, D) of a bare body.
+        input_ids (B, T), or pixel_values -> logits (B, T, O) or (B, O), hidden_states (B, T, D) of a bare body;
+        of a classifier's graph also its features (B, D).
         """
         if "pixel_values" in self.inputs:
             feed = {"pixel_values": np.ascontiguousarray(batch["pixel_values"], dtype=np.float32)}

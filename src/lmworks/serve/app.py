@@ -2,8 +2,10 @@
 
     GET  /health/live  /health/ready         200 while the process answers; 200 while requests are answered, else 503
     GET  /metrics  /info  /openapi.json      for Prometheus; what is served; the description of every route
+    GET  /drift                              the latest traffic beside the reference of a monitor
     POST /predict … /v1/chat/completions     see task_routes, hub_routes and openai_routes
     GET  /                                   the page and the files of the first model, for the browser to run itself
+    GET  /playground/                        a page that asks this server; / leads there where there is no page, or keys
 
 The models run in a process of their own (engine.py), in ONNX Runtime where there is a graph: no torch. Errors are
 {"error": {message, type, param, code}}.
@@ -24,9 +26,11 @@ from lmworks import __version__
 from lmworks.base.errors import InputError, LmworksError, from_os_error
 from lmworks.base.optional import require
 from lmworks.export.web import HEADERS, find_served, headers_for
-from lmworks.serve import hub_routes, openai_routes, task_routes
+from lmworks.serve import hub_routes, monitor_routes, openai_routes, task_routes
 from lmworks.serve.engine import Spec
 from lmworks.serve.guard import Guard, Rates, Scope
+from lmworks.serve.monitor import Watching
+from lmworks.serve.playground_files import PAGE, PUBLIC, add_playground
 from lmworks.serve.refusals import Refused, refusal
 from lmworks.serve.schema import Unsupported
 from lmworks.serve.service import Service
@@ -35,7 +39,7 @@ from lmworks.serve.supervisor import QUEUE, SECONDS
 require("fastapi", extra="serve")
 from fastapi import FastAPI, Request, Response  # noqa: E402
 from fastapi.exceptions import RequestValidationError  # noqa: E402
-from fastapi.responses import FileResponse, JSONResponse  # noqa: E402
+from fastapi.responses import FileResponse, JSONResponse, RedirectResponse  # noqa: E402
 from starlette.exceptions import HTTPException  # noqa: E402
 
 GRACE = 30  # seconds that requests have to end once the server is told to
@@ -45,18 +49,19 @@ CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 def make_app(
     specs: Sequence[Spec], *, keys: list[bytes] | None = None, rate: float | None = None, most: int = QUEUE,
-    seconds: float = SECONDS,
+    seconds: float = SECONDS, watching: Watching | None = None,
 ) -> FastAPI:  # fmt: skip
     """Return the application for some models (`lmworks.serve.service.describe`).
 
     `keys` are digests (`read_keys`); `rate` is the requests a second of each key or address; at most `most` requests
-    wait; a request may take `seconds`. Raises InputError for two models of one name.
+    wait; a request may take `seconds`. `watching` says what is done with strange inputs and with drift. Raises
+    InputError for two models of one name, FormatError for a monitor that is stale.
     """
     names = [spec.name for spec in specs]
     if not names or len(set(names)) < len(names):
         raise InputError("each served model needs a name of its own", found=", ".join(names) or "no model",
                          fix="rename a folder: a model's name is its folder's")  # fmt: skip
-    service = Service(specs, most=most, seconds=seconds)
+    service = Service(specs, most=most, seconds=seconds, watching=watching)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -70,16 +75,19 @@ def make_app(
     app.include_router(openai_routes.make_router(service))
     app.include_router(task_routes.make_router(service))
     app.include_router(hub_routes.make_router(service))
+    app.include_router(monitor_routes.make_router(service))
     add_own(app, service)
-    add_page(app, Path(specs[0].folder))
+    add_playground(app)
+    add_page(app, Path(specs[0].folder), locked=keys is not None)
 
     def done(scope: Scope, status: int, spent: float) -> None:
         service.metrics.done(route_of(scope), status, spent)
 
     rates = None if rate is None else Rates(rate)
     app.add_middleware(
-        Guard, keys=keys, rates=rates, refuse=answer_refused, done=done, leaving=lambda: service.supervisor.leaving
-    )
+        Guard, keys=keys, rates=rates, refuse=answer_refused, done=done, leaving=lambda: service.supervisor.leaving,
+        public=PUBLIC,
+    )  # fmt: skip
     return app
 
 
@@ -170,6 +178,7 @@ def add_own(app: FastAPI, service: Service) -> None:
         return {
             "version": __version__, "model_id": first.spec.name, **first.facts,
             "max_concurrent_requests": service.supervisor.most,
+            "page": find_served(Path(first.spec.folder), "") is not None,
             "models": [
                 {"name": name, "task": model.spec.task, "state": model.state, **model.facts}
                 for name, model in models.items()
@@ -177,12 +186,17 @@ def add_own(app: FastAPI, service: Service) -> None:
         }  # fmt: skip
 
 
-def add_page(app: FastAPI, folder: Path) -> None:
-    """Serve the page of a model folder; it comes last, as it takes every other address."""
+def add_page(app: FastAPI, folder: Path, *, locked: bool) -> None:
+    """Serve the page of a model folder; it comes last, as it takes every other address.
+
+    A browser cannot send a key with an address: where the server is `locked`, or has no page, / is the playground.
+    """
 
     @app.api_route("/{path:path}", methods=["GET", "HEAD"], response_model=None, include_in_schema=False)
     async def file(request: Request, path: str) -> Response:
         found = find_served(folder, path)
+        if not path and (locked or found is None):
+            return RedirectResponse(PAGE.lstrip("/"), headers=HEADERS)
         if found is None:
             raise HTTPException(404, f"there is no file {path}")
         headers = headers_for(found, versioned="v" in request.query_params)

@@ -19,10 +19,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from lmworks.base.errors import InputError, LmworksError
 from lmworks.base.types import Generation
+from lmworks.evaluation.monitor import Seen, attach, check_runtime, prompt_scores, read_monitor
 from lmworks.runtime.decoding import begin
 from lmworks.runtime.predictor import Predictor, load
 from lmworks.runtime.sampling import Sampling
@@ -66,6 +68,11 @@ class Loaded:
         self.predictor: Predictor = load(
             spec.folder, spec.task, runtime=spec.runtime, dtype=spec.dtype, slots=spec.slots, threads=spec.threads
         )
+        self.monitor = read_monitor(Path(spec.folder))
+        if self.monitor is not None and self.monitor.facts["task"] == self.predictor.task:
+            check_runtime(self.monitor, Path(spec.folder), self.predictor.runtime)
+            if self.predictor.make is not None:
+                attach(self.predictor, self.monitor)
         self.batches = None if self.predictor.make is None else Batches(self.predictor, tell)
         self.slots = Slots(self.predictor.runtime, spec.slots, self.tell_text) if self.batches is None else None
         self.warm_up()
@@ -81,20 +88,28 @@ class Loaded:
     @property
     def facts(self) -> dict[str, Any]:
         """What the server tells about the model."""
-        runtime = self.predictor.runtime
+        runtime, known = self.predictor.runtime, getattr(self.predictor.prepared, "facts", None)
+        mask = self.predictor.tokenizer.mask_id if self.predictor.task == "fill-mask" else None
         return {
             "task": self.predictor.task, "runtime": runtime.name, "dtype": runtime.dtype,
             "max_input_length": runtime.max_length, "vocab_size": runtime.vocab_size,
+            "labels": list(known.labels) if known else [], "problem_type": known.problem_type if known else None,
+            "mask": None if mask is None else self.predictor.tokenizer.token(mask),
         }  # fmt: skip
 
     def ask(self, request: int, kind: str, payload: dict[str, Any], until: float) -> None:
-        """Take a request of this kind: "answer", "write", "count" or "tokenize". Raises InputError."""
+        """Take a request of this kind: "answer", "write", "score" or "tokenize". Raises InputError."""
         if kind == "tokenize":
             encodings = self.predictor.tokenizer.encode_inputs(payload["texts"])
             self.tell(request, "done", [
                 [(id, token, *offset, bool(special)) for id, token, offset, special in zip(
                     one.ids, one.tokens, one.offsets, one.special_tokens_mask, strict=True)] for one in encodings
             ])  # fmt: skip
+        elif kind == "score":
+            assert self.monitor is not None
+            [score], [tokens] = prompt_scores(self.predictor, payload["texts"])
+            strange = bool(score > self.monitor.threshold)
+            self.tell(request, "done", [Seen([], 0, None, float(score), strange, int(tokens), None)])
         elif kind == "write":
             if self.slots is None:
                 raise InputError(f"{self.spec.name} does not write texts", found=self.predictor.task)

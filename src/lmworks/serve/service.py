@@ -15,6 +15,7 @@ from lmworks.models.families import read_config, read_kind
 from lmworks.runtime.onnx_runtime import FILES, find_graph
 from lmworks.serve.engine import Spec
 from lmworks.serve.metrics import Metrics
+from lmworks.serve.monitor import Watches, Watching
 from lmworks.serve.refusals import Refused, refusal
 from lmworks.serve.supervisor import Model, Supervisor
 from lmworks.tasks.registry import check_task, find_task
@@ -29,9 +30,10 @@ T = TypeVar("T")
 class Service:
     """The models behind the routes."""
 
-    def __init__(self, specs: Sequence[Spec], *, most: int, seconds: float) -> None:
+    def __init__(self, specs: Sequence[Spec], *, most: int, seconds: float, watching: Watching | None = None) -> None:
         self.supervisor = Supervisor(specs, most=most, seconds=seconds)
         self.metrics = Metrics(self.supervisor)
+        self.watches = Watches(specs, watching or Watching(), self.metrics.registry)
         self.started = int(time.time())
 
     def find(self, name: str | None, *tasks: str) -> Model:

@@ -58,6 +58,7 @@ class Slots:
         self.slots = [Slot() for _ in range(count)]
         self.line: deque[Text] = deque()
         self.extend = getattr(runtime, "extend", None)
+        self.rewinds = getattr(runtime, "rewinds", True)  # to an earlier token: a state cannot
         self.read_tokens = self.reused_tokens = self.written_tokens = self.steps = 0
 
     def add(self, request: int, writer: Writer, until: float) -> None:
@@ -122,7 +123,7 @@ class Slots:
         if self.extend is not None:
             best = max(free, key=lambda one: shared(one.held, text.prompt))
             count = min(shared(best.held, text.prompt), len(text.prompt) - 1)
-            if count >= WORTH:
+            if count >= WORTH and (self.rewinds or count == len(best.held)):
                 slot, text.read, text.reused = best, count, count
         del slot.held[text.read :]
         slot.text = text

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lmworks.base.optional import require
+from lmworks.serve import monitor_routes
 from lmworks.serve.openai_routes import Answering, event
 from lmworks.serve.refusals import Refused
 from lmworks.serve.schema import MOST_IN_ADDRESS
@@ -52,9 +53,8 @@ def make_router(service: Service) -> APIRouter:
             if len(seconds) != len(examples):
                 raise Refused(400, f"{len(seconds)} second texts for {len(examples)} texts", param="pair")
             examples = list(zip(examples, seconds, strict=True))
-        found = await service.answers(request, model, examples, top_k=wanted.top_k, scores=wanted.scores,
-                                      long=wanted.long)  # fmt: skip
-        return answered(model, [labelled(labels) for labels in found])
+        options = {"top_k": wanted.top_k, "scores": wanted.scores, "long": wanted.long}
+        return answered(model, await monitor_routes.classify(service, request, model, examples, labelled, **options))
 
     @router.post("/ner")
     async def ner(wanted: NerRequest, request: Request) -> dict[str, Any]:
@@ -68,7 +68,8 @@ def make_router(service: Service) -> APIRouter:
         """Answer a question from a context of any length."""
         model = service.find(wanted.model, QA)
         found = await service.answers(request, model, [(wanted.question, wanted.context)], top_k=wanted.top_k,
-                                      no_answer=wanted.no_answer)  # fmt: skip
+                                      no_answer=wanted.no_answer,
+                                      max_answer_length=wanted.max_answer_length)  # fmt: skip
         return answered(model, plain(found[0] if isinstance(found[0], list) else found))
 
     @router.post("/fill-mask")
@@ -85,13 +86,16 @@ def make_router(service: Service) -> APIRouter:
         start: dict[str, Any] = {"input_text": text, "model": model.spec.name, "task": task}
         if task == WRITE:
             payload = {"prompt": text, "settings": {"max_tokens": 128}}
-            written = await service.ask(request, model, "write", param="input_text", **payload)
-            return start | {"prediction": written.generation.text, "finish_reason": written.generation.finish_reason}
+            said = await monitor_routes.look_at_prompt(service, request, model, text)
+            if said.get("ood") and service.watches.how.when_unsure == "abstain":
+                return start | said | {"prediction": None, "finish_reason": None}
+            written = (await service.ask(request, model, "write", param="input_text", **payload)).generation
+            return start | said | {"prediction": written.text, "finish_reason": written.finish_reason}
+        if task == CLASSIFY:
+            [one] = await monitor_routes.classify(service, request, model, [text], labelled)
+            return start | {"prediction": one["label"], **one}
         whole_words = {"aggregation": "first"} if task == TAG else {}
         [found] = await service.answers(request, model, [text], **whole_words)
-        if task == CLASSIFY:
-            one = labelled(found)
-            return start | {"prediction": one["label"], **one}
         return start | {"prediction": plain(found)}
 
     @router.post("/predict")

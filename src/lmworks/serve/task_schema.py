@@ -54,6 +54,7 @@ class QaRequest(Asked):
     model: Name | None = None
     top_k: Annotated[int, Field(ge=1, le=20)] = 1
     no_answer: bool = False
+    max_answer_length: Annotated[int, Field(ge=1, le=1000)] | None = None
 
 
 class PredictRequest(Asked):

@@ -35,7 +35,7 @@ def open_packed(path: Path, ending: str) -> BinaryIO:
     if ending not in PACKED:
         return path.open("wb")
     if ending == ".gz":
-        raw = path.open("wb")
+        raw = path.open("wb", buffering=0)
         packed = gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0)
         packed.myfileobj = raw  # to be closed with it
         return cast(BinaryIO, packed)

@@ -1,0 +1,249 @@
+"""A served model that knows its limits: what each answer says, what a strange input gets, and drift, seen and told."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from monitored import german, make_news_classifier, news
+from prometheus_client.parser import text_string_to_metric_families
+from serving import Running, server
+
+from lmworks.base.errors import InputError
+from lmworks.base.files import read_json, write_json
+from lmworks.cli import main
+from lmworks.evaluation.monitor import attach, read_monitor
+from lmworks.export.onnx_folder import export_graphs
+from lmworks.monitoring import fit_monitor
+from lmworks.monitoring_check import binomial_tail, check_monitor
+from lmworks.runtime.predictor import load
+from lmworks.serve.app import make_app
+from lmworks.serve.monitor import Watching
+from lmworks.serve.monitor_alerts import Target, read_target, send
+from lmworks.serve.service import describe
+
+WINDOW = 80
+NAME = re.compile(r"\blmworks_\w+")
+
+
+@dataclass
+class Receiver:
+    """Whoever alerts are sent to."""
+
+    url: str
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[Receiver]:
+    """A listener on loopback that keeps what comes."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            found.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(302 if self.path == "/elsewhere" else 200)
+            self.send_header("Location", "http://127.0.0.1:9/")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    listening = HTTPServer(("127.0.0.1", 0), Handler)
+    found = Receiver(f"http://127.0.0.1:{listening.server_port}")
+    threading.Thread(target=listening.serve_forever, daemon=True).start()
+    yield found
+    listening.shutdown()
+    listening.server_close()
+
+
+@pytest.fixture(scope="module")
+def place(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`news` with a monitor, and `plain`, the same without."""
+    found = tmp_path_factory.mktemp("watched")
+    make_news_classifier(data_folder, found / "made")
+    export_graphs(found / "made", found / "plain", dtypes=("fp32",))
+    fit_monitor(found / "plain", found / "known.csv", found / "news", validation=found / "held.csv", false_alarms=0.1)
+    return found
+
+
+@pytest.fixture(scope="module")
+def watched(place: Path, receiver: Receiver) -> Iterator[Running]:
+    """A server whose strange inputs go to the other model."""
+    how = Watching("fallback=plain", read_target(f"{receiver.url}/alerts"), place / "drift.jsonl", WINDOW)
+    with server(place / "news", place / "plain", watching=how) as one:
+        yield one
+
+
+def metrics(one: Running, name: str, **labels: str) -> float:
+    """Return the sum of the samples of this name with these labels."""
+    families = text_string_to_metric_families(httpx.get(f"{one.base}/metrics").text)
+    samples = [sample for family in families for sample in family.samples if sample.name == name]
+    return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
+
+
+def windows(one: Running, count: int) -> list[dict[str, Any]]:
+    """Wait for so many comparisons; return them."""
+    for _ in range(600):
+        found = httpx.get(f"{one.base}/drift").json()["models"]["news"]["comparisons"]
+        if len(found) >= count:
+            return list(found)
+        time.sleep(0.05)
+    raise AssertionError(f"{len(found)} comparisons")
+
+
+def test_each_answer_says_how_sure_it_is(watched: Running, place: Path, data_folder: Path) -> None:
+    texts = [text for text, _ in news(data_folder)[1300:1312]] + german(data_folder)[:8]
+    predictor = load(place / "news", runtime="onnx")
+    attach(predictor, read_monitor(place / "news"))
+    known = predictor(texts, check=True)
+    assert {one.ood for one in known} == {True, False}
+    answers = watched.post("/classify", {"text": texts, "model": "news"}).json()["answers"]
+    for one, answer in zip(known, answers, strict=True):
+        assert answer["confidence"] == pytest.approx(one.confidence, abs=1e-5)
+        assert answer["ood_score"] == pytest.approx(one.ood_score, abs=1e-5)
+        assert (answer["ood"], answer.get("answered_by")) == (one.ood, "plain" if one.ood else None)
+        assert answer["label"] == one.labels[0].label, "the other model is the same one"
+    said = watched.post("/predict", {"input_text": texts[0]}).json()
+    assert (said["prediction"], said["ood"]) == (answers[0]["label"], answers[0]["ood"])
+    assert "ood" not in watched.post("/classify", {"text": texts, "model": "plain"}).json()["answers"][0]
+    hub = watched.post("/models/news", {"inputs": texts[0]}).json()
+    assert set(hub[0][0]) == {"label", "score"}, "other interfaces keep their shapes"
+
+
+def test_drift_is_seen_counted_logged_and_told(
+    watched: Running, place: Path, receiver: Receiver, data_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = httpx.get(f"{watched.base}/drift").json()["models"]["news"]["requests"]
+    rows = news(data_folder)[1400 : 1400 + 2 * WINDOW]
+    for i in range(0, len(rows), 40):
+        watched.post("/classify", {"text": [text for text, _ in rows[i : i + 40]]})
+    quiet = windows(watched, (before + len(rows) - WINDOW) // (WINDOW // 4))
+    assert not any(one["drift"] for one in quiet[4:]) and receiver.bodies == []
+    assert main(["monitor", "check", watched.base]) == 0
+    labelled = place / "held.csv"
+    assert main(["monitor", "check", watched.base, "--data", str(labelled), "--json"]) == 0
+    german_texts = german(data_folder)[:40] * 2
+    for i in range(0, len(german_texts), 40):
+        watched.post("/classify", {"text": german_texts[i : i + 40]})
+    total = before + len(rows) + 400 + len(german_texts)
+    last = windows(watched, (total - WINDOW) // (WINDOW // 4))[-1]
+    assert "features" in last["drift"] and last["out_of_domain"] > 0.3
+    state = httpx.get(f"{watched.base}/drift").json()["models"]["news"]
+    assert state["drift"] and state["requests"] == total
+    for _ in range(100):
+        if receiver.bodies:
+            break
+        time.sleep(0.05)
+    assert [(one["alert"], one["model"]) for one in receiver.bodies] == [("drift", "news")], "told once, when it begins"
+    assert metrics(watched, "lmworks_drift", model="news") == 1
+    assert metrics(watched, "lmworks_drift_p", test="features") < 1e-5
+    assert metrics(watched, "lmworks_answers_total", model="news") == total
+    assert metrics(watched, "lmworks_out_of_domain_total", model="news") > 30
+    html = place / "check.html"
+    capsys.readouterr()
+    assert main(["monitor", "check", watched.base, "--html", str(html)]) == 1
+    assert "DRIFT" in capsys.readouterr().out and "<svg" in html.read_text()
+    assert main(["monitor", "check", str(place / "drift.jsonl"), "--json"]) == 1
+    assert total - WINDOW // 4 < json.loads(capsys.readouterr().out)["models"]["news"]["requests"] <= total
+    kept = (place / "drift.jsonl").read_text() + json.dumps(state) + json.dumps(receiver.bodies)
+    assert not any(word in kept for word in ("Menschen", rows[0][0][:20])), "no text is recorded"
+
+
+def test_the_dashboard_names_what_the_server_tells(watched: Running) -> None:
+    watched.post("/classify", {"text": "a text"})
+    text = httpx.get(f"{watched.base}/metrics").text
+    told = {sample.name for family in text_string_to_metric_families(text) for sample in family.samples}
+    declared = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
+    board = read_json(Path(__file__).parents[2] / "docs/grafana.json")
+    asked = {name for panel in board["panels"] for one in panel["targets"] for name in NAME.findall(one["expr"])}
+    assert len(board["panels"]) > 10
+    for name in asked:
+        family = re.sub("_(bucket|count|sum)$", "", name)
+        assert name in told or family in declared, f"{name} is not in /metrics"
+    assert {"lmworks_drift", "lmworks_out_of_domain_total", "lmworks_confidence_bucket"} <= asked
+
+
+def test_accuracy_on_a_labelled_sample(watched: Running, place: Path) -> None:
+    same = check_monitor(watched.base, data=place / "held.csv").values["accuracy"]
+    assert not same["fallen"] and same["accuracy"] == pytest.approx(same["expected"], abs=0.02)
+    lines = (place / "held.csv").read_text("utf-8").splitlines()
+    turned = [line.rsplit(",", 1)[0] + ",Sports" for line in lines[1:]]
+    (place / "wrong.csv").write_text("\n".join([lines[0], *turned]), "utf-8")
+    assert check_monitor(watched.base, data=place / "wrong.csv").values["fallen"]
+
+
+def test_the_binomial_tail_is_scipys() -> None:
+    from scipy.stats import binom
+
+    for k, n, p in ((180, 200, 0.95), (0, 50, 0.3), (50, 50, 0.3), (400, 1000, 0.5)):
+        assert binomial_tail(k, n, p) == pytest.approx(binom.cdf(k, n, p), rel=1e-9)
+    assert (binomial_tail(9, 10, 1.0), binomial_tail(10, 10, 1.0), binomial_tail(0, 10, 0.0)) == (0.0, 1.0, 1.0)
+
+
+def test_who_abstains_says_null(place: Path, data_folder: Path) -> None:
+    with server(place / "news", watching=Watching("abstain")) as one:
+        answers = one.post("/classify", {"text": german(data_folder)[:8]}).json()["answers"]
+        assert any(answer["ood"] for answer in answers)
+        for answer in answers:
+            assert (answer["label"] is None) == answer["ood"] == (answer["labels"] == [])
+
+
+def test_a_stale_monitor_and_senseless_policies_stop_the_server(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "news", tmp_path / "news")
+    config = read_json(tmp_path / "news/config.json")
+    write_json(tmp_path / "news/config.json", {**config, "note": "changed"})
+    with pytest.raises(Exception, match="belongs to another model"):
+        make_app([describe(tmp_path / "news")])
+    good, plain = describe(place / "news"), describe(place / "plain")
+    for policy, specs, said in (
+        ("guess", [good], "no such policy"), ("fallback", [good], "no such policy"),
+        ("abstain", [plain], "knows its limits"), ("fallback=news", [good], "stand in for itself"),
+        ("fallback=other", [good, plain], "must be a classifier"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=said):
+            make_app(specs, watching=Watching(policy))
+    with pytest.raises(InputError, match="nothing is watched"):
+        (tmp_path / "nothing").mkdir()
+        with server(place / "plain", ready=False, settings={"warm": False}) as one:
+            check_monitor(one.base)
+
+
+@pytest.mark.parametrize("url", [
+    "http://example.com/", "http://8.8.8.8/", "http://169.254.169.254/latest", "ftp://127.0.0.1/", "127.0.0.1:80",
+    "http://user:word@127.0.0.1/", "http://[2001:4860:4860::8888]/", "http://0.0.0.0/", "http://127.0.0.1:99999/",
+])  # fmt: skip
+def test_alerts_stay_nearby(url: str) -> None:
+    """C35: a service that can be told to call any address is a hole in the network."""
+    with pytest.raises(InputError):
+        read_target(url)
+
+
+def test_what_goes_wrong_with_an_alert_is_said(receiver: Receiver) -> None:
+    assert read_target("http://10.1.2.3:81/a?b=c") == Target("10.1.2.3", 81, "10.1.2.3:81", "/a?b=c", False)
+    nearby = read_target(f"{receiver.url}/elsewhere")
+    before = len(receiver.bodies)
+    assert "302" in send(nearby, {}) and len(receiver.bodies) == before + 1, "no redirect is followed"
+    receiver.bodies.pop()
+    assert "Error" in send(Target("127.0.0.1", 9, "localhost", "/", False), {})
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no json", '{"model": "a"}', '{"model": "a", "drift": [], "requests": "x", "tests": {}}']
+)
+def test_what_is_no_log(text: str, tmp_path: Path) -> None:
+    (tmp_path / "log").write_text(text)
+    with pytest.raises(InputError):
+        check_monitor(str(tmp_path / "log"))
+    with pytest.raises(InputError):
+        check_monitor(str(tmp_path / "missing"))
+    with pytest.raises(InputError, match="cannot be asked"):
+        check_monitor("http://127.0.0.1:9")
