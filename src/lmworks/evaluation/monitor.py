@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -79,7 +80,12 @@ class Monitor:
         assert features is not None
         if kind == "nearest":
             return nearest_score(features, self.arrays["known"])
-        return Mahalanobis(self.arrays["whiten"], self.arrays["means"]).score(features)
+        return self.mahalanobis.score(features)
+
+    @cached_property
+    def mahalanobis(self) -> Mahalanobis:
+        """The class means."""
+        return Mahalanobis(self.arrays["whiten"], self.arrays["means"])
 
     def write(self, folder: Path) -> None:
         """Write both files, monitor.json last: it holds the hash of the other."""

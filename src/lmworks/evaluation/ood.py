@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,7 @@ Numbers = NDArray[Any]
 Float64 = NDArray[np.float64]
 SCORES = ("softmax", "energy", "mahalanobis", "nearest")
 OF_FEATURES = ("mahalanobis", "nearest")
-KNOWN = (
-    1000  # vectors kept for `nearest`, of each class alike: more cost time, and measured little (docs/monitoring.md)
-)
+KNOWN = 1000  # vectors kept for `nearest`, of each class alike: reading them is what it costs
 NEIGHBOUR = 1  # k
 
 
@@ -55,10 +54,16 @@ class Mahalanobis:
     whiten: Numbers  # (D, D): f @ whiten has the covariance 1
     means: Numbers  # (C, D), whitened
 
+    @cached_property
+    def squares(self) -> Numbers:
+        """The means' squared lengths (C,)."""
+        found: Numbers = (self.means**2).sum(1)
+        return found
+
     def score(self, features: Numbers) -> Float64:
         """Return the squared distance (N,) from the nearest class mean."""
         white = features @ self.whiten  # (N, D)
-        squares = (white**2).sum(1)[:, None] + (self.means**2).sum(1) - 2 * white @ self.means.T  # (N, C)
+        squares = (white**2).sum(1)[:, None] + self.squares - 2 * white @ self.means.T  # (N, C)
         found: Float64 = np.maximum(squares.min(1), 0).astype(np.float64)
         return found
 
