@@ -31,11 +31,9 @@ from lmworks.evaluation.perplexity import bits_per_byte, perplexity, token_logpr
 from lmworks.models.checkpoint import save_model
 from lmworks.models.heads import CausalLM
 from lmworks.models.ngram import NgramModel
-from lmworks.run import make_network
 from lmworks.runtime.decoding import generate
 from lmworks.runtime.sampling import Sampling
 from lmworks.runtime.torch_runtime import TorchRuntime
-from lmworks.settings import Settings
 from lmworks.tokens.batch import make_stream
 from lmworks.tokens.tokenizer import Tokenizer
 from lmworks.tokens.train import train_tokenizer
@@ -43,6 +41,8 @@ from lmworks.training.data import TokenWindows
 from lmworks.training.objectives import CausalLoss
 from lmworks.training.train_config import TrainConfig
 from lmworks.training.trainer import Trainer
+from lmworks.verbs.run import make_network
+from lmworks.verbs.settings import Settings
 
 ARCHS = ("feedforward", "rnn", "lstm", "gru", "transformer")
 SMOOTHINGS = ("laplace", "good-turing", "kneser-ney", "modified-kneser-ney")

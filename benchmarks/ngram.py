@@ -44,7 +44,7 @@ OURS = """
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from lmworks import ngrams
+from lmworks.verbs import ngrams
 with TemporaryDirectory() as folder:
     ngrams.train(sys.argv[1], Path(folder) / "m", order=int(sys.argv[3]), smoothing=sys.argv[4])
     print(ngrams.evaluate(Path(folder) / "m", sys.argv[2]).values["perplexity_with_blank_lines"])

@@ -29,12 +29,12 @@ from lmworks.base.files import write_json, write_text
 from lmworks.base.report import Report, Table
 from lmworks.base.types import Batch
 from lmworks.models.heads import CausalLM
-from lmworks.run import make_network
-from lmworks.settings import Settings
 from lmworks.training.data import IGNORED
 from lmworks.training.objectives import CausalLoss
 from lmworks.training.train_config import TrainConfig
 from lmworks.training.trainer import Trainer
+from lmworks.verbs.run import make_network
+from lmworks.verbs.settings import Settings
 
 SYMBOLS, NOISE, LONGEST = 8, 24, 64
 ASK, VOCAB = SYMBOLS + NOISE, SYMBOLS + NOISE + 1

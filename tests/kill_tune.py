@@ -18,7 +18,7 @@ from pathlib import Path
 
 import optuna  # noqa: F401 (imported once, before the forks)
 
-from lmworks.searching import tune
+from lmworks.verbs.searching import tune
 
 
 def start(root: Path, trials: int, space: list[str]) -> int:

@@ -20,7 +20,6 @@ from adapters import load_peft, move
 from lmworks import api
 from lmworks.base.errors import FormatError, InputError
 from lmworks.export.merge import merge
-from lmworks.finetuning import finetune
 from lmworks.models.checkpoint import load_model
 from lmworks.tokens.tokenizer import Tokenizer
 from lmworks.tokens.train import train_tokenizer
@@ -29,6 +28,7 @@ from lmworks.training.int8 import Int8Linear
 from lmworks.training.lora import activate
 from lmworks.training.state import MODEL
 from lmworks.training.stored import saved_tensors
+from lmworks.verbs.finetuning import finetune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -24,8 +24,8 @@ from selectolax.lexbor import LexborHTMLParser
 
 from lmworks.base.errors import InputError
 from lmworks.base.files import STAGED
-from lmworks.cleaning import clean
 from lmworks.cli import main
+from lmworks.verbs.cleaning import clean
 
 TWINS = {  # a file in a legacy encoding -> the same text in UTF-8; what is left out is in UNEQUAL
     "Chinese_Mandarin-GB2312": "Chinese_Mandarin-UTF8",

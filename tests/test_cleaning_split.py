@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from lmworks.base.errors import InputError
-from lmworks.cleaning_split import split
-from lmworks.cleaning_stats import quantiles
 from lmworks.cli import main
 from lmworks.text.split import share_out
+from lmworks.verbs.cleaning_split import split
+from lmworks.verbs.cleaning_stats import quantiles
 
 
 def read_parts(folder: Path) -> dict[str, list[dict[str, Any]]]:

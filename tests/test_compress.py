@@ -14,12 +14,12 @@ from tuning_models import make_languages, two_languages, write_rows
 
 from lmworks.base.errors import InputError
 from lmworks.cli import main
-from lmworks.compress_budget import compress, report_path
-from lmworks.compress_knobs import Pruning, Quantizing
-from lmworks.compressing import prune, quantize
 from lmworks.export.receipt import check_receipt
-from lmworks.finetuning import evaluate_task, finetune
 from lmworks.runtime.predictor import load
+from lmworks.verbs.compress_budget import compress, report_path
+from lmworks.verbs.compress_knobs import Pruning, Quantizing
+from lmworks.verbs.compressing import prune, quantize
+from lmworks.verbs.finetuning import evaluate_task, finetune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -19,13 +19,13 @@ from tokenizers import ByteLevelBPETokenizer
 sys.path.insert(0, str(Path(__file__).with_name("training")))
 from tuning_models import make_body, two_languages
 
-from lmworks import compress_trial
 from lmworks.base.errors import InputError
 from lmworks.compress.plain import plain_examples
-from lmworks.compress_budget import compress, report_path
-from lmworks.compress_trial import compare_answers
 from lmworks.evaluation.masked import EVERY, hide, score_masked
 from lmworks.runtime.predictor import load
+from lmworks.verbs import compress_trial
+from lmworks.verbs.compress_budget import compress, report_path
+from lmworks.verbs.compress_trial import compare_answers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 END = "<|endoftext|>"

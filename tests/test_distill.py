@@ -19,9 +19,9 @@ from tuning_models import make_languages, two_languages, write_rows
 
 from lmworks.base.errors import InputError
 from lmworks.cli import main
-from lmworks.distilling import distill
 from lmworks.export.receipt import check_receipt
-from lmworks.finetuning import evaluate_task, finetune
+from lmworks.verbs.distilling import distill
+from lmworks.verbs.finetuning import evaluate_task, finetune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

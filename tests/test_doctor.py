@@ -17,10 +17,13 @@ import torch
 from huggingface_hub import scan_cache_dir
 from packaging.requirements import Requirement
 
-from lmworks import doctor
 from lmworks.base.hub import OFFLINE
+from lmworks.verbs import doctor
 
-RUN = "import json, sys; from lmworks.doctor import examine; print(json.dumps(examine().to_dict(), allow_nan=False))"
+RUN = (
+    "import json, sys; from lmworks.verbs.doctor import examine; "
+    "print(json.dumps(examine().to_dict(), allow_nan=False))"
+)
 GUARD = "; assert not {'torch', 'torchvision', 'onnxruntime'} & set(sys.modules)"
 
 

@@ -28,12 +28,12 @@ from lmworks.evaluation.metrics import score
 from lmworks.evaluation.prompting import BETWEEN, Prompting, calibrate, fill, make_prompts, score_labels
 from lmworks.evaluation.retrieval import nearest_labels, rank_partners
 from lmworks.export.receipt import check_receipt
-from lmworks.few_shot import draw_shots, evaluate_prompts, spread
-from lmworks.finetuning import evaluate_task, finetune
 from lmworks.runtime.predictor import load
 from lmworks.text.labelled import read_labelled
 from lmworks.tokens.train import train_tokenizer
 from lmworks.training.fewshot import fit_logistic
+from lmworks.verbs.few_shot import draw_shots, evaluate_prompts, spread
+from lmworks.verbs.finetuning import evaluate_task, finetune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

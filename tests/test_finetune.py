@@ -24,11 +24,11 @@ from tuning_models import make_body, make_languages, write_rows
 
 from lmworks.base.errors import FormatError, InputError, Interrupted, LmworksError
 from lmworks.export.receipt import check_receipt
-from lmworks.finetuning import evaluate_task, finetune
 from lmworks.runtime.predictor import load
 from lmworks.tokens.train import train_tokenizer
 from lmworks.training.log import read_history
 from lmworks.training.state import hold
+from lmworks.verbs.finetuning import evaluate_task, finetune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,9 +18,9 @@ from tuning_models import POSITIONS, make_body, two_languages, write_rows, write
 from lmworks import api
 from lmworks.base.errors import InputError
 from lmworks.export.receipt import check_receipt
-from lmworks.finetuning import evaluate_task, finetune
-from lmworks.inspection import inspect_folder
 from lmworks.training.finetune import open_predictor
+from lmworks.verbs.finetuning import evaluate_task, finetune
+from lmworks.verbs.inspection import inspect_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,17 +21,17 @@ from tuning_models import make_languages
 from lmworks import api
 from lmworks.base.errors import FormatError, InputError
 from lmworks.base.report import counted
-from lmworks.distilling import Distilling
-from lmworks.finetune_data import also_files, read_data
-from lmworks.finetuning import evaluate_task, finetune
 from lmworks.runtime.torch_runtime import TorchRuntime
-from lmworks.settings import Settings
 from lmworks.text.labelled import read_labelled
 from lmworks.tokens.train import train_tokenizer
 from lmworks.training.measure import answer
 from lmworks.training.supervision import MANY_ROWS, check_classes, check_order
 from lmworks.training.tuning import Tuning
-from lmworks.tuning_report import SHOWN_CLASSES, class_table
+from lmworks.verbs.distilling import Distilling
+from lmworks.verbs.finetune_data import also_files, read_data
+from lmworks.verbs.finetuning import evaluate_task, finetune
+from lmworks.verbs.settings import Settings
+from lmworks.verbs.tuning_report import SHOWN_CLASSES, class_table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,11 +17,11 @@ from tuning_models import make_body, two_languages, write_rows
 
 from lmworks.base.errors import InputError
 from lmworks.export.receipt import check_receipt
-from lmworks.finetune_tasks import name_tasks, read_task
-from lmworks.finetuning import evaluate_task, finetune
 from lmworks.runtime.predictor import load
-from lmworks.searching import tune
 from lmworks.training.tuning import Tuning
+from lmworks.verbs.finetune_tasks import name_tasks, read_task
+from lmworks.verbs.finetuning import evaluate_task, finetune
+from lmworks.verbs.searching import tune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

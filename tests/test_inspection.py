@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
 from lmworks.base.errors import FormatError, InputError, LmworksError
-from lmworks.inspection import inspect_folder
+from lmworks.verbs.inspection import inspect_folder
 
 SMALL = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 GPT2 = {"vocab_size": 60, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
@@ -332,7 +332,7 @@ def test_only_headers_are_read_and_torch_is_not(tmp_path: Path) -> None:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + 60_000_000_000)
     code = (
-        "import sys; from lmworks.inspection import inspect_folder\n"
+        "import sys; from lmworks.verbs.inspection import inspect_folder\n"
         "print(inspect_folder(sys.argv[1]).values['parameters']['total']); assert 'torch' not in sys.modules"
     )
     run = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=20)

@@ -11,16 +11,16 @@ import torch
 from lmworks.base.errors import InputError
 from lmworks.cli import main
 from lmworks.models.heads import CausalLM
-from lmworks.run import make_network, train_config
 from lmworks.runtime.decoding import generate
 from lmworks.runtime.sampling import Sampling
 from lmworks.runtime.torch_runtime import TorchRuntime
-from lmworks.settings import Settings
 from lmworks.tokens.tokenizer import Tokenizer
 from lmworks.tokens.train import train_tokenizer
 from lmworks.training.data import TokenWindows
 from lmworks.training.objectives import CausalLoss
 from lmworks.training.trainer import Trainer
+from lmworks.verbs.run import make_network, train_config
+from lmworks.verbs.settings import Settings
 
 KINDS = ("feedforward", "rnn", "lstm", "gru")
 TEXT = "the quick brown fox jumps over the lazy dog. the dog sleeps, and the fox runs on.\n" * 30

@@ -21,8 +21,8 @@ from lmworks.cli import main
 from lmworks.evaluation.monitor import attach, check_runtime, read_monitor
 from lmworks.export.onnx_folder import export_graphs
 from lmworks.export.receipt import check_receipt
-from lmworks.monitoring import fit_monitor, passages
 from lmworks.runtime.predictor import Predictor, load
+from lmworks.verbs.monitoring import fit_monitor, passages
 
 RATE = 0.1
 

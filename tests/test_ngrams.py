@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lmworks import ngrams
 from lmworks.base.errors import FormatError, InputError
 from lmworks.cli import main
+from lmworks.verbs import ngrams
 
 FOX = "the quick brown fox jumps over the lazy dog\nthe dog sleeps\na fox jumps\n"
 

@@ -15,8 +15,8 @@ import pytest
 from lmworks.base.errors import InputError
 from lmworks.base.files import read_json, sha256
 from lmworks.cli import main
-from lmworks.corpus import count_bytes, read_corpus
-from lmworks.settings import SIZES, Settings
+from lmworks.verbs.corpus import count_bytes, read_corpus
+from lmworks.verbs.settings import SIZES, Settings
 
 KNOBS = (
     "--eval-every 10 --layers 1 --hidden-size 32 --heads 2 --context 32 --batch-size 4 --vocab-size 300 "

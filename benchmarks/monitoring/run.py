@@ -28,9 +28,9 @@ from serving import start
 
 from lmworks.evaluation.monitor import attach, read_monitor
 from lmworks.evaluation.ood import auroc
-from lmworks.monitoring_check import ask
 from lmworks.runtime.predictor import Predictor, load
 from lmworks.serve.monitor import Watch
+from lmworks.verbs.monitoring_check import ask
 
 SEEDS, STATIONARY, BEFORE, AFTER = 20, 1000, 300, 500
 HELD, TRAFFIC, KNOWN = 1000, 1600, 1000

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from lmworks.api import build, distill, evaluate, finetune, generate, predict, search, train, tune, verify
     from lmworks.base.errors import InputError, LmworksError
     from lmworks.base.report import Report
-    from lmworks.cleaning import clean
-    from lmworks.cleaning_split import split
-    from lmworks.cleaning_stats import stats
     from lmworks.runtime.auto import AutoClass
     from lmworks.tokens.tokenizer import Tokenizer
+    from lmworks.verbs.cleaning import clean
+    from lmworks.verbs.cleaning_split import split
+    from lmworks.verbs.cleaning_stats import stats
 
     AutoModel: type[AutoClass]
     AutoModelForCausalLM: type[AutoClass]
@@ -32,7 +32,7 @@ PUBLIC = {  # name -> module; imported at first use, so that `import lmworks` co
     "LmworksError": "lmworks.base.errors",
     "Report": "lmworks.base.report",
     "build": "lmworks.api",
-    "clean": "lmworks.cleaning",
+    "clean": "lmworks.verbs.cleaning",
     "distill": "lmworks.api",
     "evaluate": "lmworks.api",
     "finetune": "lmworks.api",
@@ -40,8 +40,8 @@ PUBLIC = {  # name -> module; imported at first use, so that `import lmworks` co
     "load": "lmworks.api",
     "predict": "lmworks.api",
     "search": "lmworks.api",
-    "split": "lmworks.cleaning_split",
-    "stats": "lmworks.cleaning_stats",
+    "split": "lmworks.verbs.cleaning_split",
+    "stats": "lmworks.verbs.cleaning_stats",
     "Tokenizer": "lmworks.tokens.tokenizer",
     "train": "lmworks.api",
     "tune": "lmworks.api",

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmworks.base.errors import InputError, did_you_mean
 from lmworks.base.report import Report
-from lmworks.settings import Settings
+from lmworks.verbs.settings import Settings
 
 if TYPE_CHECKING:
     from lmworks.base.types import Match
@@ -81,7 +81,7 @@ def run(
     """Train, and, when `runtimes` are given, export and verify as well."""
     from lmworks.base.files import check_output
     from lmworks.base.optional import require
-    from lmworks.corpus import read_corpus
+    from lmworks.verbs.corpus import read_corpus
 
     require("torch", extra="torch")
     from lmworks.training.distributed import find_ranks
@@ -95,12 +95,12 @@ def run(
         corpus = read_corpus(path, column=column, validation=settings.validation, seed=settings.seed)
         settings = settings.resolve(corpus.train_bytes)
     if dry_run:
-        from lmworks.estimate import estimate
+        from lmworks.verbs.estimate import estimate
 
         return estimate(corpus, settings)
-    from lmworks.publish import finish, publish
-    from lmworks.run import Trained, check_same_run, disk_needed, run_folder, train_in
-    from lmworks.summary import make_report
+    from lmworks.verbs.publish import finish, publish
+    from lmworks.verbs.run import Trained, check_same_run, disk_needed, run_folder, train_in
+    from lmworks.verbs.summary import make_report
 
     def report_on(trained: Trained) -> Report:
         certificate = None if runtimes is None else publish(folder, trained, runtimes=runtimes)
@@ -198,43 +198,43 @@ def search(
 
 
 def finetune(model: PathLike, train: PathLike, out: PathLike, **settings: Any) -> Report:
-    """Fine-tune a model on labelled data; the settings are those of `lmworks.finetuning.finetune`."""
-    from lmworks.finetuning import finetune as run
+    """Fine-tune a model on labelled data; the settings are those of `lmworks.verbs.finetuning.finetune`."""
+    from lmworks.verbs.finetuning import finetune as run
 
     return run(model, train, out, **settings)
 
 
 def distill(teacher: PathLike, train: PathLike, out: PathLike, **settings: Any) -> Report:
-    """Teach a smaller model what a larger one says; the settings are those of `lmworks.distilling.distill`."""
-    from lmworks.distilling import distill as run
+    """Teach a smaller model what a larger one says; the settings are those of `lmworks.verbs.distilling.distill`."""
+    from lmworks.verbs.distilling import distill as run
 
     return run(teacher, train, out, **settings)
 
 
 def tune(model: PathLike, train: PathLike, out: PathLike, **settings: Any) -> Report:
-    """Search the knobs of `finetune`; the settings are those of `lmworks.searching.tune`."""
-    from lmworks.searching import tune as run
+    """Search the knobs of `finetune`; the settings are those of `lmworks.verbs.searching.tune`."""
+    from lmworks.verbs.searching import tune as run
 
     return run(model, train, out, **settings)
 
 
 def quantize(model: PathLike, out: PathLike, **settings: Any) -> Report:
-    """Write a model in whole numbers; the settings are those of `lmworks.compressing.quantize`."""
-    from lmworks.compressing import quantize as run
+    """Write a model in whole numbers; the settings are those of `lmworks.verbs.compressing.quantize`."""
+    from lmworks.verbs.compressing import quantize as run
 
     return run(model, out, **settings)
 
 
 def prune(model: PathLike, out: PathLike, **settings: Any) -> Report:
-    """Write a model with fewer weights; the settings are those of `lmworks.compressing.prune`."""
-    from lmworks.compressing import prune as run
+    """Write a model with fewer weights; the settings are those of `lmworks.verbs.compressing.prune`."""
+    from lmworks.verbs.compressing import prune as run
 
     return run(model, out, **settings)
 
 
 def compress(model: PathLike, out: PathLike, *, budget: str, data: PathLike, **settings: Any) -> Report:
-    """Write the smallest and fastest model that keeps a budget; settings as of `lmworks.compress_budget.compress`."""
-    from lmworks.compress_budget import compress as run
+    """Write the smallest and fastest model that keeps a budget; settings as of `verbs.compress_budget.compress`."""
+    from lmworks.verbs.compress_budget import compress as run
 
     return run(model, out, budget=budget, data=data, **settings)
 
@@ -261,36 +261,36 @@ def evaluate(
     With `prompt` a language model says labels. Raises InputError.
     """
     from lmworks.base.hub import find_folder
-    from lmworks.finetune_data import check_plain
     from lmworks.models.families import read_config, read_kind
     from lmworks.tasks.registry import MAKERS, find_task
+    from lmworks.verbs.finetune_data import check_plain
 
     folder = find_folder(model, revision=revision)
     task = find_task(read_kind(read_config(folder)))
     layout: dict[str, Any] = {"label_column": label_column, "header": header, "split": split}
     if prompt is not None and prompt.template is not None:
-        from lmworks.few_shot import evaluate_prompts
+        from lmworks.verbs.few_shot import evaluate_prompts
 
         return evaluate_prompts(folder, texts, prompt, text_column=column, runtime=runtime, dtype=dtype, **layout)
     if prompt is not None and (prompt.shots or prompt.train or prompt.words):
         raise InputError("examples are shown in a prompt", fix="--template 'Text: {text}\\nLabel: {label}'")
     if task in MAKERS and task != "fill-mask":
-        from lmworks.finetuning import evaluate_task
+        from lmworks.verbs.finetuning import evaluate_task
 
         how: dict[str, Any] = {"runtime": runtime, "dtype": dtype, "code": code, "long": long}
         return evaluate_task(folder, texts, text_column=column, **layout, **how)
     check_plain(Path(texts), long, column, **layout)
     if task == "text-generation" and Path(texts).suffix.lower() in (".jsonl", ".json") and column is None:
-        from lmworks.finetuning import evaluate_answers
         from lmworks.text.labelled import read_labelled
+        from lmworks.verbs.finetuning import evaluate_answers
 
         data = read_labelled(texts, "text-generation", split=split)
         if not all(isinstance(example, str) for example in data.examples):
             return evaluate_answers(folder, data, code=code, runtime=runtime, dtype=dtype)
     from lmworks.base.report import Table
-    from lmworks.corpus import count_bytes, read_clean
     from lmworks.evaluation.perplexity import bits_per_byte, token_logprobs
     from lmworks.tokens.batch import make_stream
+    from lmworks.verbs.corpus import count_bytes, read_clean
 
     predictor = load(folder, "text-generation", runtime=runtime, dtype=dtype, code=code)
     tokenizer, engine = predictor.tokenizer, predictor.runtime

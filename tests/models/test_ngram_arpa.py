@@ -101,7 +101,7 @@ def test_blanks_inside_a_token_are_spelled_out() -> None:
 
 @pytest.mark.parametrize("order", [2, 3, 4, 5])
 def test_kenlm_reads_ours_and_we_read_kenlms(order: int, tmp_path: Path, data_folder: Path) -> None:
-    from lmworks import ngrams
+    from lmworks.verbs import ngrams
 
     if "LMWORKS_KENLM" not in os.environ:
         pytest.skip("LMWORKS_KENLM names the folder of lmplz and query")

@@ -14,11 +14,11 @@ from parity import zoo
 
 from lmworks.base.errors import InputError
 from lmworks.export.onnx import export_onnx
-from lmworks.inspection import inspect_folder
 from lmworks.models.families import read_config
 from lmworks.runtime import choice
 from lmworks.runtime.choice import Way, choose, content_hash, find_ways, kept_decisions, list_choices, make_work
 from lmworks.runtime.predictor import open_runtime
+from lmworks.verbs.inspection import inspect_folder
 
 ONNX, TORCH, BF16, INT8 = Way("onnx", "fp32"), Way("torch", "fp32"), Way("torch", "bf16"), Way("onnx", "int8")
 

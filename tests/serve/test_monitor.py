@@ -24,13 +24,13 @@ from lmworks.base.files import read_json, write_json
 from lmworks.cli import main
 from lmworks.evaluation.monitor import attach, read_monitor
 from lmworks.export.onnx_folder import export_graphs
-from lmworks.monitoring import fit_monitor
-from lmworks.monitoring_check import binomial_tail, check_monitor
 from lmworks.runtime.predictor import load
 from lmworks.serve.app import make_app
 from lmworks.serve.monitor import Watching
 from lmworks.serve.monitor_alerts import Target, read_target, send
 from lmworks.serve.service import describe
+from lmworks.verbs.monitoring import fit_monitor
+from lmworks.verbs.monitoring_check import binomial_tail, check_monitor
 
 WINDOW = 80
 NAME = re.compile(r"\blmworks_\w+")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lmworks.base.errors import InputError
-from lmworks.cleaning_augment import augment_corpus
 from lmworks.text.augment import augment
+from lmworks.verbs.cleaning_augment import augment_corpus
 
 TEXT = "The  quick brown fox\njumps over the lazy dog, and everybody laughs about it."
 

@@ -20,9 +20,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from lmworks.distilling import distill
-from lmworks.finetuning import finetune
 from lmworks.training.log import TIMES
+from lmworks.verbs.distilling import distill
+from lmworks.verbs.finetuning import finetune
 
 UNEQUAL = {"report.html", "report.json", "lmworks.json"}  # they hold times
 

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from lmworks.base.errors import FormatError, InputError
 from lmworks.export.merge import merge
 from lmworks.export.onnx import export_onnx
-from lmworks.inspection import inspect_folder
 from lmworks.models.checkpoint import load_model
 from lmworks.models.heads import Model
 from lmworks.runtime.torch_runtime import TorchRuntime
@@ -25,6 +24,7 @@ from lmworks.training.adapter_files import open_adapter, save_adapter
 from lmworks.training.bottleneck import add_bottleneck
 from lmworks.training.int8 import quantize_base
 from lmworks.training.lora import activate, add_lora, merge_lora, trainable_parameters, unload
+from lmworks.verbs.inspection import inspect_folder
 
 CLOSE = 1e-5
 IDS = random_ids(3, 20)

@@ -13,8 +13,6 @@ import torch
 import transformers
 
 from lmworks.base.errors import InputError
-from lmworks.finetune_data import read_domains, read_other
-from lmworks.finetuning import finetune
 from lmworks.tasks.base import Feature
 from lmworks.text.labelled import read_labelled
 from lmworks.tokens.train import train_tokenizer
@@ -24,6 +22,8 @@ from lmworks.training.examples import Examples, Row
 from lmworks.training.mixture import Domain, DomainRows, check_weights, mix, name_domains, read_weight
 from lmworks.training.supervision import check_order
 from lmworks.training.tuning import Tuning
+from lmworks.verbs.finetune_data import read_domains, read_other
+from lmworks.verbs.finetuning import finetune
 
 COLUMNS: dict[str, Any] = {"text_column": None, "label_column": None, "header": True}
 

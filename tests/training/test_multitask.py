@@ -12,12 +12,12 @@ import torch
 from tuning_models import make_body, two_languages, write_rows
 
 from lmworks.base.errors import InputError
-from lmworks.finetune_data import read_data
 from lmworks.training.finetune import Setup, set_up
 from lmworks.training.multitask import TASK, TaskMixture, join
 from lmworks.training.optim import learning_scales
 from lmworks.training.train_config import TrainConfig
 from lmworks.training.tuning import Tuning
+from lmworks.verbs.finetune_data import read_data
 
 COLUMNS: dict[str, Any] = {"text_column": None, "label_column": None, "header": True}
 TASKS = {"train.jsonl": "text-classification", "names.conll": "token-classification"}

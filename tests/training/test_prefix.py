@@ -29,7 +29,6 @@ from safetensors.torch import load_file, save_file
 
 from lmworks.base.errors import FormatError, InputError
 from lmworks.export.merge import merge
-from lmworks.inspection import inspect_folder
 from lmworks.models.cache import KVCache
 from lmworks.models.checkpoint import load_model
 from lmworks.models.heads import Model
@@ -40,6 +39,7 @@ from lmworks.training.bottleneck import add_bottleneck
 from lmworks.training.lora import activate, adapter_names, add_lora, remove_adapter, unload
 from lmworks.training.packing import packed_states
 from lmworks.training.prefix import add_prefix
+from lmworks.verbs.inspection import inspect_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks transformers
 CLOSE = 1e-5

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from lmworks.cli.output import Json, Out, Overwrite, Resume, show
-from lmworks.settings import Settings
+from lmworks.verbs.settings import Settings
 
 Knobs = Annotated[Settings, Parameter(name="*")]
 Texts = Annotated[

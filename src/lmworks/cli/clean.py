@@ -53,7 +53,7 @@ def clean(
 ) -> int:
     """Clean a corpus of any size into one file, in flat memory; it is whole or absent."""
     from lmworks.base.threads import cpu_count
-    from lmworks.cleaning import clean as run
+    from lmworks.verbs.cleaning import clean as run
 
     found = run(
         paths, out, steps=steps, dedup=dedup, threshold=threshold, language=language, among=among, min_chars=min_chars,
@@ -85,7 +85,7 @@ def split(
 ) -> int:
     """Share documents out into train, validation and test files; near duplicates stay on one side."""
     from lmworks.base.threads import cpu_count
-    from lmworks.cleaning_split import split as run
+    from lmworks.verbs.cleaning_split import split as run
 
     found = run(
         paths, out, shares=shares, seed=seed, stratify=stratify, threshold=threshold, column=column, unit=unit,
@@ -113,7 +113,7 @@ def stats(
 ) -> int:
     """Measure a corpus of any size: words, Zipf's law, lengths, quality, diversity, representativeness."""
     from lmworks.base.threads import cpu_count
-    from lmworks.cleaning_stats import stats as run
+    from lmworks.verbs.cleaning_stats import stats as run
 
     found = run(
         paths, sample=sample, languages=languages, column=column, unit=unit, encoding=encoding, stdin=stdin, seed=seed,
@@ -138,7 +138,7 @@ def augment(
 ) -> int:
     """Add changed copies of texts to train on: words swapped, left out or mistyped; columns such as labels stay."""
     from lmworks.base.threads import cpu_count
-    from lmworks.cleaning_augment import augment_corpus
+    from lmworks.verbs.cleaning_augment import augment_corpus
 
     found = augment_corpus(
         paths, out, copies=copies, ways=ways, share=share, seed=seed, column=column, workers=workers or cpu_count(),

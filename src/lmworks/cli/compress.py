@@ -12,7 +12,7 @@ from lmworks.base.errors import InputError
 from lmworks.base.report import Report
 from lmworks.cli.columns import Columns
 from lmworks.cli.output import Json, Model, Out, Overwrite, Revision, show
-from lmworks.compress_knobs import Pruning, Quantizing
+from lmworks.verbs.compress_knobs import Pruning, Quantizing
 
 
 @Parameter(name="*")

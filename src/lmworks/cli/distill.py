@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from lmworks.cli.columns import Columns, Train, Validation
 from lmworks.cli.finetune import Task
 from lmworks.cli.output import DryRun, Json, Out, Overwrite, Resume, Revision, show
-from lmworks.distilling import Distilling
+from lmworks.verbs.distilling import Distilling
 
 Knobs = Annotated[Distilling, Parameter(name="*")]
 

@@ -28,14 +28,14 @@ def pull(
 def inspect(model: Model, /, *, revision: Revision = None, json: Json = False) -> int:
     """Describe a model folder: structure, parameters, files, tokenizer, labels, and what is wrong with it."""
     from lmworks.base.hub import find_folder
-    from lmworks.inspection import inspect_folder
+    from lmworks.verbs.inspection import inspect_folder
 
     return show(inspect_folder(find_folder(model, revision=revision)), json=json)
 
 
 def doctor(*, json: Json = False) -> int:
     """Look at the installation and the machine; exit code 1 if something is broken."""
-    from lmworks.doctor import examine
+    from lmworks.verbs.doctor import examine
 
     report = examine()
     show(report, json=json)

@@ -38,7 +38,7 @@ def fit(
     json: Json = False,
 ) -> int:
     """Fit confidence, a threshold for strange texts and a reference for drift; they are saved beside the model."""
-    from lmworks.monitoring import fit_monitor
+    from lmworks.verbs.monitoring import fit_monitor
 
     report = fit_monitor(
         model, data, out, validation=validation, out_of_scope=out_of_scope, false_alarms=false_alarms, score=score,
@@ -62,8 +62,8 @@ def check(
 ) -> int:
     """Ask whether traffic has drifted, or accuracy has fallen; exit code 1 where it has."""
     from lmworks.base.files import write_text
-    from lmworks.monitoring_check import check_monitor
     from lmworks.serve.loadtest import read_key
+    from lmworks.verbs.monitoring_check import check_monitor
 
     report = check_monitor(source, data=data, model=model, key=read_key(api_key_file), **vars(columns))
     show(report, json=json)

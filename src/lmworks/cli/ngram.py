@@ -40,7 +40,7 @@ def train(
     json: Json = False,
 ) -> int:
     """Count and smooth a text; writes model.arpa among its files."""
-    from lmworks import ngrams
+    from lmworks.verbs import ngrams
 
     report = ngrams.train(
         texts, out, order=order, smoothing=smoothing, kind=kind, vocab_size=vocab_size, discount=discount,
@@ -51,7 +51,7 @@ def train(
 
 def evaluate(model: Folder, texts: Texts, /, *, column: Column = None, json: Json = False) -> int:
     """Perplexity, bits per byte and unknown words; every line's end is counted, blank lines are skipped."""
-    from lmworks import ngrams
+    from lmworks.verbs import ngrams
 
     return show(ngrams.evaluate(model, texts, column=column), json=json)
 
@@ -67,7 +67,7 @@ def sample(
     json: Json = False,
 ) -> int:
     """Draw texts from the model."""
-    from lmworks import ngrams
+    from lmworks.verbs import ngrams
 
     return show(ngrams.sample(model, prompt=prompt, count=count, max_tokens=max_tokens, seed=seed), json=json)
 
@@ -81,13 +81,13 @@ def table(
     json: Json = False,
 ) -> int:
     """Conditional probabilities: P(jumps | fox) = 1.0000."""
-    from lmworks import ngrams
+    from lmworks.verbs import ngrams
 
     return show(ngrams.table(model, context, top=top), json=json)
 
 
 def score(model: Folder, text: Annotated[str, Parameter(help="One sentence.")], /, *, json: Json = False) -> int:
     """The log-probability of a sentence, token by token."""
-    from lmworks import ngrams
+    from lmworks.verbs import ngrams
 
     return show(ngrams.score(model, text), json=json)

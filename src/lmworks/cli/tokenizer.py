@@ -33,7 +33,7 @@ def train(
     json: Json = False,
 ) -> int:
     """Train a tokenizer; `out` is whole or absent, and holds one tokenizer.json for every library."""
-    from lmworks.tokenizing import train as run
+    from lmworks.verbs.tokenizing import train as run
 
     if not files:
         raise InputError("no texts to train on", fix="name a file or folder, or - for standard input")
@@ -59,7 +59,7 @@ def compare(
 ) -> int:
     """Compare tokenizers on the same texts."""
     from lmworks.base.files import write_text
-    from lmworks.tokenizing_compare import compare as run
+    from lmworks.verbs.tokenizing_compare import compare as run
 
     report = run(tokenizers, data, column=column, steps=train_models, seed=seed)
     if html is not None:
@@ -84,7 +84,7 @@ def extend(
     json: Json = False,
 ) -> int:
     """Give a model, or a tokenizer alone, more tokens; exit code 1 if an old text does not stay as it was."""
-    from lmworks.tokenizing_extend import extend as run
+    from lmworks.verbs.tokenizing_extend import extend as run
 
     report = run(model, mend(texts), out, count=count, column=column, revision=revision, overwrite=overwrite)
     show(report, json=json)
@@ -99,6 +99,6 @@ def inspect(
     json: Json = False,
 ) -> int:
     """Look into a tokenizer, and warn of the traps that it sets."""
-    from lmworks.tokenizing import inspect as run
+    from lmworks.verbs.tokenizing import inspect as run
 
     return show(run(tokenizer, None if text is None else mend(text)), json=json)

@@ -10,8 +10,8 @@ from cyclopts import Parameter
 from lmworks.cli.columns import Columns, Train
 from lmworks.cli.finetune import Knobs, Task
 from lmworks.cli.output import Json, Model, Out, Overwrite, Revision, show
-from lmworks.search_study import How
 from lmworks.training.tuning import Tuning
+from lmworks.verbs.search_study import How
 
 
 def tune(

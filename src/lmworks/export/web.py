@@ -75,7 +75,7 @@ PRIVATE = ("training",)  # folders that are never served
 def write_page(folder: Path, *, title: str, facts: Mapping[str, Any], selftest: Mapping[str, Any]) -> None:
     """Write the page into a model folder that already holds its settings and graphs.
 
-    `facts` are a run's values (`lmworks.summary.make_values`); whatever is missing or None is left out of the page.
+    `facts` are a run's values (`lmworks.verbs.summary.make_values`); what is missing or None is left out of the page.
     `selftest` is what `record_selftest` or `record_task` returned; it says which task the page is for. Raises
     InputError when the JavaScript library was never vendored or a graph is too large for a browser, and FormatError
     when the folder holds no graph.

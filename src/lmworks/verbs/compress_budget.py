@@ -27,12 +27,12 @@ from lmworks.compress.candidates import (
     quality_of,
     recommend,
 )
-from lmworks.compress_knobs import Pruning, Quantizing
-from lmworks.compress_trial import main_score, measure_candidate
-from lmworks.compressing import Source, apply_pruning, apply_quantizing, keep_settings, open_source
-from lmworks.finetune_data import fingerprint
 from lmworks.models.families import read_config, read_kind
 from lmworks.tasks.registry import find_task
+from lmworks.verbs.compress_knobs import Pruning, Quantizing
+from lmworks.verbs.compress_trial import main_score, measure_candidate
+from lmworks.verbs.compressing import Source, apply_pruning, apply_quantizing, keep_settings, open_source
+from lmworks.verbs.finetune_data import fingerprint
 
 SCORES = ("accuracy", "f1", "precision", "recall", "macro_f1", "exact_match", "mse", "pearson", "spearman", "mrr",
           "recall_at_1", "perplexity", "cosine", "agreement")  # fmt: skip

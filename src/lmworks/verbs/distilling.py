@@ -19,15 +19,15 @@ from lmworks.base.hub import find_folder
 from lmworks.base.knobs import check_ranges, check_useful, read_knobs
 from lmworks.base.optional import require
 from lmworks.base.report import Report, Table
-from lmworks.finetune_data import as_json, fingerprint, read_data
-from lmworks.finetune_folder import BASELINES, find_baselines, publish, tuning_folder
 from lmworks.models.families import read_config, read_kind
-from lmworks.run import check_same_run
 from lmworks.tasks.base import Long, one_of
 from lmworks.tasks.registry import find_task
 from lmworks.text.labelled import Labelled
 from lmworks.training.schedule import Shape
 from lmworks.training.tuning import Dtype, Tuning
+from lmworks.verbs.finetune_data import as_json, fingerprint, read_data
+from lmworks.verbs.finetune_folder import BASELINES, find_baselines, publish, tuning_folder
+from lmworks.verbs.run import check_same_run
 
 if TYPE_CHECKING:
     from lmworks.models.heads import Model
@@ -214,7 +214,7 @@ def distill(
         check_answers(opened.model, folder, data)
         setup, tuning, place = set_up_student(opened, folder, data, held_out, task, knobs)
     if dry_run:
-        from lmworks.tuning_report import estimate
+        from lmworks.verbs.tuning_report import estimate
 
         return estimate(setup, tuning, task)
     known = {"teacher": str(teacher), "teacher_sha256": opened.sha256}

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 from lmworks.base.errors import FormatError, InputError
 from lmworks.base.files import check_output, put_in_place, read_json, write_json
 from lmworks.base.types import Ints
-from lmworks.corpus import Corpus
 from lmworks.evaluation.perplexity import bits_per_byte, mixture, token_logprobs
 from lmworks.models.config import Config
 from lmworks.runtime.base import Runtime
-from lmworks.settings import Settings
+from lmworks.verbs.corpus import Corpus
+from lmworks.verbs.settings import Settings
 
 if TYPE_CHECKING:
     from lmworks.models.heads import CausalLM

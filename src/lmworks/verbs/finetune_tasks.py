@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from lmworks.base.errors import InputError
 from lmworks.base.files import write_json, write_text
 from lmworks.base.report import Cell, Report, Table, counted
-from lmworks.finetune_data import as_json, choose_task, fingerprint, read_other
-from lmworks.finetune_folder import BASELINES, find_baselines, publish, tuning_folder
-from lmworks.run import check_same_run
 from lmworks.text.labelled import Labelled
 from lmworks.training.mixture import check_weights, read_share
 from lmworks.training.tuning import LONG_TASKS, Tuning
+from lmworks.verbs.finetune_data import as_json, choose_task, fingerprint, read_other
+from lmworks.verbs.finetune_folder import BASELINES, find_baselines, publish, tuning_folder
+from lmworks.verbs.run import check_same_run
 
 if TYPE_CHECKING:
     from lmworks.training.finetune import Setup, Tuned
@@ -167,8 +167,8 @@ def publish_together(
 ) -> Report:  # fmt: skip
     """Write the report of all tasks and, last, the receipt of all folders."""
     from lmworks.export.receipt import write_receipt
-    from lmworks.summary import versions
-    from lmworks.tuning_report import loss_chart, metric_table
+    from lmworks.verbs.summary import versions
+    from lmworks.verbs.tuning_report import loss_chart, metric_table
 
     first, result = reports[0].values, tuned[0].result
     mean = next(row["mean"] for row in result.history.measured if row["step"] == result.best_step)
@@ -229,7 +229,7 @@ SAID_OF_ALL = ("Overfitting", "The last weights")  # notes on the one run, which
 def estimate_tasks(setups: Sequence[Setup], parts: Sequence[Part], tuning: Tuning) -> Report:
     """Return what the run would cost: the time is that of all tasks, memory and disk those of the largest."""
     from lmworks.training.multitask import join
-    from lmworks.tuning_report import estimate
+    from lmworks.verbs.tuning_report import estimate
 
     join(setups, [part.weight for part in parts[1:]])
     reports = [estimate(setup, tuning, part.task) for setup, part in zip(setups, parts, strict=True)]

@@ -48,15 +48,15 @@ from lmworks.evaluation.ood import (
     softmax_score,
 )
 from lmworks.export.receipt import RECEIPT
-from lmworks.finetune_data import fingerprint, read_data, take
 from lmworks.models.families import read_config, read_kind
-from lmworks.monitoring_report import Measured, make_report
 from lmworks.runtime.onnx_runtime import FILES
 from lmworks.runtime.predictor import Predictor, load
 from lmworks.tasks.registry import find_task
 from lmworks.text.labelled import Labelled, read_labelled
 from lmworks.text.read import read_documents
 from lmworks.training.mixture import find_split
+from lmworks.verbs.finetune_data import fingerprint, read_data, take
+from lmworks.verbs.monitoring_report import Measured, make_report
 
 PathLike = str | Path
 PAGE = "monitor.html"

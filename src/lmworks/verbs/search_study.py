@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lmworks.base.errors import InputError
-from lmworks.search_space import Knob, Value
+from lmworks.verbs.search_space import Knob, Value
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler

@@ -124,7 +124,8 @@ def time_pair(other: Predictor, base: Predictor, examples: Sequence[Any]) -> dic
 def weigh(folder: Path, task: str, dtype: str, examples: Sequence[Any]) -> float:
     """Return the most memory, in MB, that a process of its own needed to open a folder and answer a few examples."""
     asked = json.dumps({"folder": str(folder), "task": task, "dtype": dtype, "examples": list(examples)})
-    done = subprocess.run([sys.executable, "-c", "from lmworks.compress_trial import weighed; weighed()"], input=asked,
+    code = "from lmworks.verbs.compress_trial import weighed; weighed()"
+    done = subprocess.run([sys.executable, "-c", code], input=asked,
                           capture_output=True, text=True, check=False)  # fmt: skip
     if done.returncode:
         raise LmworksError("a process of its own could not open the model", where=str(folder),

@@ -12,8 +12,8 @@ from lmworks.base.chart import Chart
 from lmworks.base.report import Cell, Report, Table, counted
 
 if TYPE_CHECKING:
-    from lmworks.run import Trained
-    from lmworks.settings import Settings
+    from lmworks.verbs.run import Trained
+    from lmworks.verbs.settings import Settings
 
 ADDRESS = "http://127.0.0.1:8000/"  # where `lmworks serve` listens unless it is told otherwise
 PACKAGES = ("torch", "onnx", "onnxruntime", "tokenizers", "safetensors", "numpy")

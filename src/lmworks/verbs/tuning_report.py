@@ -13,12 +13,12 @@ import numpy as np
 from lmworks.base.chart import Chart
 from lmworks.base.report import Cell, Report, Table, counted
 from lmworks.base.threads import cpu_count
-from lmworks.estimate import BYTES_AN_ACTIVATION, FIXED_MEMORY
 from lmworks.evaluation.metrics import class_scores, entity_scores, score
-from lmworks.few_shot import spread, spread_tables
-from lmworks.finetune_data import fingerprint
-from lmworks.summary import versions
 from lmworks.text.labelled import Labelled
+from lmworks.verbs.estimate import BYTES_AN_ACTIVATION, FIXED_MEMORY
+from lmworks.verbs.few_shot import spread, spread_tables
+from lmworks.verbs.finetune_data import fingerprint
+from lmworks.verbs.summary import versions
 
 if TYPE_CHECKING:
     from lmworks.training.finetune import Setup, Tuned

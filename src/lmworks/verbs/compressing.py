@@ -21,12 +21,12 @@ from lmworks.base.files import check_output, new_folder, read_json, write_json, 
 from lmworks.base.hub import find_folder
 from lmworks.base.optional import require
 from lmworks.base.report import Cell, Report, Table
-from lmworks.compress_knobs import Pruning, Quantizing
-from lmworks.compress_trial import folder_bytes, judge
-from lmworks.finetune_data import fingerprint, read_data
 from lmworks.models.families import TASKS, read_config, read_kind
 from lmworks.tasks.registry import find_task
 from lmworks.text.labelled import Labelled
+from lmworks.verbs.compress_knobs import Pruning, Quantizing
+from lmworks.verbs.compress_trial import folder_bytes, judge
+from lmworks.verbs.finetune_data import fingerprint, read_data
 
 if TYPE_CHECKING:
     from lmworks.models.heads import Model

@@ -26,14 +26,14 @@ from lmworks.base.files import check_output, put_in_place, read_json, write_json
 from lmworks.base.optional import require
 from lmworks.base.report import Report
 from lmworks.base.threads import cpu_count
-from lmworks.finetune_folder import BASELINES, find_baselines, publish
-from lmworks.search_plan import LOCKS, TRIALS, Plan, Request, open_study, read_plan
-from lmworks.search_report import describe, make_report, write_curves, write_trials
-from lmworks.search_space import settings_of
-from lmworks.search_study import How, SharedStudy, Trial
 from lmworks.tasks.base import one_of
 from lmworks.training.callbacks import Callback
 from lmworks.training.tuning import Tuning
+from lmworks.verbs.finetune_folder import BASELINES, find_baselines, publish
+from lmworks.verbs.search_plan import LOCKS, TRIALS, Plan, Request, open_study, read_plan
+from lmworks.verbs.search_report import describe, make_report, write_curves, write_trials
+from lmworks.verbs.search_space import settings_of
+from lmworks.verbs.search_study import How, SharedStudy, Trial
 
 if TYPE_CHECKING:
     from lmworks.training.finetune import Setup, Tuned
@@ -117,7 +117,7 @@ def more_processes(request: Request, count: int) -> Iterator[None]:
         return
     before = os.environ.get("LMWORKS_THREADS")
     os.environ["LMWORKS_THREADS"] = str(max(1, cpu_count() // (count + 1)))
-    code = "from lmworks.searching import join; join()"
+    code = "from lmworks.verbs.searching import join; join()"
     started = [subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) for _ in range(count)]
     try:
         for process in started:

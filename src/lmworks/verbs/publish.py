@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmworks.base.files import read_json, write_json
-from lmworks.run import Trained, make_prompts
-from lmworks.summary import facts, make_values
+from lmworks.verbs.run import Trained, make_prompts
+from lmworks.verbs.summary import facts, make_values
 
 if TYPE_CHECKING:
     from lmworks.base.report import Report

@@ -13,11 +13,11 @@ from lmworks.base.errors import InputError, did_you_mean
 from lmworks.base.files import new_file
 from lmworks.base.pool import map_batches, show_progress
 from lmworks.base.report import Report, Table
-from lmworks.cleaning import check, parse_names
 from lmworks.text.augment import WAYS, augment
 from lmworks.text.open import plain_ending
 from lmworks.text.stream import Record, list_files, make_batches, stream_documents, total_bytes
 from lmworks.text.write import open_packed, to_bytes
+from lmworks.verbs.cleaning import check, parse_names
 
 
 def augment_corpus(

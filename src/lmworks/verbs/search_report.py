@@ -16,14 +16,14 @@ import numpy as np
 from lmworks.base.chart import Chart
 from lmworks.base.files import write_text
 from lmworks.base.report import Cell, Report, Table, counted
-from lmworks.search_space import Knob
-from lmworks.search_study import Variant, by_variant, is_repeated, mean_score, scores
 from lmworks.training.tuning import RANGES
+from lmworks.verbs.search_space import Knob
+from lmworks.verbs.search_study import Variant, by_variant, is_repeated, mean_score, scores
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-    from lmworks.search_study import SharedStudy
+    from lmworks.verbs.search_study import SharedStudy
 
 STATES = {"COMPLETE": "done", "PRUNED": "stopped", "FAIL": "failed"}
 EDGE = 0.05  # of the range: nearer to an end than this, the best may lie beyond it

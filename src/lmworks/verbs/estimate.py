@@ -13,10 +13,10 @@ import numpy as np
 
 from lmworks.base.report import Cell, Report, Table, counted
 from lmworks.base.threads import cpu_count
-from lmworks.corpus import Corpus
-from lmworks.run import disk_needed, make_network, train_config
-from lmworks.settings import Settings
 from lmworks.training.train_config import count_moments
+from lmworks.verbs.corpus import Corpus
+from lmworks.verbs.run import disk_needed, make_network, train_config
+from lmworks.verbs.settings import Settings
 
 WARM_UP_STEPS, MEASURED_STEPS = 2, 4
 BYTES_A_PARAMETER = 8  # weight and gradient, float32 each

@@ -15,12 +15,12 @@ from typing import Any
 from lmworks.base.errors import InputError
 from lmworks.base.files import STAGED, read_json, sha256, write_json
 from lmworks.base.hub import find_folder
-from lmworks.finetune_data import also_files, as_json, choose_task, fingerprint, read_data, read_domains
-from lmworks.search_space import Knob, Value, default_space, make_grid, read_space
-from lmworks.search_study import How, SharedStudy
 from lmworks.text.labelled import Labelled
 from lmworks.training.mixture import Domain
 from lmworks.training.tuning import Tuning
+from lmworks.verbs.finetune_data import also_files, as_json, choose_task, fingerprint, read_data, read_domains
+from lmworks.verbs.search_space import Knob, Value, default_space, make_grid, read_space
+from lmworks.verbs.search_study import How, SharedStudy
 
 TRIALS, MARK, LOCKS = "training/trials", "training/search_id.json", "training/locks"  # which no receipt covers
 DEFAULT_TRIALS, MOST_TRIALS = 24, 100_000

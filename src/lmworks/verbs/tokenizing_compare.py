@@ -17,13 +17,13 @@ from typing import Any
 from lmworks.base.errors import InputError
 from lmworks.base.optional import require
 from lmworks.base.report import Cell, Report, Table
-from lmworks.corpus import LEAST_BYTES, Corpus, count_bytes
-from lmworks.settings import Settings
 from lmworks.text.read import Document
 from lmworks.tokens.look import open_tokenizer
 from lmworks.tokens.measure import compare_speed, find_words, measure
 from lmworks.tokens.stream import Texts
 from lmworks.tokens.tokenizer import Tokenizer
+from lmworks.verbs.corpus import LEAST_BYTES, Corpus, count_bytes
+from lmworks.verbs.settings import Settings
 
 TIMED = 2_000_000  # characters that the clock sees
 HELD_OUT = 0.1  # of each file, its end
@@ -104,9 +104,9 @@ def train_models(tokenizers: Mapping[str, Tokenizer], parts: Mapping[str, str], 
     """Train the same small network on each tokenizer's tokens; return scores by tokenizer, and by language."""
     require("torch", extra="torch")
     from lmworks.evaluation.perplexity import bits_per_byte, token_logprobs
-    from lmworks.run import train_in
     from lmworks.runtime.torch_runtime import TorchRuntime
     from lmworks.tokens.batch import make_stream
+    from lmworks.verbs.run import train_in
 
     corpus = make_corpus(parts)
     settings = replace(Settings(), steps=steps, seed=seed).resolve(corpus.train_bytes)

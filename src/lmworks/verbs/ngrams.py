@@ -27,9 +27,9 @@ from lmworks.export.receipt import write_receipt
 from lmworks.models.ngram import NgramModel
 from lmworks.models.ngram_arpa import BEGIN, END
 from lmworks.models.ngram_smoothing import Smoothing
-from lmworks.ngram_folder import WORD, Opened, count_words, load, read_lines, save, split
 from lmworks.tokens.batch import make_stream
 from lmworks.tokens.train import KINDS, train_tokenizer
+from lmworks.verbs.ngram_folder import WORD, Opened, count_words, load, read_lines, save, split
 
 LOG10 = math.log(10)
 

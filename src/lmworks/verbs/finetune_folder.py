@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from lmworks.base.files import read_json, write_json, write_text
 from lmworks.base.report import Report
-from lmworks.finetune_data import fingerprint
-from lmworks.run import run_folder
 from lmworks.tasks.embed import FeatureExtraction
 from lmworks.text.labelled import Labelled
 from lmworks.training.tuning import ADAPTERS, Tuning
+from lmworks.verbs.finetune_data import fingerprint
+from lmworks.verbs.run import run_folder
 
 if TYPE_CHECKING:
     from lmworks.training.finetune import Setup, Tuned
@@ -76,10 +76,10 @@ def publish(
     """
     from lmworks.export.receipt import write_receipt
     from lmworks.models.checkpoint import save_model
-    from lmworks.summary import versions
     from lmworks.training.adapter_save import save_adapter
     from lmworks.training.embed_files import write_recipe
-    from lmworks.tuning_report import make_report
+    from lmworks.verbs.summary import versions
+    from lmworks.verbs.tuning_report import make_report
 
     kept = ("generation_config.json",) if setup.model.config.causal else ()
     for file in (*kept, "preprocessor_config.json"):

@@ -19,18 +19,26 @@ from lmworks.base.files import check_output, read_json
 from lmworks.base.hub import find_folder
 from lmworks.base.optional import require
 from lmworks.base.report import Report, Table, counted
-from lmworks.few_shot import draw_shots, tune_draws
-from lmworks.finetune_data import also_files, as_json, check_header, choose_task, fingerprint, read_data, read_domains
-from lmworks.finetune_folder import BASELINES, find_baselines, publish, tuning_folder
-from lmworks.finetune_tasks import finetune_tasks, read_parts
 from lmworks.models.config import Config
 from lmworks.models.families import read_config, read_kind
-from lmworks.run import check_same_run
 from lmworks.runtime.predictor import read_facts
 from lmworks.tasks.base import Long
 from lmworks.tasks.registry import find_task
 from lmworks.text.labelled import Labelled, check_labels, read_labelled
 from lmworks.training.tuning import LONG_TASKS, Tuning
+from lmworks.verbs.few_shot import draw_shots, tune_draws
+from lmworks.verbs.finetune_data import (
+    also_files,
+    as_json,
+    check_header,
+    choose_task,
+    fingerprint,
+    read_data,
+    read_domains,
+)
+from lmworks.verbs.finetune_folder import BASELINES, find_baselines, publish, tuning_folder
+from lmworks.verbs.finetune_tasks import finetune_tasks, read_parts
+from lmworks.verbs.run import check_same_run
 
 PathLike = str | Path
 
@@ -80,7 +88,7 @@ def finetune(
         how = {"tuning": tuning, "resume": resume, "overwrite": overwrite, "dry_run": dry_run}
         return finetune_tasks(model, folder, parts, out, **how)  # type: ignore[arg-type]
     if dry_run:
-        from lmworks.tuning_report import estimate
+        from lmworks.verbs.tuning_report import estimate
 
         if tuning.shots is not None:
             data = draw_shots(data, tuning.shots, tuning.seed)
@@ -123,7 +131,7 @@ def evaluate_task(
     `long` None: as the model was fine-tuned, else "error". Raises InputError for labels that the model does not have.
     """
     from lmworks.evaluation.metrics import score
-    from lmworks.tuning_report import class_rows, class_table, metric_table
+    from lmworks.verbs.tuning_report import class_rows, class_table, metric_table
 
     folder = find_folder(model, revision=revision)
     config = read_config(folder)

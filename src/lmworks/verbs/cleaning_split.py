@@ -19,13 +19,13 @@ from lmworks.base.errors import InputError, did_you_mean
 from lmworks.base.files import new_folder, write_json, write_text
 from lmworks.base.pool import map_batches, show_progress
 from lmworks.base.report import Report, Table, counted
-from lmworks.cleaning import THRESHOLD, parse_names
 from lmworks.text.duplicates import Fingerprints, key, sign
 from lmworks.text.open import STDIN
 from lmworks.text.read import find_column
 from lmworks.text.split import share_out
 from lmworks.text.stream import Record, Unit, cut, list_files, make_batches, stream_documents, total_bytes
 from lmworks.text.write import to_bytes
+from lmworks.verbs.cleaning import THRESHOLD, parse_names
 
 NAMES = {2: ("train", "validation"), 3: ("train", "validation", "test")}
 RECEIPT = "split.json"

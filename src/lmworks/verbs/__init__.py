@@ -1,0 +1,1 @@
+"""The verbs: each a whole run, from its options to its report."""
