@@ -4,6 +4,7 @@ BIN := .venv/bin
 WEB := src/lmworks/export/web
 LLAMA_CPP := tests/export/llama_cpp
 INSTALLED := .venv/.installed
+WORKERS ?= 2
 
 .PHONY: install check lint test test-long demo bench clean
 
@@ -27,7 +28,7 @@ lint: install
 	$(BIN)/mypy
 
 test: install
-	$(BIN)/python -m pytest -m "not slow and not live"
+	$(BIN)/python -m pytest -m "not slow and not live" -n $(WORKERS) --dist loadfile
 
 test-long: install
 	$(BIN)/python -m pytest -m "not live"

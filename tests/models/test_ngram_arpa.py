@@ -99,12 +99,11 @@ def test_blanks_inside_a_token_are_spelled_out() -> None:
     assert "<0x20> a<0x09>b\n" in file.getvalue()
 
 
+@pytest.mark.live  # LMWORKS_KENLM names the folder of lmplz and query
 @pytest.mark.parametrize("order", [2, 3, 4, 5])
 def test_kenlm_reads_ours_and_we_read_kenlms(order: int, tmp_path: Path, data_folder: Path) -> None:
     from lmworks.verbs import ngrams
 
-    if "LMWORKS_KENLM" not in os.environ:
-        pytest.skip("LMWORKS_KENLM names the folder of lmplz and query")
     programs, wikitext = Path(os.environ["LMWORKS_KENLM"]), data_folder / "wikitext-2"
     options = f"-o {order} --skip_symbols --discount_fallback -S 200M -T {tmp_path}".split()
     command = [programs / "lmplz", *options]

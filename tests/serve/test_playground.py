@@ -149,7 +149,7 @@ def test_stop_ends_the_text_on_the_server_too(locked: Running, visit: Visit) -> 
     hold += "return n > 2 ? new Promise(() => {}) : read.call(this); }; }"
     page.evaluate(hold)  # the third piece never arrives
     page.click("#run")
-    page.wait_for_function("document.getElementById('output').textContent !== ''")
+    expect(page.locator("#output")).not_to_be_empty()
     page.keyboard.press("Escape")
     assert locked.supervisor.tickets == {} or not page.wait_for_timeout(500)
     assert locked.supervisor.tickets == {}

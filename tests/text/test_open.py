@@ -56,9 +56,14 @@ def test_a_long_file_has_the_encoding_of_a_short_one(text: str, encoding: str, f
     assert name == found
 
 
+def french(data: Path) -> str:
+    """Return a French text that cp1252 can write."""
+    return (data / "udhr" / "fra.txt").read_text("utf-8").replace("\u2010", "-")
+
+
 @pytest.mark.usefixtures("short")
 def test_the_first_accent_may_come_late(data_folder: Path, tmp_path: Path) -> None:
-    text = "plain English first\n" * 1000 + (data_folder / "udhr" / "fra.txt").read_text("utf-8")
+    text = "plain English first\n" * 1000 + french(data_folder)
     path = tmp_path / "a.txt"
     path.write_bytes(text.encode("cp1252"))
     assert [(d.text, d.encoding) for d in read_all(path)] == [(text, "cp1252")]
