@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from lmworks.base.errors import InputError
 from lmworks.text.augment import augment
@@ -42,6 +43,9 @@ def test_rows_keep_their_columns(tmp_path: Path) -> None:
     assert values["documents"] == {"as it was": 2, "swap": 1, "drop": 1, "typo": 1}
     augment_corpus([tmp_path / "in.csv"], tmp_path / "b.jsonl", copies=3, seed=1)
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+    augment_corpus([tmp_path / "in.csv"], tmp_path / "b.jsonl.zst", copies=3, seed=1)
+    with zstandard.open(tmp_path / "b.jsonl.zst", "rb") as packed:
+        assert packed.read() == (tmp_path / "a.jsonl").read_bytes()
     for options, message in (({"ways": "swop"}, 'did you mean "swap"'), ({"share": 0.0}, "nothing would change")):
         with pytest.raises(InputError, match=message):
             augment_corpus([tmp_path / "in.csv"], tmp_path / "c.jsonl", **options)  # type: ignore[arg-type]

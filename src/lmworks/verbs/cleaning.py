@@ -124,7 +124,7 @@ def clean(
             if dedup is None:
                 with open_packed(staged, packed) as file:
                     for done in batches:
-                        file.writelines(done.records)
+                        file.write(b"".join(done.records))
                         total.add(done.tally)
             else:
                 with open_packed(staged, packed) as file:

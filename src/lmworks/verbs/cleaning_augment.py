@@ -55,7 +55,7 @@ def augment_corpus(
         batches = map_batches(work, make_batches(documents), workers=workers)
         with closing(batches), open_packed(staged, out.suffix.lower()) as file:
             for records, counts in batches:
-                file.writelines(records)
+                file.write(b"".join(records))
                 total.update(counts)
         if not total["as it was"]:
             raise InputError("there is no text here", where=", ".join(name for _, name in files)[:200])

@@ -83,7 +83,9 @@ def split(
         names = NAMES[len(wanted)]
         if len(set(places.tolist())) < len(wanted):
             many = f"{counted(len(groups), 'document')}, {len(set(groups.tolist())):,} that are not near duplicates"
-            raise InputError("a share would be empty", found=many, fix="give more documents, or --unit paragraph")
+            raise InputError(
+                "a share would be empty", found=many, fix="give more documents, or --unit paragraph or line"
+            )
         tables = write_shares(staged, read(), places, names, unit, stratify)
         found = report(out, groups, places, names, tables, wanted, seed, stratify, threshold)
         write_json(staged / RECEIPT, found.to_dict())
