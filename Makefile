@@ -31,7 +31,7 @@ test: install
 	$(BIN)/python -m pytest -m "not slow and not live" -n $(WORKERS) --dist loadfile
 
 test-long: install
-	$(BIN)/python -m pytest -m "not live"
+	$(BIN)/python -m pytest -m "not live" --hypothesis-profile=default
 
 demo: install
 	$(BIN)/lmworks build --out demo --overwrite

@@ -71,20 +71,25 @@ def test_special_ids(bpe: Tokenizer, char: Tokenizer) -> None:
     assert bpe.encode(f"a{EOS}") == [*bpe.encode("a"), 0]
 
 
+def without_surrogates(text: str) -> str:
+    """The text with a replacement character for each lone surrogate, which UTF-8 cannot hold."""
+    return "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text)
+
+
 @settings(max_examples=300, deadline=None)
 @given(text=ANY_TEXT)
 def test_bpe_loses_nothing(bpe: Tokenizer, text: str) -> None:
-    whole = "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text)
-    assert bpe.decode(bpe.encode(text), skip_special_tokens=False) == whole
+    assert bpe.decode(bpe.encode(text), skip_special_tokens=False) == without_surrogates(text)
 
 
 @settings(max_examples=100, deadline=None)
 @given(text=ANY_TEXT)
 def test_char_gives_one_token_a_grapheme_cluster(char: Tokenizer, text: str) -> None:
     known = {cluster for line in TEXTS for cluster in regex.findall(r"\X", line)}
-    clusters = [cluster for cluster, _ in char.backend.pre_tokenizer.pre_tokenize_str(text)]
+    whole = without_surrogates(text)
+    clusters = [cluster for cluster, _ in char.backend.pre_tokenizer.pre_tokenize_str(whole)]
     ids = char.encode(text)
-    assert "".join(clusters) == text and len(ids) == len(clusters)
+    assert "".join(clusters) == whole and len(ids) == len(clusters)
     assert [id == char.unk_id for id in ids] == [cluster not in known for cluster in clusters]
     assert char.knows(text) == (set(clusters) <= known)
 
