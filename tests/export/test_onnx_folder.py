@@ -177,6 +177,12 @@ def test_the_graph_is_taken_for_its_own_task_only(made):
         OnnxRuntime(graphs).run({"input_ids": np.ones((1, 513), np.int64)})
 
 
+def test_a_dtype_that_shares_its_precision_may_come_alone(made, tmp_path):
+    weights, _ = made["SequenceClassification"]
+    graphs = export_graphs(weights, tmp_path / "m", dtypes=["q4f16"]).values["graphs"]
+    assert list(graphs) == ["q4f16"] and graphs["q4f16"]["kept"] is not None
+
+
 def test_images_are_read_without_torch(tmp_path):
     random = np.random.default_rng(0)
     torch.manual_seed(0)

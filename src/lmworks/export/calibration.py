@@ -33,7 +33,7 @@ def find_precisions(
         return {}
     inputs, limit = list(batches) or built_in(model, source), LIMIT if ranked else math.inf
     found = {dtype: choose_precision(model, inputs, dtype, limit=limit) for dtype in wanted if inputs}
-    return found | {dtype: found[same] for dtype, same in SAME.items() if dtype in dtypes and same in found}
+    return {dtype: found[SAME.get(dtype, dtype)] for dtype in dtypes if SAME.get(dtype, dtype) in found}
 
 
 def built_in(model: Model, source: Path) -> list[Batch]:

@@ -45,8 +45,9 @@ class FeedForward(Sequential):
         return (self.config.window or 1) - 1
 
     def make_cache(
-        self, rows: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> StateCache:
+        self, rows: int, *, capacity: int | None = None, dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> StateCache:  # fmt: skip
         """Return the vectors of nothing, for so many texts."""
         return StateCache([(self.before, self.embeddings.tokens.embedding_dim)], rows, dtype=dtype, device=device)
 

@@ -132,6 +132,8 @@ class WordVectors(nn.Module):
 class Sequential(nn.Module):
     """What networks without attention share: padding on either side, and texts that go on."""
 
+    attends = False
+
     def __init__(self, c: Config) -> None:
         super().__init__()
         self.config = c
@@ -139,9 +141,10 @@ class Sequential(nn.Module):
         self.prefix = PrefixSlot()  # always empty: there is no attention to read one
 
     def make_cache(
-        self, rows: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> StateCache:
-        """Return the states of so many texts before their first token."""
+        self, rows: int, *, capacity: int | None = None, dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> StateCache:  # fmt: skip
+        """Return the states of so many texts before their first token; any capacity fits a state."""
         raise NotImplementedError
 
     def run(self, x: Tensor, cache: StateCache | None) -> Tensor:
@@ -173,8 +176,9 @@ class Recurrent(Sequential):
         self.layers = nn.ModuleList(RecurrentLayer(c, layer) for layer in range(c.num_hidden_layers))
 
     def make_cache(
-        self, rows: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> StateCache:
+        self, rows: int, *, capacity: int | None = None, dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> StateCache:  # fmt: skip
         """Return states of 0 for so many texts."""
         shape = (2 if self.config.block == "lstm" else 1, self.config.hidden_size)
         return StateCache([shape] * len(self.layers), rows, dtype=dtype, device=device)

@@ -75,6 +75,8 @@ class Transformer(nn.Module):
     With a cache each row goes on at its own length; the mask then covers the new tokens, padded on the right only.
     """
 
+    attends = True
+
     def __init__(self, c: Config) -> None:
         super().__init__()
         self.config = c
@@ -88,6 +90,13 @@ class Transformer(nn.Module):
         self.local_frequencies = self.frequencies
         if rotates and c.rope_local_theta is not None:
             self.local_frequencies = tuple(rope_frequencies(c, c.rope_local_theta).tolist())
+
+    def make_cache(
+        self, rows: int, *, capacity: int | None = None, dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> KVCache:  # fmt: skip
+        """Return empty keys and values for so many texts of up to `capacity` tokens (None: all that it reads)."""
+        return KVCache(self.config, rows, capacity=capacity, dtype=dtype, device=device)
 
     def forward(
         self,

@@ -21,7 +21,6 @@ from torch import nn
 from lmworks.base.errors import InputError
 from lmworks.base.threads import cpu_count
 from lmworks.base.types import Batch
-from lmworks.models.cache import KVCache
 from lmworks.models.checkpoint import load_model
 from lmworks.models.compact import is_compact
 from lmworks.models.heads import Model
@@ -35,8 +34,6 @@ from lmworks.models.inference import (
     reads_only,
     run_ragged,
 )
-from lmworks.models.recurrent import Sequential
-from lmworks.models.transformer import Transformer
 from lmworks.runtime import trace
 from lmworks.runtime.base import Logits, check_ids, check_length, check_slots
 
@@ -80,7 +77,7 @@ class TorchRuntime:
             pack(self.model, rows=MANY_ROWS if reads_only(self.model) else 1)
         self.dtype, config = dtype, self.model.config
         self.vocab_size, self.max_length = config.vocab_size, config.max_tokens - self.model.transformer.prefix.length
-        self.slots, self.rewinds = slots, not isinstance(self.model.transformer, Sequential)
+        self.slots, self.rewinds = slots, self.model.transformer.attends
         self.gives_features = False  # of each row, what the head's last matrix reads, beside the logits
 
     def make_ready(self, dtype: str) -> None:
@@ -99,16 +96,14 @@ class TorchRuntime:
     @property
     def leaves_padding_out(self) -> bool:
         """Whether padding is better left out: on a graphics card many small products cost more than padding."""
-        return self.device.type == "cpu" and not self.model.parts and isinstance(self.model.transformer, Transformer)
+        return self.device.type == "cpu" and not self.model.parts and self.model.transformer.attends
 
     @cached_property
     def cache(self) -> Any:
         """Keys and values of every slot, or its state; made when the first prompt comes."""
         capacity = min(FIRST_CAPACITY, self.max_length)
         dtype = next(self.model.parameters()).dtype
-        if isinstance(self.model.transformer, Sequential):
-            return self.model.transformer.make_cache(self.slots, dtype=dtype, device=self.device)
-        return KVCache(self.model.config, self.slots, capacity=capacity, dtype=dtype, device=self.device)
+        return self.model.transformer.make_cache(self.slots, capacity=capacity, dtype=dtype, device=self.device)
 
     def run(self, batch: Batch) -> dict[str, NDArray[Any]]:
         """Run whole sequences, padded on either side, without a cache.
