@@ -79,7 +79,7 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path, capsys: pytest.Cap
         (("--arch", "lstm", "--heads", "4"), "--heads belongs to transformer"),
         (("--arch", "gru", "--family", "gpt2"), "--family belongs to transformer"),
         (("--arch", "gru", "--window", "4"), "--window belongs to feedforward"),
-        (("--embedding-size", "30"), "--embedding-size is for networks without attention"),
+        (("--embedding-size", "30"), "--embedding-size belongs to feedforward, rnn, lstm or gru"),
     ):
         assert main(["train", str(tmp_path / "t.txt"), "-o", str(tmp_path / "x"), *words]) == 2
         shown = capsys.readouterr()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -28,13 +28,14 @@ def check_useful(useless: Mapping[str, tuple[bool, str]]) -> None:
             raise InputError(reason, found=found, fix="leave out one of them" if " and " in found else "leave it out")
 
 
-def check_belongs(knobs: object, plain: object, belongs: Mapping[str, tuple[str, str]]) -> None:
-    """Raise InputError for a knob that was set without the choice it belongs to; `plain` has every knob's default."""
+def check_belongs(knobs: object, plain: object, belongs: Mapping[str, tuple[str, Sequence[str]]]) -> None:
+    """Raise InputError for a knob that was set without a choice it belongs to; `plain` has every knob's default."""
     for name, (other, wanted) in belongs.items():
         said = getattr(knobs, other)
-        if said != wanted and getattr(knobs, name) != getattr(plain, name):
+        if said not in wanted and getattr(knobs, name) != getattr(plain, name):
             option, owner = (f"--{one.replace('_', '-')}" for one in (name, other))
-            raise InputError(f"{option} belongs to {wanted}", found=f"{owner} {said}", fix=f"{owner} {wanted}")
+            choices = " or ".join((", ".join(wanted[:-1]), wanted[-1]) if len(wanted) > 1 else wanted)
+            raise InputError(f"{option} belongs to {choices}", found=f"{owner} {said}", fix=f"{owner} {wanted[0]}")
 
 
 def check_ranges(knobs: object, ranges: Mapping[str, tuple[float, float]]) -> None:

@@ -263,11 +263,13 @@ class Tuning:
 
 
 BELONGS = {  # a knob, and the choice without which it would do nothing
-    **dict.fromkeys(("rank", "alpha", "lora_dropout", "targets", "rslora", "dora", "base_dtype"), ("method", "lora")),
-    "bottleneck": ("method", "adapter"),
-    "prefix_length": ("method", "prefix"),
-    "momentum": ("optimizer", "sgd"),
-    "decay": ("schedule", "wsd"),
+    **dict.fromkeys(
+        ("rank", "alpha", "lora_dropout", "targets", "rslora", "dora", "base_dtype"), ("method", ("lora",))
+    ),
+    "bottleneck": ("method", ("adapter",)),
+    "prefix_length": ("method", ("prefix",)),
+    "momentum": ("optimizer", ("sgd",)),
+    "decay": ("schedule", ("wsd",)),
 }
 LISTS = ("freeze", "train_only", "insert", "swap", "code", "also", "also_task", "also_evaluate")
 RANGES: dict[str, tuple[float, float]] = {

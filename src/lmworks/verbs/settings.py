@@ -175,9 +175,6 @@ class Settings:
         """Raise InputError for a knob that another one leaves without effect."""
         plain = Settings()
         check_belongs(self, plain, BELONGS)
-        if self.arch not in EARLIER and self.embedding_size:
-            raise InputError("--embedding-size is for networks without attention", found=f"--arch {self.arch}",
-                             fix="leave it out, or --hidden-size")  # fmt: skip
         clipped = self.clip_value and self.max_grad_norm not in (0, plain.max_grad_norm)
         check_useful(
             {
@@ -227,11 +224,12 @@ EARLIER: dict[str, dict[str, Any]] = {  # than the Transformer
     "gru": {"layers": 2},
 }
 BELONGS = {  # a knob does nothing without the choice
-    "momentum": ("optimizer", "sgd"),
-    "decay": ("schedule", "wsd"),
-    "heads": ("arch", "transformer"),
-    "family": ("arch", "transformer"),
-    "window": ("arch", "feedforward"),
+    "momentum": ("optimizer", ("sgd",)),
+    "decay": ("schedule", ("wsd",)),
+    "heads": ("arch", ("transformer",)),
+    "family": ("arch", ("transformer",)),
+    "window": ("arch", ("feedforward",)),
+    "embedding_size": ("arch", tuple(EARLIER)),
 }
 CHOICES = {
     "arch": Arch,
