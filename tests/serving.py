@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ from typing import Any
 import httpx
 import uvicorn
 
-from lmworks.serve.app import listen, make_app
+from lmworks.serve.app import configure, listen, make_app
 from lmworks.serve.service import describe
 from lmworks.serve.supervisor import Supervisor
 
@@ -49,7 +50,7 @@ def server(
     listening = listen("127.0.0.1", 0)
     base = f"http://127.0.0.1:{listening.getsockname()[1]}"
     app = make_app([describe(folder, **(settings or {})) for folder in folders], **options)
-    uvicorn_server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+    uvicorn_server = uvicorn.Server(configure(app, grace=1))
     thread = threading.Thread(target=uvicorn_server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     running = Running(base, app.state.service.supervisor)
@@ -95,3 +96,8 @@ def running(folder: Path) -> Iterator[str]:
     """Yield the base address of a server for the page of a folder; its model is not loaded before it is asked."""
     with server(folder, ready=False, settings={"warm": False}) as one:
         yield one.base
+
+
+def slack() -> float:
+    """Return how much longer things may take because others use the machine as well; 1 on a quiet one."""
+    return max(1.0, 3 * (os.getloadavg()[0] - 4) / (os.cpu_count() or 1))

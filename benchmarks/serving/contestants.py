@@ -6,6 +6,7 @@ A peer's environment is LMWORKS_PEERS/NAME (build/peers-serving by default), wit
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import venv
@@ -39,9 +40,12 @@ class Contestant:
     environment: str | None = None  # a peer's; None: ours
 
     @property
-    def missing(self) -> bool:
-        """Whether its environment is not there."""
-        return self.environment is not None and not (PEERS / self.environment / ".complete").is_file()
+    def missing(self) -> str:
+        """Why its environment is not there, or nothing."""
+        if self.environment is None or (PEERS / self.environment / ".complete").is_file():
+            return ""
+        why = PEERS / self.environment / ".problem"
+        return f"not installed: {why.read_text() if why.is_file() else f'run.py --prepare {self.environment}'}"
 
 
 def program(environment: str, name: str) -> str:
@@ -140,7 +144,10 @@ def make_writer(name: str, sizes: dict[str, Any]) -> None:
 
 
 def prepare(name: str) -> bool:
-    """Install a peer, torch first and pinned; return whether it is there. llama-cpp-python is built from source."""
+    """Install a peer, torch first and pinned; return whether it is there. llama-cpp-python is built from source.
+
+    What pip says is kept in logs/; why it failed is kept for the table.
+    """
     folder, requirements = PEERS / name, HERE / "requirements" / f"{name}.txt"
     done = folder / ".complete"
     if done.is_file() and done.read_text() == requirements.read_text():
@@ -149,8 +156,34 @@ def prepare(name: str) -> bool:
         venv.create(folder, with_pip=True)
     pip = [program(name, "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     torch = [line for line in requirements.read_text().splitlines() if line.startswith("torch==")]
+    log = PEERS / "logs" / f"install {name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    slim = {"CMAKE_ARGS": " ".join(cmake_arguments()), **os.environ}
     for arguments in (torch, ["--requirement", str(requirements)]):
-        if arguments and subprocess.run([*pip, *arguments]).returncode:
+        with log.open("w") as said:
+            failed = arguments and subprocess.run([*pip, *arguments], stdout=said, stderr=said, env=slim).returncode
+        if failed:
+            (folder / ".problem").write_text(last_error(log))
             return False
     done.write_text(requirements.read_text())
     return True
+
+
+def cmake_arguments() -> list[str]:
+    """Return how llama.cpp is compiled: for this processor, without pictures (a third less), and without AMX.
+
+    A build for the native processor takes AMX where the processor names it, and dies at its first matrix (ldtilecfg) on
+    a virtual machine whose kernel does not allow it.
+    """
+    known = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").is_file() else []
+    more = {"AVX512": "avx512f", "AVX512_VBMI": "avx512vbmi", "AVX512_VNNI": "avx512_vnni",
+            "AVX512_BF16": "avx512_bf16", "AVX_VNNI": "avx_vnni"}  # fmt: skip
+    own = [f"-DGGML_{name}=ON" for name, flag in more.items() if flag in known]
+    return ["-DLLAVA_BUILD=OFF", *(["-DGGML_NATIVE=OFF", *own] if "amx_tile" in known else [])]
+
+
+def last_error(log: Path) -> str:
+    """Return the line of a log that says most about a failure: its last error, else its last line."""
+    lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(error|exception)\b|\w+(\.\w+)+:", line, re.IGNORECASE)]
+    return (errors or lines or ["nothing was said"])[-1][:200]

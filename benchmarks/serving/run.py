@@ -29,7 +29,7 @@ from typing import Any
 import contestants
 import httpx
 import numpy as np
-from contestants import PEERS, Contestant
+from contestants import PEERS, Contestant, last_error
 
 from lmworks.base.errors import LmworksError
 from lmworks.serve.loadtest import Load, loadtest
@@ -101,7 +101,7 @@ def write_reviews(data: Path) -> Path:
 
 def measure(race: Race, everybody: Sequence[Contestant], a: argparse.Namespace, reviews: Path) -> dict[str, Any]:
     """Start all, see that they answer alike, and let them take turns; return a table for each number of clients."""
-    problems: dict[str, str] = {one.name: "not installed" for one in everybody if one.missing}
+    problems: dict[str, str] = {one.name: one.missing for one in everybody if one.missing}
     loads = [os.getloadavg()[0]]
     with ExitStack() as stack:
         bases: dict[str, str] = {}
@@ -114,7 +114,7 @@ def measure(race: Race, everybody: Sequence[Contestant], a: argparse.Namespace, 
                 base = stack.enter_context(serving(one, a.threads, PEERS / "logs" / f"{race.name} {one.name}.log"))
                 answers = ask(base, race.route, one)
             except (RuntimeError, httpx.HTTPError) as error:
-                problems[one.name] = str(error).splitlines()[0][:120]
+                problems[one.name] = first_line(error)
                 continue
             reference = answers if reference is None else reference
             nearness[one.name] = compare(race.route, answers, reference)
@@ -131,9 +131,12 @@ def measure(race: Race, everybody: Sequence[Contestant], a: argparse.Namespace, 
                         try:
                             found = loadtest(bases[one.name], load=load, route=race.route, model=one.asked, data=data)
                         except LmworksError as error:
-                            problems[one.name] = str(error).splitlines()[0][:120]
+                            problems[one.name] = first_line(error)
                             continue
-                        if turn:
+                        if not found.values["succeeded"]:
+                            problems[one.name] = f"no request succeeded: {found.values['errors']}"
+                            figures[one.name] = []
+                        elif turn:
                             figures[one.name].append(found.values)
             rows = [row(one.name, figures.get(one.name, []), figures, everybody, race.unit) for one in everybody]
             for line in rows:
@@ -145,6 +148,11 @@ def measure(race: Race, everybody: Sequence[Contestant], a: argparse.Namespace, 
     return tables
 
 
+def first_line(error: Exception) -> str:
+    """Return what an error says, in one line of a table."""
+    return " ".join(f"{error}".split()).replace("|", "/")[:300] or type(error).__name__
+
+
 @contextmanager
 def serving(one: Contestant, threads: int, log: Path) -> Iterator[str]:
     """Yield the address of a running server; raise RuntimeError where it does not start."""
@@ -153,7 +161,9 @@ def serving(one: Contestant, threads: int, log: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     command = [part.format(model=one.model, port=port, threads=threads) for part in one.command]
     log.parent.mkdir(parents=True, exist_ok=True)
-    offline = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": str(threads)}
+    cache = PEERS / "hub"  # some look into it, though nothing is in it
+    cache.mkdir(exist_ok=True)
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": str(threads)}
     with log.open("w") as said:
         process = subprocess.Popen(command, stdout=said, stderr=said, env={**os.environ, **offline})
     try:
@@ -163,7 +173,8 @@ def serving(one: Contestant, threads: int, log: Path) -> Iterator[str]:
                 if door.connect_ex(("127.0.0.1", port)) == 0:
                     break
             if process.poll() is not None or time.monotonic() > until:
-                raise RuntimeError(f"did not start; see {log.name}")
+                ended = "took too long" if process.poll() is None else f"exit code {process.returncode}"
+                raise RuntimeError(f"did not start ({ended}): {last_error(log)}")
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}"
     finally:

@@ -42,3 +42,10 @@ def served(classifier: Path, tagger: Path, embedder: Path) -> Iterator[Running]:
     """One server of four models."""
     with server(classifier, tagger, embedder, made_folder()) as one:
         yield one
+
+
+@pytest.fixture(scope="session")
+def reviews(data_folder: Path) -> list[str]:
+    """Sentences of films' reviews."""
+    lines = (data_folder / "sst2" / "dev.tsv").read_text("utf-8").splitlines()
+    return [line.rsplit("\t", 1)[0] for line in lines[:200]]

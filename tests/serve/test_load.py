@@ -7,18 +7,16 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
-from serving import Running, start
+from serving import Running, slack, start
 from tiny_page import PROMPTS, made_folder
 
 from lmworks.runtime.predictor import load
@@ -27,23 +25,6 @@ from lmworks.serve.loadtest import Load, loadtest
 pytestmark = pytest.mark.slow
 SECONDS = float(os.environ.get("LMWORKS_LOAD_SECONDS", "60"))
 REQUESTS = int(os.environ.get("LMWORKS_LOAD_REQUESTS", "2000"))
-BARE = """
-import asyncio
-async def answer(reader, writer):
-    while await reader.readuntil(b"\\r\\n\\r\\n"):
-        writer.write(b"HTTP/1.1 200 OK\\r\\nContent-Length: 2\\r\\n\\r\\n{}")
-async def main():
-    server = await asyncio.start_server(answer, "127.0.0.1", 0)
-    print(server.sockets[0].getsockname()[1], flush=True)
-    await server.serve_forever()
-asyncio.run(main())
-"""
-
-
-@pytest.fixture(scope="module")
-def reviews(data_folder: Path) -> list[str]:
-    lines = (data_folder / "sst2" / "dev.tsv").read_text("utf-8").splitlines()
-    return [line.rsplit("\t", 1)[0] for line in lines[:200]]
 
 
 def test_64_clients_with_thousands_of_mixed_requests_are_all_answered_right(
@@ -84,72 +65,6 @@ def test_64_clients_with_thousands_of_mixed_requests_are_all_answered_right(
         await asyncio.gather(*(client_of_its_own() for _ in range(64)))
 
     asyncio.run(main())
-
-
-@contextmanager
-def bare() -> Iterator[str]:
-    """Yield the address of a server that does nothing: what a probe takes on this machine just now."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", BARE], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    assert process.stdout is not None
-    try:
-        yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def slack() -> float:
-    """Return how much longer things may take because others use the machine as well; 1 on a quiet one."""
-    return max(1.0, 3 * (os.getloadavg()[0] - 4) / (os.cpu_count() or 1))
-
-
-def p99(values: list[float]) -> float:
-    return sorted(values)[len(values) * 99 // 100]
-
-
-def test_four_times_too_much_for_a_minute_is_turned_away_in_order(
-    classifier: Path, reviews: list[str], tmp_path: Path
-) -> None:
-    """The probe is held against a server that does nothing and is asked beside it: the machine may be busy."""
-    texts = tmp_path / "reviews.txt"
-    texts.write_text("\n".join(reviews))
-    process, base = start(str(classifier), "--queue", "32")
-    try:
-        calm = loadtest(base, load=Load(clients=8, requests=None, duration=4), data=texts).values
-        rate = 4 * calm["requests_per_second"]
-        words = [sys.executable, "-m", "lmworks", "loadtest", base, "--rate", f"{rate}", "--duration", f"{SECONDS}",
-                 "--data", str(texts), "--allow-failed", "1", "--json"]  # fmt: skip
-        live: list[float] = []
-        nothing: list[float] = []
-        with bare() as other, httpx.Client() as client:
-            crowd = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-            while crowd.poll() is None:
-                for times, address in ((live, f"{base}/health/live"), (nothing, f"{other}/")):
-                    began = time.monotonic()
-                    assert client.get(address, timeout=30).status_code == 200
-                    times.append(time.monotonic() - began)
-                time.sleep(0.05)
-        ended = time.monotonic()
-        assert httpx.post(f"{base}/classify", json={"text": "a fine film"}, timeout=30).status_code == 200
-        assert time.monotonic() - ended < 5 * slack()
-        assert crowd.stdout is not None
-        found = json.loads(crowd.stdout.read())
-        reached, usual = found["requests_per_second"], calm["requests_per_second"]
-        print(f"asked {rate:.0f}/s, answered {reached:.0f}/s of {usual:.0f}/s, {found['statuses']}")
-        print(f"load {os.getloadavg()[0]:.1f}: probe p99 {p99(live):.3f} s, a bare server's {p99(nothing):.3f} s")
-        assert found["statuses"].keys() <= {"200", "429", "503"} and found["statuses"]["429"]
-        assert found["errors"].keys() <= {"429 busy", "503 timeout"}, "every request had an answer"
-        assert found["server"]["waiting_most"] <= 32
-        assert found["server"]["engine_restarts"] == 0
-        assert p99(live) < 0.1 + p99(nothing)
-        assert reached > 0.4 * usual, "turning away takes less than answering"
-        after = loadtest(base, load=Load(clients=1, requests=20), data=texts).values
-        assert after["failed"] == 0
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_200_clients_that_go_away_leave_nothing_behind() -> None:

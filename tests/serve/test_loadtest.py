@@ -151,12 +151,13 @@ def test_streams_tell_the_first_token_and_the_speed() -> None:
     async def answer(number: int, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
         texts = [{"choices": [{"text": text}]} for text in ("", "a", "b", "c", "d", "e")]
-        for i, event in enumerate([*texts, {"choices": [], "usage": {"completion_tokens": 11}}]):
+        ended = {"choices": [{"text": "", "finish_reason": "stop"}] if number == 4 else []}
+        for i, event in enumerate([*texts, {**ended, "usage": {"completion_tokens": 11}}]):
             await asyncio.sleep(0.06 if i == 1 else 0.01)
             line = f"data: {json.dumps(event)}\n\n".encode()
             await send({"type": "http.response.body", "body": line[:9], "more_body": True})
             await send({"type": "http.response.body", "body": line[9:], "more_body": True})
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n" if number != 3 else b""})
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n" if number not in (3, 4) else b""})
 
     with stub(answer) as url:
         found = run(url, route="/v1/completions", clients=1, requests=6)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
+import trustme
 from monitored import german, make_news_classifier, news
 from prometheus_client.parser import text_string_to_metric_families
 from serving import Running, server
@@ -41,6 +44,7 @@ class Receiver:
     """Whoever alerts are sent to."""
 
     url: str
+    handler: type[BaseHTTPRequestHandler]
     bodies: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -58,7 +62,7 @@ def receiver() -> Iterator[Receiver]:
         def log_message(self, *_: Any) -> None: ...
 
     listening = HTTPServer(("127.0.0.1", 0), Handler)
-    found = Receiver(f"http://127.0.0.1:{listening.server_port}")
+    found = Receiver(f"http://127.0.0.1:{listening.server_port}", Handler)
     threading.Thread(target=listening.serve_forever, daemon=True).start()
     yield found
     listening.shutdown()
@@ -234,6 +238,75 @@ def test_what_goes_wrong_with_an_alert_is_said(receiver: Receiver) -> None:
     assert "302" in send(nearby, {}) and len(receiver.bodies) == before + 1, "no redirect is followed"
     receiver.bodies.pop()
     assert "Error" in send(Target("127.0.0.1", 9, "localhost", "/", False), {})
+
+
+def test_an_alert_may_go_by_https_to_whom_the_certificate_names(
+    receiver: Receiver, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "authority.pem")
+
+    def try_it(certificate: trustme.LeafCert, host: str) -> str:
+        secure = HTTPServer(("127.0.0.1", 0), receiver.handler)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        certificate.configure_cert(context)
+        secure.socket = context.wrap_socket(secure.socket, server_side=True)
+        secure.handle_error = lambda *_: None  # a client that turns away is what is tested
+        threading.Thread(target=secure.serve_forever, daemon=True).start()
+        try:
+            return send(read_target(f"https://{host}:{secure.server_port}/alerts"), {"alert": host})
+        finally:
+            secure.shutdown()
+            secure.server_close()
+
+    named, before = authority.issue_cert("127.0.0.1"), len(receiver.bodies)
+    assert "CERTIFICATE_VERIFY_FAILED" in try_it(named, "127.0.0.1"), "nobody vouches for it"
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
+    assert try_it(named, "127.0.0.1") == ""
+    assert receiver.bodies.pop() == {"alert": "127.0.0.1"}
+    assert "mismatch" in try_it(authority.issue_cert("elsewhere.test"), "127.0.0.1")
+    assert len(receiver.bodies) == before
+
+
+def test_a_log_that_cannot_be_written_is_said_and_counted(
+    place: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "gone" / "drift.jsonl"
+    texts = [text for text, _ in news(data_folder)[1400:1440]]
+    with server(place / "news", watching=Watching(log=log, window=40)) as one:
+        one.post("/classify", {"text": texts})
+        windows(one, 1)
+        for _ in range(100):
+            if metrics(one, "lmworks_drift_undelivered_total", to="log"):
+                break
+            time.sleep(0.05)
+        assert metrics(one, "lmworks_drift_undelivered_total", to="log") == 1
+        assert "the log could not be written: FileNotFoundError" in capsys.readouterr().err
+        log.parent.mkdir()
+        one.post("/classify", {"text": texts[:10]})
+        windows(one, 2)
+        for _ in range(100):
+            if log.exists() and log.read_text():
+                break
+            time.sleep(0.05)
+        assert json.loads(log.read_text())["requests"] == 50
+        assert metrics(one, "lmworks_drift_undelivered_total", to="log") == 1
+
+
+def test_a_slow_log_stops_nobody(place: Path, data_folder: Path, tmp_path: Path) -> None:
+    """A pipe that nobody reads: to open it waits for a reader."""
+    log = tmp_path / "pipe"
+    os.mkfifo(log)
+    texts = [text for text, _ in news(data_folder)[1400:1440]]
+    with server(place / "news", watching=Watching(log=log, window=40)) as one:
+        one.post("/classify", {"text": texts})
+        windows(one, 1)
+        began = time.monotonic()
+        assert one.post("/classify", {"text": texts[:5]}).status_code == 200
+        assert httpx.get(f"{one.base}/health/live", timeout=5).status_code == 200
+        assert time.monotonic() - began < 5
+        with log.open() as reader:
+            assert json.loads(reader.readline())["requests"] == 40
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
-from page_browser import DONE, Visit, launch, shoot
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from page_browser import DONE, Visit, shoot
+from playwright.sync_api import Browser, Page, expect
 from serving import Running, server
 from tiny_page import made_folder
 
@@ -21,14 +21,6 @@ from lmworks.serve.playground_files import FILES, PUBLIC
 KEY = "a-right-key-of-some-length"
 TEXT = "A fine film 🙂, a joy to watch <b>twice</b>."
 NAMED = "🙂 Ada Lovelace lived in London & in Paris."
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        chromium = launch(playwright)
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

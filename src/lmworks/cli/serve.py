@@ -34,6 +34,14 @@ def serve(
     alert_url: Annotated[
         str | None, Parameter(help="Told of drift by POST; on this machine or in a private network only.")
     ] = None,
+    telemetry: Annotated[
+        str | None,
+        Parameter(help="An OTLP/HTTP collector of spans; else OTEL_EXPORTER_OTLP_ENDPOINT. No text is sent."),
+    ] = None,
+    feedback: Annotated[
+        str | None,
+        Parameter(help="Keep texts, answers and POST /feedback in FILE or postgresql://…; none: no text is kept."),
+    ] = None,
     lazy: Annotated[bool, Parameter(help="Load a model when it is first asked for.", negative="")] = False,
 ) -> int:
     """Serve model folders: every task, OpenAI's interface, metrics, and the page of the first."""
@@ -44,6 +52,7 @@ def serve(
     from lmworks.serve.monitor import Watching
     from lmworks.serve.monitor_alerts import read_target
     from lmworks.serve.service import describe
+    from lmworks.serve.telemetry import open_exporter
 
     ranges = (("rate", rate, 0.001, 1e6), ("queue", queue, 1, 100_000), ("timeout", timeout, 0.1, 86_400),
               ("grace", grace, 0, 3600), ("slots", slots, 1, 256), ("threads", threads, 1, 1024),
@@ -55,6 +64,7 @@ def serve(
     keys = None if api_key_file is None else read_keys(api_key_file)
     alert = None if alert_url is None else read_target(alert_url)
     watching = Watching(when_unsure, alert, drift_log, drift_window)
-    app = make_app(specs, keys=keys, rate=rate, most=queue, seconds=timeout, watching=watching)
+    app = make_app(specs, keys=keys, rate=rate, most=queue, seconds=timeout, watching=watching,
+                   exporter=open_exporter(telemetry), feedback=feedback)  # fmt: skip
     run(app, host=host, port=port, grace=grace)
     return 0

@@ -3,7 +3,8 @@
     GET  /health/live  /health/ready         200 while the process answers; 200 while requests are answered, else 503
     GET  /metrics  /info  /openapi.json      for Prometheus; what is served; the description of every route
     GET  /drift                              the latest traffic beside the reference of a monitor
-    POST /predict … /v1/chat/completions     see task_routes, hub_routes and openai_routes
+    POST /feedback                           what would have been right, where the server keeps it
+    POST /predict … /v1/chat/completions     see task_routes, hub_routes, openai_routes and kserve_routes (/v2)
     GET  /                                   the page and the files of the first model, for the browser to run itself
     GET  /playground/                        a page that asks this server; / leads there where there is no page, or keys
 
@@ -26,15 +27,17 @@ from lmworks import __version__
 from lmworks.base.errors import InputError, LmworksError, from_os_error
 from lmworks.base.optional import require
 from lmworks.export.web import HEADERS, find_served, headers_for
-from lmworks.serve import hub_routes, monitor_routes, openai_routes, task_routes
+from lmworks.serve import feedback_routes, hub_routes, kserve_routes, monitor_routes, openai_routes, task_routes
 from lmworks.serve.engine import Spec
 from lmworks.serve.guard import Guard, Rates, Scope
 from lmworks.serve.monitor import Watching
 from lmworks.serve.playground_files import PAGE, PUBLIC, add_playground
+from lmworks.serve.protocol import Protocol
 from lmworks.serve.refusals import Refused, refusal
 from lmworks.serve.schema import Unsupported
 from lmworks.serve.service import Service
 from lmworks.serve.supervisor import QUEUE, SECONDS
+from lmworks.serve.telemetry import NATIVE, Tracing
 
 require("fastapi", extra="serve")
 from fastapi import FastAPI, Request, Response  # noqa: E402
@@ -49,52 +52,62 @@ CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 def make_app(
     specs: Sequence[Spec], *, keys: list[bytes] | None = None, rate: float | None = None, most: int = QUEUE,
-    seconds: float = SECONDS, watching: Watching | None = None,
+    seconds: float = SECONDS, watching: Watching | None = None, exporter: Any = None,
+    feedback: str | Path | None = None,
 ) -> FastAPI:  # fmt: skip
     """Return the application for some models (`lmworks.serve.service.describe`).
 
     `keys` are digests (`read_keys`); `rate` is the requests a second of each key or address; at most `most` requests
-    wait; a request may take `seconds`. `watching` says what is done with strange inputs and with drift. Raises
-    InputError for two models of one name, FormatError for a monitor that is stale.
+    wait; a request may take `seconds`. `watching` says what is done with strange inputs and with drift; `exporter`
+    is given OpenTelemetry's spans; answers and feedback are kept in the database `feedback`, else no text is. Raises
+    InputError for two models of one name, FormatError for a stale monitor.
     """
     names = [spec.name for spec in specs]
     if not names or len(set(names)) < len(names):
         raise InputError("each served model needs a name of its own", found=", ".join(names) or "no model",
                          fix="rename a folder: a model's name is its folder's")  # fmt: skip
     service = Service(specs, most=most, seconds=seconds, watching=watching)
+    if feedback is not None:
+        from lmworks.serve.feedback_writer import Recorder
+
+        service.recorder = Recorder(feedback, specs, service.metrics.registry)
+    tracing = None if exporter is None else Tracing(exporter)
+    service.supervisor.on_end = None if tracing is None else tracing.question
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if service.recorder is not None:
+            service.recorder.writer.start()
         await service.supervisor.start()
         yield
         await service.supervisor.close()
+        if service.recorder is not None:
+            await asyncio.to_thread(service.recorder.writer.close)
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
-    app = FastAPI(title="lmworks", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="lmworks", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None,
+                  telemetry=NATIVE)  # fmt: skip
     app.state.service = service
     add_errors(app)
     app.include_router(openai_routes.make_router(service))
     app.include_router(task_routes.make_router(service))
     app.include_router(hub_routes.make_router(service))
+    app.include_router(kserve_routes.make_router(service))
     app.include_router(monitor_routes.make_router(service))
+    app.include_router(feedback_routes.make_router(service))
     add_own(app, service)
     add_playground(app)
     add_page(app, Path(specs[0].folder), locked=keys is not None)
 
-    def done(scope: Scope, status: int, spent: float) -> None:
-        service.metrics.done(route_of(scope), status, spent)
-
     rates = None if rate is None else Rates(rate)
     app.add_middleware(
-        Guard, keys=keys, rates=rates, refuse=answer_refused, done=done, leaving=lambda: service.supervisor.leaving,
-        public=PUBLIC,
+        Guard, keys=keys, rates=rates, refuse=answer_refused, done=service.metrics.done,
+        leaving=lambda: service.supervisor.leaving, public=PUBLIC, most=most,
+        waiting=lambda: len(service.supervisor.tickets), down=lambda: service.supervisor.down, headers=HEADERS,
+        trace=None if tracing is None else tracing.request,
     )  # fmt: skip
     return app
-
-
-def route_of(scope: Scope) -> str:
-    """Return the route of a request as it was declared: a raw path may hold a text."""
-    route = scope.get("route")
-    return str(getattr(route, "path", "other"))
 
 
 async def answer_refused(scope: Scope, receive: Any, send: Any, refused: Refused, headers: dict[str, str]) -> None:
@@ -236,11 +249,7 @@ def serve(app: FastAPI, *, host: str = "127.0.0.1", port: int = 8000, grace: flo
         def end(self) -> None:
             self.should_exit = True
 
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=grace,
-        lifespan="on", limit_concurrency=None, h11_max_incomplete_event_size=64 * 1024,
-    )  # fmt: skip
-    server, supervisor = Server(config), app.state.service.supervisor
+    server, supervisor = Server(configure(app, grace=grace)), app.state.service.supervisor
     supervisor.on_failure = server.end
     try:
         server.run(sockets=[listening])
@@ -249,6 +258,14 @@ def serve(app: FastAPI, *, host: str = "127.0.0.1", port: int = 8000, grace: flo
     for model in supervisor.models.values():
         if model.problem is not None and model.spec.warm:
             raise model.problem
+
+
+def configure(app: FastAPI, *, grace: float = GRACE) -> Any:
+    """Return uvicorn's settings; uvloop runs the loop where it is installed."""
+    return require("uvicorn", extra="serve").Config(
+        app, http=Protocol, ws="none", lifespan="on", log_level="warning", access_log=False, server_header=False,
+        timeout_graceful_shutdown=grace,
+    )  # fmt: skip
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -9,13 +9,13 @@ on who else asks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from time import monotonic
+from dataclasses import dataclass, field
+from time import monotonic, time_ns
 from typing import Any
 
 from lmworks.runtime.batching import BATCH_TOKENS, MAX_ROWS, MOST_PADDING, run_features
 from lmworks.runtime.predictor import Predictor
-from lmworks.serve.slots import ALONE, LATE, LateError, Tell
+from lmworks.serve.slots import ALONE, LATE, LateError, Tell, Took
 from lmworks.tasks.base import Feature, Task
 
 LOOKED_AT = 256  # waiting features among which those of like length are found
@@ -32,6 +32,7 @@ class Question:
     outputs: list[Any]
     missing: int
     until: float
+    took: Took = field(default_factory=lambda: Took(facts={"batches": 0, "rows": 0, "tokens": 0}))
 
 
 class Batches:
@@ -49,6 +50,7 @@ class Batches:
         task = self.predictor.make(**{**self.predictor.options, **options})
         features = task.encode(examples)
         question = Question(request, task, examples, features, [None] * len(features), len(features), until)
+        question.took.facts["tokens"] = sum(map(len, features))
         if not features:
             self._finish(question)
         self.line += [(question, number) for number in range(len(features))]
@@ -108,6 +110,10 @@ class Batches:
     def _run(self, batch: list[tuple[Question, int]]) -> None:
         features = [question.features[number] for question, number in batch]
         task = batch[0][0].task
+        for took in {id(question): question.took for question, _ in batch}.values():
+            took.began = took.began or time_ns()
+            took.facts["batches"] += 1
+            took.facts["rows"] = max(took.facts["rows"], len(batch))  # of the largest
         smaller = {id(question.features[n]): getattr(question.task, "reduce", None) for question, n in batch}
 
         def reduce(feature: Feature, output: Any) -> Any:
@@ -133,4 +139,6 @@ class Batches:
         except Exception as error:  # the others of the batch have nothing to do with it
             self.tell(question.request, "error", error)
         else:
-            self.tell(question.request, "done", answers)
+            question.took.ended = time_ns()
+            question.took.began = question.took.began or question.took.ended
+            self.tell(question.request, "done", answers, question.took)

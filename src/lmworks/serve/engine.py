@@ -1,7 +1,7 @@
 """The process that holds the models: one loop that takes requests in, lets every model do one turn, and tells.
 
     in   ("ask", request, model, kind, payload, seconds)   ("cancel", request)   ("end",)
-    out  ("piece", request, text)   ("done", request, answer)   ("error", request, error)
+    out  ("piece", request, text, None)   ("done", request, answer, took)   ("error", request, error, None)
          ("model", name, state, facts)   ("beat", counts)
 
 It ends when the pipe to the server closes: no engine outlives its server. A thread of its own sends the beats, so a
@@ -29,7 +29,7 @@ from lmworks.runtime.decoding import begin
 from lmworks.runtime.predictor import Predictor, load
 from lmworks.runtime.sampling import Sampling
 from lmworks.serve.batches import Batches
-from lmworks.serve.slots import LateError, Slots, Text
+from lmworks.serve.slots import LateError, Slots, Tell, Text, Took
 
 BEAT = 0.2  # seconds between two signs of life
 IDLE = 0.2  # seconds to wait for a request where there is nothing to do
@@ -63,7 +63,7 @@ class Written:
 class Loaded:
     """A model in this process."""
 
-    def __init__(self, spec: Spec, tell: Any) -> None:
+    def __init__(self, spec: Spec, tell: Tell) -> None:
         self.spec, self.tell = spec, tell
         self.predictor: Predictor = load(
             spec.folder, spec.task, runtime=spec.runtime, dtype=spec.dtype, slots=spec.slots, threads=spec.threads
@@ -99,17 +99,19 @@ class Loaded:
 
     def ask(self, request: int, kind: str, payload: dict[str, Any], until: float) -> None:
         """Take a request of this kind: "answer", "write", "score" or "tokenize". Raises InputError."""
+        began = time.time_ns()
         if kind == "tokenize":
             encodings = self.predictor.tokenizer.encode_inputs(payload["texts"])
             self.tell(request, "done", [
                 [(id, token, *offset, bool(special)) for id, token, offset, special in zip(
                     one.ids, one.tokens, one.offsets, one.special_tokens_mask, strict=True)] for one in encodings
-            ])  # fmt: skip
+            ], Took(began, time.time_ns()))  # fmt: skip
         elif kind == "score":
             assert self.monitor is not None
             [score], [tokens] = prompt_scores(self.predictor, payload["texts"])
             strange = bool(score > self.monitor.threshold)
-            self.tell(request, "done", [Seen([], 0, None, float(score), strange, int(tokens), None)])
+            seen = Seen([], 0, None, float(score), strange, int(tokens), None)
+            self.tell(request, "done", [seen], Took(began, time.time_ns(), {"tokens": int(tokens)}))
         elif kind == "write":
             if self.slots is None:
                 raise InputError(f"{self.spec.name} does not write texts", found=self.predictor.task)
@@ -126,10 +128,10 @@ class Loaded:
         eos = [] if payload.get("ignore_eos") else self.predictor.eos_ids
         return begin(
             self.predictor.tokenizer, payload["prompt"], max_length=self.predictor.runtime.max_length,
-            sampling=Sampling(**settings), eos_ids=eos, **own,
+            sampling=Sampling(**settings), eos_ids=eos, turn=self.predictor.runtime.turn, **own,
         )  # fmt: skip
 
-    def tell_text(self, request: int, what: str, value: Any) -> None:
+    def tell_text(self, request: int, what: str, value: Any, took: Took | None = None) -> None:
         """Tell about a text; one that is done becomes what the server needs of it."""
         if isinstance(value, Text):
             writer, decode = value.writer, self.predictor.tokenizer.decode
@@ -140,8 +142,10 @@ class Loaded:
                     (decode([one.token]), one.logprob, [(decode([token]), p) for token, p in one.top])
                     for one in writer.chosen
                 ]
+            facts = {"prompt_tokens": len(value.prompt), "reused_tokens": value.reused, "tokens": len(done.tokens)}
+            took = Took(value.began, time.time_ns(), facts)
             value = Written(done, len(value.prompt), value.reused, chosen)
-        self.tell(request, what, value)
+        self.tell(request, what, value, took)
 
     def turn(self) -> bool:
         """Do a little of whatever waits."""
@@ -185,9 +189,9 @@ class Engine:
             except (BrokenPipeError, OSError):
                 os._exit(0)
 
-    def tell(self, request: int, what: str, value: Any) -> None:
+    def tell(self, request: int, what: str, value: Any, took: Took | None = None) -> None:
         """Tell about a request."""
-        self.send(what, request, plain(value) if what == "error" else value)
+        self.send(what, request, plain(value) if what == "error" else value, took)
 
     def receive(self) -> None:
         """Put what comes into the inbox, until the server is gone."""

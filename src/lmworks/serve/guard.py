@@ -1,23 +1,26 @@
-"""Who may ask, how often, and how much: keys, rates, bodies, counted before any of it is read.
+"""Who may ask, how often, and how much: keys, rates, bodies and the queue, looked at before any of a body is read.
 
 Keys are compared by their SHA-256 in constant time, all of them, so the time says nothing. Only the probes and the
-playground's own files are open.
+playground's own files are open. To turn a request away while the queue is full takes ready-made bytes: a crowd that is
+refused must not take the processor from those who are answered.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from lmworks.base.errors import InputError
 from lmworks.base.optional import require
-from lmworks.serve.refusals import Refused
+from lmworks.serve.refusals import AWAY, BUSY, Refused
 
 require("fastapi", extra="serve")
 from starlette.exceptions import HTTPException  # noqa: E402
@@ -28,6 +31,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = ("/health/live", "/health/ready")
+IN_ADDRESS = "/predict/"  # the one route that asks the engine without a body
 MOST_BYTES = 1_000_000  # of a request's body
 MOST_HEADERS = 64
 CLIENTS = 10_000  # whose rates are remembered
@@ -82,11 +86,24 @@ class Guard:
     def __init__(
         self, app: App, *, keys: list[bytes] | None = None, rates: Rates | None = None, refuse: Any, done: Any,
         leaving: Callable[[], bool] = lambda: False, public: frozenset[str] = frozenset(),
+        most: int, waiting: Callable[[], int], down: Callable[[], bool], headers: Mapping[str, str] | None = None,
+        trace: Callable[[Scope], AbstractContextManager[Callable[[str, int], None]]] | None = None,
     ) -> None:  # fmt: skip
-        """`refuse(scope, receive, send, refused, headers)` answers; `done(scope, status, seconds)` counts."""
+        """`refuse(scope, receive, send, refused, headers)` answers; `done(route, status, seconds)` counts.
+
+        Where `most` requests are in here, or `waiting()` in the engine, one more is turned away, with `headers`; where
+        the engine is `down()`, everybody.
+        `trace(scope)` surrounds a request that is no probe, and is told its route and status.
+        """
         self.app, self.keys, self.rates, self.refuse, self.done = app, keys, rates, refuse, done
         self.leaving = leaving  # whether the server is about to end
         self.public = public  # paths that need no key beside the probes
+        self.most, self.waiting, self.down, self.trace = most, waiting, down, trace
+        self.asking = 0  # requests for the engine that came in whole and have no answer yet
+        self.busy, self.away = (
+            [ready_made(one, {**(headers or {}), **more}) for more in ({}, {"Connection": "close"})]
+            for one in (BUSY, AWAY)
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or turn it away."""
@@ -100,28 +117,48 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 if self.leaving():  # the client shall not send its next request on a connection that is about to end
-                    message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+                    message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
             await send(message)
 
         try:
-            try:
-                client = self.check(scope)
-            except Refused as refused:
-                await self.refuse(scope, receive, note, refused, {"WWW-Authenticate": "Bearer"})
-                return
-            wait = 0.0 if self.rates is None or scope["path"] in OPEN else self.rates.wait(client)
-            if wait:
-                often = Refused(429, "too many requests", code="rate_limit_exceeded", type="rate_limit_error")
-                await self.refuse(scope, receive, note, often, {"Retry-After": f"{max(1, round(wait))}"})
-                return
-            try:
-                check_size(scope)
-            except Refused as refused:
-                await self.refuse(scope, receive, note, refused, {"Connection": "close"})
-                return
-            await self.app(scope, Bounded(receive), note)
+            if self.trace is None or scope["path"] in OPEN:
+                await self.answer(scope, receive, note)
+            else:
+                with self.trace(scope) as end:
+                    try:
+                        await self.answer(scope, receive, note)
+                    finally:
+                        end(route_of(scope), status)
         finally:
-            self.done(scope, status, time.perf_counter() - started)
+            self.done(route_of(scope), status, time.perf_counter() - started)
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Ask the application, or answer in its place."""
+        try:
+            client = self.check(scope)
+        except Refused as refused:
+            await self.refuse(scope, receive, send, refused, {"WWW-Authenticate": "Bearer"})
+            return
+        wait = 0.0 if self.rates is None or scope["path"] in OPEN else self.rates.wait(client)
+        if wait:
+            often = Refused(429, "too many requests", code="rate_limit_exceeded", type="rate_limit_error")
+            await self.refuse(scope, receive, send, often, {"Retry-After": f"{max(1, round(wait))}"})
+            return
+        try:
+            check_size(scope)
+        except Refused as refused:
+            await self.refuse(scope, receive, send, refused, {"Connection": "close"})
+            return
+        asks = scope["method"] == "POST" or scope["path"].startswith(IN_ADDRESS)
+        if asks and ((down := self.down()) or self.asking >= self.most or self.waiting() >= self.most):
+            for message in (self.away if down else self.busy)[is_open_ended(scope)]:
+                await send(message)
+            return
+        bounded = Bounded(receive, self, asks)
+        try:
+            await self.app(scope, bounded, send)
+        finally:
+            self.asking -= bounded.counted
 
     def check(self, scope: Scope) -> str:
         """Return who asks. Raises Refused (401) without a right key, where there are keys."""
@@ -136,6 +173,27 @@ class Guard:
         if not any(right):
             raise Refused(401, "this needs a key: Authorization: Bearer KEY", code="invalid_api_key")
         return found.hex()
+
+
+def route_of(scope: Scope) -> str:
+    """Return the route of a request as it was declared: a raw path may hold a text."""
+    return str(getattr(scope.get("route"), "path", "other"))
+
+
+def ready_made(refused: Refused, headers: Mapping[str, str]) -> tuple[MutableMapping[str, Any], ...]:
+    """Return the messages of an answer, made once."""
+    body = json.dumps(refused.body(), separators=(",", ":")).encode()
+    said = {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers, **refused.headers}
+    raw = [(name.lower().encode(), value.encode()) for name, value in said.items()]
+    return (
+        {"type": "http.response.start", "status": refused.status, "headers": raw},
+        {"type": "http.response.body", "body": body},
+    )
+
+
+def is_open_ended(scope: Scope) -> bool:
+    """Whether nobody can say how much of a body still comes: the connection cannot be used for another request."""
+    return any(name in (b"transfer-encoding", b"expect") for name, _ in scope["headers"])
 
 
 def check_size(scope: Scope) -> None:
@@ -153,15 +211,20 @@ def too_large() -> Refused:
 
 
 class Bounded:
-    """What receives a body, up to its most; beyond it raises Refused."""
+    """What receives a body, up to its most; beyond it raises Refused. A request counts once its body is there."""
 
-    def __init__(self, receive: Receive) -> None:
-        self.receive, self.count = receive, 0
+    def __init__(self, receive: Receive, guard: Guard, asks: bool) -> None:
+        self.receive, self.guard, self.asks = receive, guard, asks
+        self.bytes = 0
+        self.counted = False  # a client that sends its body slowly keeps nobody else out
 
     async def __call__(self) -> MutableMapping[str, Any]:
         """Receive the next part."""
         message = await self.receive()
-        self.count += len(message.get("body", b""))
-        if self.count > MOST_BYTES:
+        self.bytes += len(message.get("body", b""))
+        if self.bytes > MOST_BYTES:
             raise HTTPException(413, too_large().message)  # the framework hides any other exception
+        if self.asks and not self.counted and not message.get("more_body", False):
+            self.guard.asking += 1
+            self.counted = True
         return message

@@ -207,6 +207,7 @@ class Events:
             self.done, answer.tokens = True, len(event.get("tokens") or ()) or answer.tokens
         elif usage := event.get("usage"):
             answer.tokens = usage.get("completion_tokens") or answer.tokens
+        self.done |= any(choice.get("finish_reason") for choice in event.get("choices") or ())  # some say no [DONE]
         if not event.get("done") and (pieces := count_pieces(event)):
             answer.first = answer.first or perf_counter()
             answer.tokens += pieces  # a piece is about a token, until the count is told

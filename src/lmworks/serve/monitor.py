@@ -2,7 +2,7 @@
 
 lmworks_answers_total{model, label}   lmworks_confidence{model}   lmworks_out_of_domain_total{model}
 lmworks_drift{model}   lmworks_drift_statistic{model, test}   lmworks_drift_p{model, test}   lmworks_drift_psi{model}
-lmworks_drift_windows_total{model}
+lmworks_drift_windows_total{model}   lmworks_drift_undelivered_total{to}
 
 A window holds the last requests' classes, confidences, scores, lengths and vectors: no text, and nothing longer than it
 is needed. Every quarter of a window it is compared again, in a thread; a test alarms at p ≤ alpha / (tests · horizon).
@@ -153,6 +153,12 @@ class Watches:
         self.p = Gauge("lmworks_drift_p", "Of the last window", ("model", "test"), registry=one)
         self.psi = Gauge("lmworks_drift_psi", "Stability index of the classes", labels, registry=one)
         self.windows = Counter("lmworks_drift_windows", "Windows compared", labels, registry=one)
+        self.undelivered = Counter(
+            "lmworks_drift_undelivered", "Lines and alerts that were lost", ("to",), registry=one
+        )
+        for to in ("log", "alert"):
+            self.undelivered.labels(to)
+        self.turn = asyncio.Lock()  # one window after the other, as they came
         for name, watch in self.watches.items():
             for counter in (self.strange, self.drift, self.windows):
                 counter.labels(name)
@@ -175,8 +181,20 @@ class Watches:
 
     async def look(self, watch: Watch, requests: int, rows: list[Seen]) -> None:
         """Compare a window; tell whoever is to know."""
-        found = await asyncio.to_thread(watch.compare, requests, rows)
-        before = watch.drifting
+        async with self.turn:
+            before = watch.drifting
+            found = await asyncio.to_thread(watch.compare, requests, rows)
+            self.count(watch, found)
+            if self.how.log is not None:
+                self.lost("log", await asyncio.to_thread(append, self.how.log, json.dumps(found)))
+        if found["drift"] and not before:
+            said = ", ".join(f"{name} p={found['tests'][name]['p']:.1e}" for name in found["drift"])
+            sys.stderr.write(f"drift: {watch.name} after {requests} requests: {said}\n")
+            if self.how.alert is not None:
+                self.lost("alert", await asyncio.to_thread(send, self.how.alert, {"alert": "drift", **found}))
+
+    def count(self, watch: Watch, found: dict[str, Any]) -> None:
+        """Keep a comparison, and its numbers for Prometheus."""
         watch.found.append(found)
         self.windows.labels(watch.name).inc()
         self.drift.labels(watch.name).set(bool(found["drift"]))
@@ -185,17 +203,22 @@ class Watches:
             self.p.labels(watch.name, test).set(one["p"])
         if "psi" in found:
             self.psi.labels(watch.name).set(found["psi"])
-        line = json.dumps(found)
-        if self.how.log is not None:
-            with self.how.log.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        if found["drift"] and not before:
-            said = ", ".join(f"{name} p={found['tests'][name]['p']:.1e}" for name in found["drift"])
-            sys.stderr.write(f"drift: {watch.name} after {requests} requests: {said}\n")
-            if self.how.alert is not None:
-                problem = await asyncio.to_thread(send, self.how.alert, {"alert": "drift", **found})
-                if problem:
-                    sys.stderr.write(f"drift: the alert could not be delivered: {problem}\n")
+
+    def lost(self, to: str, problem: str) -> None:
+        """Say and count what could not be delivered, where there is a problem."""
+        if problem:
+            self.undelivered.labels(to).inc()
+            sys.stderr.write(f"drift: the {to} could not be {'written' if to == 'log' else 'delivered'}: {problem}\n")
+
+
+def append(path: Path, line: str) -> str:
+    """Add a line to a file; return what went wrong, or nothing."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def check_policy(how: Watching, specs: Sequence[Spec], watched: Sequence[str]) -> None:

@@ -31,10 +31,14 @@ class Refused(Exception):
         return {"Retry-After": str(WAIT)} if self.status in (429, 503) else {}
 
 
+BUSY = Refused(429, "the server is busy", code="busy", type="server_error")
+AWAY = Refused(503, "the engine is not ready", code="not_ready", type="server_error")
+
+
 def refusal(error: LmworksError, param: str | None = None) -> Refused:
     """Return the answer for an error of ours: 429 full, 503 not now, 400 bad input, 500 otherwise."""
     if isinstance(error, Full):
-        return Refused(429, error.what, code="busy", type="server_error")
+        return BUSY
     if isinstance(error, Down | LateError):
         code = "timeout" if isinstance(error, LateError) else "not_ready"
         return Refused(503, error.what, code=code, type="server_error")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Coroutine, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lmworks.base.errors import InputError, LmworksError
 from lmworks.base.optional import require
@@ -24,6 +24,9 @@ from lmworks.tokens.tokenizer import Tokenizer
 require("fastapi", extra="serve")
 from fastapi import Request  # noqa: E402
 
+if TYPE_CHECKING:
+    from lmworks.serve.feedback_writer import Recorder
+
 T = TypeVar("T")
 
 
@@ -34,6 +37,7 @@ class Service:
         self.supervisor = Supervisor(specs, most=most, seconds=seconds)
         self.metrics = Metrics(self.supervisor)
         self.watches = Watches(specs, watching or Watching(), self.metrics.registry)
+        self.recorder: Recorder | None = None  # where answers and feedback are kept (`--feedback`)
         self.started = int(time.time())
 
     def find(self, name: str | None, *tasks: str) -> Model:

@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from time import monotonic
-from typing import Any
+from time import monotonic, time_ns
+from typing import Any, Protocol
 
 from lmworks.base.errors import LmworksError
 from lmworks.base.types import Floats
@@ -26,7 +26,20 @@ WORTH = 16  # tokens that two prompts must share before a slot is chosen for the
 LATE = "the request took longer than it may"
 ALONE = ("int8", "uint8")  # dtypes whose answers depend on the other rows of a call
 
-Tell = Callable[[int, str, Any], None]  # (request, "piece" | "done" | "error", what)
+
+@dataclass
+class Took:
+    """When the engine worked on a request, in nanoseconds since 1970, and on how much."""
+
+    began: int = 0
+    ended: int = 0
+    facts: dict[str, int] = field(default_factory=dict)
+
+
+class Tell(Protocol):
+    """Hears of a request: "piece", "done" or "error", and what."""
+
+    def __call__(self, request: int, what: str, value: Any, took: Took | None = None) -> None: ...
 
 
 @dataclass
@@ -39,6 +52,7 @@ class Text:
     until: float  # on the monotonic clock; later it is not worth writing
     read: int = 0  # tokens of the prompt that the slot holds
     reused: int = 0  # those that it held before
+    began: int = 0  # when it got its slot, in nanoseconds since 1970
     last: Floats | None = None  # logits (V,) after the prompt, until the first token is chosen
 
 
@@ -58,7 +72,6 @@ class Slots:
         self.slots = [Slot() for _ in range(count)]
         self.line: deque[Text] = deque()
         self.extend = getattr(runtime, "extend", None)
-        self.rewinds = getattr(runtime, "rewinds", True)  # to an earlier token: a state cannot
         self.read_tokens = self.reused_tokens = self.written_tokens = self.steps = 0
 
     def add(self, request: int, writer: Writer, until: float) -> None:
@@ -123,10 +136,10 @@ class Slots:
         if self.extend is not None:
             best = max(free, key=lambda one: shared(one.held, text.prompt))
             count = min(shared(best.held, text.prompt), len(text.prompt) - 1)
-            if count >= WORTH and (self.rewinds or count == len(best.held)):
+            if count >= WORTH and (self.runtime.rewinds or count == len(best.held)):
                 slot, text.read, text.reused = best, count, count
         del slot.held[text.read :]
-        slot.text = text
+        slot.text, text.began = text, time_ns()
         self.reused_tokens += text.reused
 
     def _read(self, slots: list[Slot]) -> None:

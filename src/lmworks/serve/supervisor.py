@@ -22,6 +22,7 @@ from typing import Any
 
 from lmworks.base.errors import InputError, LmworksError
 from lmworks.serve.engine import Spec, main
+from lmworks.serve.slots import Took
 
 SILENT = 1.2  # seconds without a sign of life after which the server is not ready
 GONE = 2.5  # seconds after which the engine is replaced
@@ -58,10 +59,11 @@ class Ticket:
 
     number: int
     message: tuple[Any, ...]
-    since: float = field(default_factory=time.monotonic)
+    since: int = field(default_factory=time.time_ns)
     answers: asyncio.Queue[tuple[str, Any]] = field(default_factory=asyncio.Queue)
     begun: bool = False  # a part of the answer has been given out
     asked: int = 1
+    took: Took | None = None  # once it is answered
 
 
 def wants_processor(pid: int | None) -> bool:
@@ -84,6 +86,8 @@ class Supervisor:
         self.heard = 0.0  # when the engine last gave a sign of life
         self.restarts = -1
         self.on_failure: Callable[[], None] = lambda: None  # a model that is loaded at the start cannot be
+        self.on_end: Callable[[Ticket, str, str], None] | None = None  # a request's, with its model and kind
+        self.down = False  # silent for too long, at the last look: whoever asks is turned away at once
         self.leaving = False  # told to end: no longer ready, though it still answers
         self.closing = False
         self.watching: asyncio.Task[None] | None = None
@@ -132,7 +136,7 @@ class Supervisor:
         """Take in what the engine told."""
         if pipe is not self.pipe:
             return  # an engine that was replaced
-        self.heard = time.monotonic()
+        self.heard, self.down = time.monotonic(), False
         what, *rest = message
         if what == "model":
             name, state, facts = rest
@@ -148,6 +152,7 @@ class Supervisor:
                 self.models[name].counts = counts
         elif (ticket := self.tickets.get(rest[0])) is not None:
             ticket.begun |= what == "piece"
+            ticket.took = rest[2]
             ticket.answers.put_nowait((what, rest[1]))
 
     @property
@@ -184,7 +189,7 @@ class Supervisor:
         """Replace an engine that has died or fallen silent."""
         while True:
             await asyncio.sleep(LOOK)
-            now = time.monotonic()
+            now, self.down = time.monotonic(), not self.alive
             spent = now - self.started
             slow = spent > STARTING and not (spent < SLOWEST and wants_processor(self.process.pid))
             if not self.process.is_alive() or (slow if not self.heard else not self.spoke(GONE)):
@@ -255,6 +260,8 @@ class Supervisor:
             del self.tickets[number]
             if not done:
                 self.say(("cancel", number))
+            if self.on_end is not None:
+                self.on_end(ticket, model.spec.name, kind)
 
     async def get(self, model: Model, kind: str, payload: dict[str, Any]) -> Any:
         """Return the answer of a request."""

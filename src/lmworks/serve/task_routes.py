@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import numpy as np
 
 from lmworks.base.optional import require
-from lmworks.serve import monitor_routes
+from lmworks.serve import feedback_routes, monitor_routes
+from lmworks.serve.answers import plain
 from lmworks.serve.openai_routes import Answering, event
 from lmworks.serve.refusals import Refused
 from lmworks.serve.schema import MOST_IN_ADDRESS
@@ -54,7 +54,7 @@ def make_router(service: Service) -> APIRouter:
                 raise Refused(400, f"{len(seconds)} second texts for {len(examples)} texts", param="pair")
             examples = list(zip(examples, seconds, strict=True))
         options = {"top_k": wanted.top_k, "scores": wanted.scores, "long": wanted.long}
-        return answered(model, await monitor_routes.classify(service, request, model, examples, labelled, **options))
+        return answered(model, await feedback_routes.classify(service, request, model, examples, **options))
 
     @router.post("/ner")
     async def ner(wanted: NerRequest, request: Request) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def make_router(service: Service) -> APIRouter:
             written = (await service.ask(request, model, "write", param="input_text", **payload)).generation
             return start | said | {"prediction": written.text, "finish_reason": written.finish_reason}
         if task == CLASSIFY:
-            [one] = await monitor_routes.classify(service, request, model, [text], labelled)
+            [one] = await feedback_routes.classify(service, request, model, [text])
             return start | {"prediction": one["label"], **one}
         whole_words = {"aggregation": "first"} if task == TAG else {}
         [found] = await service.answers(request, model, [text], **whole_words)
@@ -196,17 +196,3 @@ def ending(written: Any) -> dict[str, Any]:
     done = written.generation
     return {"text": done.text, "tokens": done.tokens, "finish_reason": done.finish_reason,
             "prompt_tokens": written.prompt_tokens}  # fmt: skip
-
-
-def labelled(labels: list[Any]) -> dict[str, Any]:
-    """Return the first of some labels, and all of them."""
-    return {"label": labels[0].label, "score": labels[0].score, "labels": plain(labels)}
-
-
-def plain(answers: Any) -> Any:
-    """Return answers as JSON has them."""
-    if isinstance(answers, np.ndarray):
-        return answers.tolist()
-    if isinstance(answers, list):
-        return [plain(answer) for answer in answers]
-    return asdict(answers) if is_dataclass(answers) and not isinstance(answers, type) else answers

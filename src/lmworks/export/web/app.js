@@ -6,24 +6,15 @@ const { readJson, single } = await import(`./source.js${version}`);
 const { Choices } = await import(`./choices.js${version}`);
 const { Session } = await import(`./session.js${version}`);
 const { showAbout } = await import(`./about.js${version}`);
+const { makeView } = await import(`./views.js${version}`);
 
-const VIEWS = {
-  "text-generation": async () =>
-    page.chat ? (await import(`./view-chat.js${version}`)).Chat : (await import(`./view-writing.js${version}`)).Writing,
-  "text-classification": async () => (await import(`./view-classify.js${version}`)).Classify,
-  "token-classification": async () => (await import(`./view-entities.js${version}`)).Entities,
-  "question-answering": async () => (await import(`./view-question.js${version}`)).Question,
-  "fill-mask": async () => (await import(`./view-blanks.js${version}`)).Blanks,
-  "feature-extraction": async () => (await import(`./view-search.js${version}`)).Search,
-  "image-classification": async () => (await import(`./view-picture.js${version}`)).Picture,
-};
 const STOPPED = "Stopped."; // what a worker says that was told to
 const PATIENCE = 5000; // milliseconds that a worker has to stop before it is ended
 
 const [page, selftest] = await Promise.all([readJson("web/page.json"), readJson("selftest.json")]);
 const choices = new Choices(page);
 const session = new Session(page, selftest, choices, update);
-const view = new (await VIEWS[page.task]())(page);
+const view = await makeView(page);
 let busy = false;
 let known = null; // what the view was told of the loaded model
 

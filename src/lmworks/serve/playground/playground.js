@@ -2,16 +2,9 @@
 
 const version = new URL(import.meta.url).search;
 const { $, element } = await import(`./dom.js${version}`);
+const { makeView } = await import(`./views.js${version}`);
 const { Session, WantsKey, request, setKey } = await import(`./session.js${version}`);
 
-const VIEWS = {
-  "text-generation": async () => (await import(`./view-writing.js${version}`)).Writing,
-  "text-classification": async () => (await import(`./view-classify.js${version}`)).Classify,
-  "token-classification": async () => (await import(`./view-entities.js${version}`)).Entities,
-  "question-answering": async () => (await import(`./view-question.js${version}`)).Question,
-  "fill-mask": async () => (await import(`./view-blanks.js${version}`)).Blanks,
-  "feature-extraction": async () => (await import(`./view-search.js${version}`)).Search,
-};
 const DOES = {
   "text-generation": "writes",
   "text-classification": "classifies",
@@ -57,7 +50,7 @@ document.documentElement.dataset.ready = "";
 async function open() {
   try {
     const info = await (await request("info")).json();
-    const models = info.models.filter(({ task }) => task in VIEWS);
+    const models = info.models.filter(({ task }) => task in DOES);
     for (const id of ["form", "aside"]) $(id).hidden = models.length === 0;
     $("locked").hidden = models.length > 0;
     if (models.length === 0) throw new Error("No model of this server reads texts.");
@@ -90,7 +83,7 @@ async function choose(model) {
   session = new Session(model);
   const scores = model.problem_type === "regression" ? "none" : isMany(model) ? "sigmoid" : "softmax";
   const page = { options: { scores, ...(OPTIONS[model.task] ?? LONG) }, labels: model.labels, mask: model.mask, task: model.task };
-  view = new (await VIEWS[model.task]())(page);
+  view = await makeView(page);
   for (const id of ["examples", "result"]) $(id).replaceChildren();
   for (const id of ["speed", "ending", "spoken"]) $(id).textContent = "";
   $("problem").hidden = true;
