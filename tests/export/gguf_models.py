@@ -39,6 +39,8 @@ MODELS: dict[str, t.PretrainedConfig] = {
                              tie_word_embeddings=True, rope_parameters=STRETCHED),
     "mistral": t.MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=128),
     "qwen2": t.Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen3": t.Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=32),
+    "fused": t.Phi3Config(**SIZES, num_key_value_heads=2),  # by name, llama.cpp expects a "phi3" to have its tokens
     "phi": t.PhiConfig(**SIZES, partial_rotary_factor=0.5, rope_theta=3000.0),
     "gpt2": t.GPT2Config(**GPT2),
 }  # fmt: skip

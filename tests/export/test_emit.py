@@ -34,7 +34,7 @@ FOUND: dict[tuple[str, str], tuple[float, float]] = {}
 def sizes() -> Iterator[None]:
     """Give the zoo's configs wider heads while this file runs."""
     with pytest.MonkeyPatch.context() as patch:
-        for table in (zoo.TEXT, zoo.DECODER, zoo.MODERN):
+        for table in (zoo.TEXT, zoo.DECODER, zoo.MODERN, zoo.DEBERTA):
             patch.setitem(table, "hidden_size", 128)
         yield
 
@@ -42,7 +42,7 @@ def sizes() -> Iterator[None]:
 def make_model(case: str, head: str) -> Model:
     """Return our model of one cell, random and moved away from identity."""
     extra: dict[str, Any] = {"num_labels": 5} if head in {"SequenceClassification", "TokenClassification"} else {}
-    if head == "CausalLM" and case in {"bert", "roberta"}:
+    if head == "CausalLM" and case in zoo.READS_BOTH_WAYS:
         extra["is_decoder"] = True
     hf = json.loads(zoo.CONFIGS[case](**extra).to_json_string(use_diff=False))
     config = find_family(hf["model_type"]).config(hf)

@@ -73,7 +73,8 @@ def restored(model: Model, dtype: str) -> Model:
 
 
 @pytest.mark.parametrize("cell", [("bert", "SequenceClassification"), ("gpt2", "CausalLM"), ("llama", "CausalLM"),
-                                  ("bert", "MaskedLM")], ids=lambda cell: f"{cell[0]}-{cell[1]}")  # fmt: skip
+                                  ("bert", "MaskedLM"), ("albert groups", "MaskedLM")],
+                         ids=lambda cell: f"{cell[0]}-{cell[1]}")  # fmt: skip
 @pytest.mark.parametrize(("dtype", "close"), [("int8", 0.05), ("uint8", 0.05), ("q4", 0.05), ("bnb4", 1e-4)])
 def test_the_stored_numbers_are_those_that_the_kernel_uses(cell, dtype, close):
     """Torch with the restored weights: bnb4 is exact; the others quantize the activations too, a small difference.
@@ -93,7 +94,9 @@ def test_the_stored_numbers_are_those_that_the_kernel_uses(cell, dtype, close):
 
 @pytest.mark.parametrize("dtype", ["fp16", "q4f16"])
 @pytest.mark.parametrize("cell", [("bert", "QuestionAnswering"), ("modernbert", "TokenClassification"),
-                                  ("gpt2", "CausalLM"), ("mistral", "CausalLM"), ("vit", "ImageClassification")],
+                                  ("gpt2", "CausalLM"), ("mistral", "CausalLM"), ("vit", "ImageClassification"),
+                                  ("deberta-v2 conv", "TokenClassification"), ("albert", "MaskedLM"),
+                                  ("qwen3", "CausalLM"), ("phi3 long", "CausalLM")],
                          ids=lambda cell: f"{cell[0]}-{cell[1]}")  # fmt: skip
 def test_half_graphs_compute_in_float16_and_answer_in_float32(cell, dtype):
     graph = make_graph(make_model(*cell), dtype=dtype)
@@ -102,7 +105,7 @@ def test_half_graphs_compute_in_float16_and_answer_in_float32(cell, dtype):
     for batch in batches(make_model(*cell)):
         given, known = real(run(session, batch), batch), real(run(other, batch), batch)
         assert np.isfinite(given).all()
-        assert np.sqrt(np.square(given - known).mean()) / known.std() < 0.02
+        assert np.sqrt(np.square(given - known).mean()) / known.std() < 0.03
     assert not any(array.dtype == np.float32 for array in graph.weights.values())
     for item in (*session.get_inputs(), *session.get_outputs()):
         half = item.name.startswith(("past_key_values.", "present."))

@@ -291,7 +291,7 @@ def test_merges_that_no_scores_can_say_are_refused(tmp_path: Path) -> None:
 BERT = {"vocab_size": 492, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 SMALL = {**SIZES, "vocab_size": 492, "num_key_value_heads": 2}
 REFUSED: dict[str, tuple[Any, str, str]] = {
-    "BertForMaskedLM": (t.BertForMaskedLM, "BertConfig", "llama, mistral, qwen2, phi, gpt2"),
+    "BertForMaskedLM": (t.BertForMaskedLM, "BertConfig", "llama, mistral, qwen2, qwen3, phi3, phi, gpt2"),
     "LlamaForSequenceClassification": (t.LlamaForSequenceClassification, "LlamaConfig", "llama, mistral"),
     "the activation gelu": (t.GPT2LMHeadModel, "GPT2Config", "gelu_new"),
     "stretched rotary frequencies": (t.Qwen2ForCausalLM, "Qwen2Config", "silu"),

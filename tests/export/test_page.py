@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from page_browser import DONE, Visit, choose, launch, served, serving, shoot, workers
-from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Playwright, expect
 from serving import running
 from tiny_page import CONTEXT, PROMPTS, copy_folder, made_folder
 
@@ -17,21 +17,6 @@ from lmworks.runtime.decoding import generate
 from lmworks.runtime.predictor import load
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def playwright() -> Iterator[Playwright]:
-    """The driver."""
-    with sync_playwright() as driver:
-        yield driver
-
-
-@pytest.fixture(scope="module")
-def browser(playwright: Playwright) -> Iterator[Browser]:
-    """One Chromium for the file."""
-    chromium = launch(playwright)
-    yield chromium
-    chromium.close()
 
 
 @pytest.fixture(scope="module")

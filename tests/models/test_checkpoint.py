@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from lmworks.base.errors import FormatError, InputError
 from lmworks.models.checkpoint import load_model, read_config, save_model
-from lmworks.models.config import Config, RopeScaling
+from lmworks.models.config import Config, RopeScaling, Rotary
 from lmworks.models.families import gpt2, llama, write_config
 from lmworks.models.heads import CausalLM
 
@@ -26,7 +26,7 @@ CONFIGS: dict[str, Config] = {
     "gpt2": gpt2.new(hidden_size=24, num_attention_heads=4, **SIZES, bos_token_id=0, eos_token_id=0, pad_token_id=1),
     "llama": llama.new(
         hidden_size=24, num_attention_heads=4, num_key_value_heads=2, **SIZES, tie_word_embeddings=False,
-        eos_token_id=(2, 3), rope_scaling=STRETCHED,
+        eos_token_id=(2, 3), rotary=Rotary(scaling=STRETCHED),
     ),
 }  # fmt: skip
 Edit = Callable[[dict[str, Any]], None]
@@ -226,7 +226,7 @@ def test_only_safetensors(folder: Path) -> None:
     with pytest.raises(FormatError, match=r"no weights that can be read safely[\s\S]*fetch the whole checkpoint"):
         load_model(folder)
     (folder / "pytorch_model.bin").write_bytes(b"not opened")
-    with pytest.raises(FormatError, match=r"found: pytorch_model.bin[\s\S]*convert it to safetensors"):
+    with pytest.raises(FormatError, match=r"found: pytorch_model.bin[\s\S]*lmworks convert "):
         load_model(folder)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lmworks.base.errors import InputError
 from lmworks.models.cache import KVCache
-from lmworks.models.config import HEAD_ACTS, Config, RopeScaling
+from lmworks.models.config import HEAD_ACTS, Config, RopeScaling, Rotary
 from lmworks.models.families import FAMILIES, gpt2, llama
 from lmworks.models.heads import CausalLM
 from lmworks.models.layers import ACTIVATIONS
@@ -202,7 +202,7 @@ def test_learned_positions_end() -> None:
 
 def test_rope_by_complex_numbers() -> None:
     """Rotation is multiplication by exp(i * position * frequency)."""
-    c = dataclasses.replace(LLAMA, head_dim=12, rope_theta=100.0)
+    c = dataclasses.replace(LLAMA, head_dim=12, rotary=Rotary(theta=100.0))
     x, positions = torch.randn(2, 3, 5, 12), torch.tensor([[0, 1, 2, 3, 4], [7, 9, 50, 51, 0]])
     frequencies = torch.tensor([100.0 ** (-2 * i / 12) for i in range(6)])
     turn = torch.polar(torch.ones(2, 1, 5, 6), positions[:, None, :, None] * frequencies)

@@ -34,6 +34,7 @@ class Script:
     """A runtime that says what it was told to say, and notes how it was asked."""
 
     name, dtype, vocab_size = "script", "fp32", 300
+    turn = None
 
     def __init__(self, tokens: Sequence[int], *, max_length: int = 1000, delay: float = 0.0) -> None:
         self.tokens, self.max_length, self.delay = list(tokens), max_length, delay

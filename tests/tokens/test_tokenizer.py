@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import regex
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -86,6 +86,7 @@ def test_bpe_loses_nothing(bpe: Tokenizer, text: str) -> None:
 @given(text=ANY_TEXT)
 def test_char_gives_one_token_a_grapheme_cluster(char: Tokenizer, text: str) -> None:
     known = {cluster for line in TEXTS for cluster in regex.findall(r"\X", line)}
+    assume(not any(token in text for token in char.backend.get_vocab() if token.startswith("<|")))
     whole = without_surrogates(text)
     clusters = [cluster for cluster, _ in char.backend.pre_tokenizer.pre_tokenize_str(whole)]
     ids = char.encode(text)

@@ -30,7 +30,7 @@ from lmworks.compress.rounding import (
     quantize_bytes,
     quantize_nf4,
 )
-from lmworks.export.graph import Graph
+from lmworks.export.graph import Graph, once
 
 # 7 of the 8 bits. A processor without VNNI adds two products of an unsigned and a signed byte in 16 bits, which 8 bits
 # would overflow: 255 * 127 * 2 > 32767 > 255 * 64 * 2. So the same file gives the same answer everywhere. Two unsigned
@@ -91,7 +91,7 @@ class Int8:
         return quantize(weight, axis=axis)
 
     def linear(self, graph: Graph, x: str, weight: Floats, *, name: str, out: str = "") -> str:
-        if name in self.precision.kept:
+        if once(name) in self.precision.kept:
             return multiply_exactly(graph, x, weight, name=name, out=out or f"{name}.out")
         whole, scale = self.whole(graph, weight, axis=0)  # (I, O), (1, O)
         stored, scales = graph.weight(f"{name}.weight", whole), graph.weight(f"{name}.scale", scale[0])
@@ -139,7 +139,7 @@ class Q4(Int8):
     """Weights in 4 bits, 32 to a scale and a zero point; an embedding that stands alone in 8 bits."""
 
     def linear(self, graph: Graph, x: str, weight: Floats, *, name: str, out: str = "") -> str:
-        if name in self.precision.kept:
+        if once(name) in self.precision.kept:
             return multiply_exactly(graph, x, weight, name=name, out=out or f"{name}.out")
         stored = self._store(graph, weight.T, name=name)
         return self._blocks(graph, x, stored, weight.T.shape, name=name, out=out or f"{name}.out")
@@ -171,7 +171,7 @@ class Q4(Int8):
         self._blocks(graph, x, self.stored, self.shape, name=name, out=out)
 
     def _store(self, graph: Graph, weight: Floats, *, name: str) -> list[str]:
-        parts: tuple[NDArray[Any], ...] = quantize_blocks(weight, self.precision.moments.get(name))
+        parts: tuple[NDArray[Any], ...] = quantize_blocks(weight, self.precision.moments.get(once(name)))
         names = ("weight", "scale", "zero_point")
         return [graph.weight(f"{name}.{kind}", part) for kind, part in zip(names, parts, strict=True)]
 

@@ -15,13 +15,15 @@ from lmworks.base.errors import InputError
 from lmworks.compress.rounding import Precision
 from lmworks.export.arithmetic import ARITHMETIC
 from lmworks.export.emit_decoder import LAST, declare_generation, emit_causal_attention
+from lmworks.export.emit_disentangled import emit_disentangled_attention, emit_neighbour_block, emit_neighbours
 from lmworks.export.emit_encoder import declare_whole, emit_encoder_attention, emit_patch_embeddings
 from lmworks.export.emit_head import declare_outputs, emit_head, finish
 from lmworks.export.emit_recurrent import declare_states, emit_feed_forward, emit_recurrent
 from lmworks.export.graph import Graph
 from lmworks.export.walk import Emitters, Stream, Walk
 from lmworks.models.attention import Attention
-from lmworks.models.blocks import ParallelBlock, PostNormBlock, PreNormBlock
+from lmworks.models.blocks import NeighbourBlock, ParallelBlock, PostNormBlock, PreNormBlock
+from lmworks.models.disentangled import DisentangledAttention, Neighbours
 from lmworks.models.feedforward import FeedForward
 from lmworks.models.heads import Head, Model
 from lmworks.models.layers import MLP, GatedMLP, RMSNorm
@@ -68,8 +70,11 @@ def make_graph(model: Model, *, dtype: str = "fp32", precision: Precision | None
 def emit_transformer(walk: Walk, transformer: Transformer, path: str, source: str) -> str:
     """Return the hidden states (B, T, D), normalized where there is a final norm."""
     stream = walk.emit(transformer.embeddings, "embeddings", source)
-    for i, layer in enumerate(transformer.layers):
-        walk.emit(layer, f"layers.{i}", stream)
+    runs = [0] * len(transformer.layers)
+    for i in transformer.order:
+        again = f".again{runs[i]}" if runs[i] else ""
+        walk.emit(transformer.layers[i], f"layers.{i}{again}", stream)
+        runs[i] += 1
     normalized: str = walk.emit(transformer.final_norm, "final_norm", stream)
     return normalized
 
@@ -97,6 +102,9 @@ def emit_token_embeddings(walk: Walk, embeddings: TokenEmbeddings, path: str, id
         stream.bias = graph.weight(f"{path}.types.weight", only)
     if embeddings.norm is not None:
         stream = Stream(walk.emit(embeddings.norm, f"{path}.norm", stream))
+    if embeddings.project is not None:
+        value = walk.settle(stream, f"{path}.project")
+        stream = Stream(walk.affine(embeddings.project, f"{path}.project", value))
     return stream
 
 
@@ -206,12 +214,15 @@ EMITTERS: Emitters = {
     TokenEmbeddings: emit_token_embeddings,
     PatchEmbeddings: emit_patch_embeddings,
     PreNormBlock: emit_pre_norm_block,
+    NeighbourBlock: emit_neighbour_block,
+    Neighbours: emit_neighbours,
     PostNormBlock: emit_post_norm_block,
     ParallelBlock: emit_parallel_block,
     nn.Identity: emit_no_norm,
     nn.LayerNorm: emit_layer_norm,
     RMSNorm: emit_rms_norm,
     Attention: emit_attention,
+    DisentangledAttention: emit_disentangled_attention,
     MLP: emit_mlp,
     GatedMLP: emit_gated_mlp,
     Head: emit_head,

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import nn
 
 from lmworks.base.errors import InputError
 from lmworks.export.graph import Shape
-from lmworks.export.walk import Walk
+from lmworks.export.walk import Stream, Walk
 from lmworks.models.attention import Attention
+from lmworks.models.config import LongRope
 
 HIDDEN = -1e9  # added to the score of a key that may not be seen
 LAST = 2**63 - 1  # the end of a slice that takes everything
@@ -65,9 +67,11 @@ def share_rope(walk: Walk, *, local: bool) -> tuple[str, str]:
     names = ("rope.local.cos", "rope.local.sin") if local else ("rope.cos", "rope.sin")
     if names[0] not in walk.graph.weights:
         frequencies = torch.tensor(body.local_frequencies if local else body.frequencies)  # (R/2,)
-        angles = torch.arange(c.max_position_embeddings).float()[:, None] * frequencies  # (P, R/2)
-        walk.graph.weight(names[0], angles.cos().numpy())
-        walk.graph.weight(names[1], angles.sin().numpy())
+        positions = c.turn or c.max_position_embeddings  # a graph has one table: that of texts which are not long
+        angles = torch.arange(positions).float()[:, None] * frequencies  # (P, R/2)
+        factor = c.rotary.scaling.factor if isinstance(c.rotary.scaling, LongRope) else 1.0
+        walk.graph.weight(names[0], (angles.cos() * factor).numpy())
+        walk.graph.weight(names[1], (angles.sin() * factor).numpy())
     return names
 
 
@@ -75,7 +79,7 @@ def emit_causal_attention(walk: Walk, attention: Attention, path: str, x: str, l
     """Return the mixed values (B, T, H * E), from one product for queries, keys and values."""
     graph, heads, size, c = walk.graph, attention.kv_heads, attention.head_dim, walk.config
     cos, sin = share_rope(walk, local=local)
-    check_head_size(path, size, c.rotary_dim or size if cos else None)
+    check_head_size(path, size, c.rotary.dim or size if cos else None)
     past, present = ["", ""], [f"{path}.present.key", f"{path}.present.value"]
     if walk.writes:
         names = [f"{attention.layer}.{kind}" for kind in ("key", "value")]
@@ -89,10 +93,17 @@ def emit_causal_attention(walk: Walk, attention: Attention, path: str, x: str, l
     if attention.q_proj.bias is not None:
         bias = graph.weight(f"{path}.qkv_proj.bias", np.concatenate([walk.read(part.bias) for part in parts]))
         qkv = graph.add("Add", [qkv, bias], name=f"{path}.qkv_proj.add")
+    read = [qkv, "", ""]
+    if c.qk_norm:
+        sizes = graph.constant([attention.heads * size, heads * size, heads * size])
+        read = [f"{path}.{name}" for name in "qkv"]
+        graph.add("Split", [qkv, sizes], name=f"{path}.split", outputs=read, axis=-1)
+        norms = (("q", attention.q_norm, attention.heads), ("k", attention.k_norm, heads))
+        read[:2] = [norm_heads(walk, norm, f"{path}.{name}", count) for name, norm, count in norms]
     window = {"local_window_size": c.window} if local and c.window is not None else {}  # the last `window` keys
     return graph.add(
         "com.microsoft.GroupQueryAttention",
-        [qkv, "", "", *past, walk.shared["lengths"], walk.shared["total"], cos, sin, "", walk.shared["bias"]],
+        [*read, *past, walk.shared["lengths"], walk.shared["total"], cos, sin, "", walk.shared["bias"]],
         name=path,
         outputs=[f"{path}.out", *present],
         num_heads=attention.heads,
@@ -101,6 +112,14 @@ def emit_causal_attention(walk: Walk, attention: Attention, path: str, x: str, l
         do_rotary=int(bool(cos)),
         **window,
     )
+
+
+def norm_heads(walk: Walk, norm: nn.Module, x: str, heads: int) -> str:
+    """Normalise each of some heads by itself: x (B, T, H * E)."""
+    graph = walk.graph
+    each = graph.add("Reshape", [x, graph.constant([0, 0, heads, -1])], name=f"{x}.heads")  # (B, T, H, E)
+    each = walk.emit(norm, f"{x}_norm", Stream(each))
+    return graph.add("Reshape", [each, graph.constant([0, 0, -1])], name=f"{x}.joined")
 
 
 def check_head_size(path: str, size: int, rotated: int | None) -> None:

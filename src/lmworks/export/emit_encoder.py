@@ -103,7 +103,7 @@ def emit_encoder_attention(walk: Walk, attention: Attention, path: str, x: str, 
 
 def rotate(walk: Walk, path: str, x: str, attention: Attention, cos: str, sin: str) -> str:
     """Turn the pairs of each head (B, T, H * E) by their token's place."""
-    rotated = walk.config.rotary_dim or attention.head_dim
+    rotated = walk.config.rotary.dim or attention.head_dim
     whole = rotated == attention.head_dim
     return walk.graph.add(
         "com.microsoft.RotaryEmbedding", [x, walk.shared["positions"], cos, sin], name=path,

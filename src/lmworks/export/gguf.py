@@ -34,10 +34,10 @@ from lmworks.export.gguf_model import (
     read_state,
 )
 from lmworks.export.gguf_tokenizer import describe_tokenizer
-from lmworks.export.onnx_folder import agree, merged, recall
+from lmworks.export.onnx_folder import agree, merged
 from lmworks.export.parity import answer, differ, hash_weights
 from lmworks.export.probe import make_probes
-from lmworks.export.receipt import RECEIPT, write_receipt
+from lmworks.export.receipt import RECEIPT, recall, write_receipt
 from lmworks.models.checkpoint import load_model, make_empty
 from lmworks.models.folder import has_tokenizer
 from lmworks.models.heads import Model

@@ -63,6 +63,21 @@ ARCHITECTURES = {
     "llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": Architecture(name="qwen2", table=GATED, acts=("silu",)),
+    "qwen3": Architecture(
+        name="qwen3",
+        table={**GATED, **{f"blk.{{}}.attn_{name}_norm": f"layers.{{}}.attention.{name}_norm" for name in "qk"}},
+        acts=("silu",),
+    ),
+    "phi3": Architecture(
+        name="phi3",
+        table={
+            **SHARED,
+            **FUSED,
+            "blk.{}.ffn_norm": "layers.{}.mlp_norm",
+            "blk.{}.ffn_up": ("layers.{}.mlp.gate_proj", "layers.{}.mlp.up_proj"),
+        },
+        acts=("silu",),
+    ),
     "phi": Architecture(name="phi2", table=SHARED | FUSED, acts=GELU, any_head_dim=False, projects=True),
     "gpt2": Architecture(
         name="gpt2",
@@ -90,7 +105,7 @@ def find_architecture(model: Model, where: str) -> Architecture:
     found = ARCHITECTURES[c.model_type]
     odd = {
         f"the activation {c.hidden_act}": c.hidden_act not in found.acts,
-        "stretched rotary frequencies": c.rope_scaling is not None and not found.stretched,
+        "stretched rotary frequencies": c.turn is not None or (c.rotary.scaling is not None and not found.stretched),
         f"{c.num_attention_heads} heads of {c.head_dim} beside a hidden size of {c.hidden_size}": not found.any_head_dim
         and c.num_attention_heads * c.head_dim != c.hidden_size,
     }
@@ -121,7 +136,7 @@ def describe_sizes(c: Config, arch: Architecture) -> dict[str, int | float]:
         f"attention.layer_norm_{'rms_' if c.norm == 'rms' else ''}epsilon": float(c.norm_eps),
     }
     if c.positions == "rope":
-        own |= {"rope.dimension_count": c.rotary_dim or c.head_dim, "rope.freq_base": float(c.rope_theta)}
+        own |= {"rope.dimension_count": c.rotary.dim or c.head_dim, "rope.freq_base": float(c.rotary.theta)}
     if c.num_attention_heads * c.head_dim != c.hidden_size:
         own |= {"attention.key_length": c.head_dim, "attention.value_length": c.head_dim}
     return {f"{arch.name}.{key}": value for key, value in own.items()}
@@ -158,7 +173,7 @@ def make_tensors(model: Model, arch: Architecture) -> Iterator[tuple[str, Tensor
         tensor = row.join(state).float()
         heads = count_heads(row.key, model.config, arch)
         yield row.key, interleave(tensor, heads) if heads else tensor
-    if model.config.rope_scaling is not None:
+    if model.config.rotary.scaling is not None:
         yield FACTORS, rope_factors(model.config)
 
 
@@ -193,5 +208,5 @@ def separate(tensor: Tensor, heads: int) -> Tensor:
 
 def rope_factors(c: Config) -> Tensor:
     """Return what llama.cpp divides each plain frequency by, to get the stretched one: (R/2,)."""
-    plain = rope_frequencies(replace(c, rope_scaling=None))
+    plain = rope_frequencies(replace(c, rotary=replace(c.rotary, scaling=None)))
     return (plain.double() / rope_frequencies(c).double()).float()

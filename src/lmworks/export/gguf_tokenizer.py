@@ -16,7 +16,8 @@ from typing import Any
 
 from lmworks.base.errors import InputError
 from lmworks.export.probe import TEXTS
-from lmworks.tokens.legacy import QWEN2_WORDS, SPACE
+from lmworks.tokens.legacy import QWEN2_WORDS
+from lmworks.tokens.pieces import SPACE
 from lmworks.tokens.tokenizer import Tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)

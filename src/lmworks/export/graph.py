@@ -5,6 +5,7 @@ Values are known by their names, a node's output by the node's. What nobody read
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ SMALL = 1024  # bytes: constants of up to so many stay in the graph, where shape
 ALIGN = 4096  # of what lies in a file of its own, so that it can be mapped
 HALF_RANGE = 3e4  # two masks may add up without leaving float16
 CACHES = ("past_key_values.", "present.")  # inputs and outputs that are float16 in a float16 graph
+
+AGAIN = re.compile(r"\.again\d+")  # in the names of a layer that runs once more
 
 Shape = Sequence[int | str]
 
@@ -46,10 +49,12 @@ class Graph:
         return name
 
     def weight(self, name: str, array: NDArray[Any]) -> str:
-        """Store an array under `name`, which must be new."""
-        assert name not in self.weights, name
-        self.weights[name] = np.ascontiguousarray(array)
-        return name
+        """Store an array under `name`, which must be new, unless it is that of a layer that runs again."""
+        own = once(name)
+        assert own not in self.weights or own != name, name
+        if own not in self.weights:
+            self.weights[own] = np.ascontiguousarray(array)
+        return own
 
     def constant(self, value: float | list[int], dtype: type[np.generic] = np.int64) -> str:
         """Store a small constant; equal constants are stored once."""
@@ -202,6 +207,11 @@ class Data:
 
     def _name(self, i: int) -> str:
         return f"{self.name}_data" + (f"_{i}" if i else "")
+
+
+def once(name: str) -> str:
+    """Return the name of a layer's first run: "layers.0.again3.mlp" -> "layers.0.mlp"."""
+    return AGAIN.sub("", name)
 
 
 def to_half(array: NDArray[np.float32], name: str) -> NDArray[np.float16]:

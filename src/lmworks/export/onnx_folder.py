@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,15 +28,16 @@ from lmworks.export.merge import merge
 from lmworks.export.onnx import check_dtypes, export_onnx
 from lmworks.export.parity import answer, differ, hash_weights
 from lmworks.export.probe import make_probes
-from lmworks.export.receipt import RECEIPT, write_receipt
+from lmworks.export.receipt import RECEIPT, recall, write_receipt
 from lmworks.export.reference import Arrays
 from lmworks.export.selftest import FP32_CLOSE, FP32_MOST, FP32_PART
 from lmworks.export.web_folder import add_page, check_page, find_task, record
 from lmworks.models.checkpoint import load_model
-from lmworks.models.folder import write_folder
+from lmworks.models.folder import has_tokenizer, write_folder
 from lmworks.models.heads import Model
 from lmworks.models.weights import WEIGHTS
 from lmworks.runtime.onnx_runtime import FILES, OnnxRuntime
+from lmworks.tokens.tokenizer import Tokenizer
 from lmworks.training.peft_format import CONFIG as ADAPTER_CONFIG
 
 SELFTEST = "selftest.json"
@@ -73,6 +75,7 @@ def export_graphs(
         with new_folder(out) as staged:
             write_folder(model, source, staged)
             (staged / WEIGHTS).unlink()  # the graphs hold them
+            limit_texts(staged, model.config.turn)
             chosen = find_precisions(model, source, dtypes, batches=batches)
             export_onnx(model, staged, dtypes=dtypes, external=external, precisions=chosen)
             announce(staged)
@@ -120,11 +123,11 @@ def merged(folder: Path) -> Iterator[Path]:
         yield Path(place) / "merged"
 
 
-def recall(folder: Path) -> dict[str, Any]:
-    """Return what a model's receipt says of how it was trained to read: its task and settings."""
-    path = folder / RECEIPT
-    known = read_json(path) if path.is_file() else {}
-    return {name: known[name] for name in ("task", "settings") if name in known}
+def limit_texts(staged: Path, turn: int | None) -> None:
+    """Say in the tokenizer's config that no text may be longer than the graphs' rotary tables."""
+    if turn is not None and has_tokenizer(staged):
+        tokenizer = Tokenizer.from_pretrained(staged)
+        tokenizer.save(staged, max_length=min(turn, tokenizer.model_max_length or turn))
 
 
 def announce(staged: Path) -> None:
@@ -145,7 +148,8 @@ def check_graphs(
     model: Model, source: Path, staged: Path, dtypes: Sequence[str]
 ) -> tuple[dict[str, dict[str, Any]], float]:
     """Ask every graph what torch is asked; return what each dtype gave, and fp32's limit. Raises CheckFailed."""
-    rows = [row for group in make_probes(source, model.config).values() for row in group]
+    c = replace(model.config, max_position_embeddings=model.config.turn or model.config.max_position_embeddings)
+    rows = [row for group in make_probes(source, c).values() for row in group]
     known = [next(answer(model, [row], left=False))["numbers"] for row in rows]
     largest = max(float(np.abs(numbers).max(initial=0)) for numbers in known)
     limit = min(FP32_MOST, max(FP32_CLOSE, FP32_PART * largest))

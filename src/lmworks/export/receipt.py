@@ -29,6 +29,13 @@ def write_receipt(
     return receipt
 
 
+def recall(folder: Path) -> dict[str, Any]:
+    """Return what a model's receipt says of how it was trained to read: its task and settings."""
+    path = folder / RECEIPT
+    known = read_json(path) if path.is_file() else {}
+    return {name: known[name] for name in ("task", "settings") if name in known}
+
+
 def add_certificate(folder: str | Path, certificate: Mapping[str, Any]) -> None:
     """Write into lmworks.json what `verify` found last: passed, date, and a verdict for each runtime and dtype.
 
@@ -62,7 +69,7 @@ def check_receipt(folder: str | Path) -> dict[str, Any]:
         receipt = read_json(folder / RECEIPT)
         listed = {str(name): str(entry["sha256"]) for name, entry in receipt["files"].items()}
         excluded = [str(name) for name in receipt.get("excluded", EXCLUDED)]
-        paths = {name: confine(folder, name) for name in listed}
+        paths = {name: confine(folder, name, by=RECEIPT) for name in listed}
     except LmworksError as error:
         return {**result, "problem": str(error)}
     except (KeyError, TypeError, AttributeError) as error:

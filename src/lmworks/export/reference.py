@@ -86,7 +86,7 @@ class Reference:
     def greedy(self, prompt: NDArray[Any], count: int) -> Arrays:
         """Continue a prompt (T,) by the likeliest tokens: tokens (G,) and the logits that chose them (G, V)."""
         ids = torch.from_numpy(prompt)[None]
-        if self.config.model_type == "roberta":  # its generate counts positions from 0: whole passes instead
+        if self.config.position_offset:  # RoBERTa's generate counts positions from 0: whole passes instead
             steps = []
             for _ in range(count):
                 steps.append(self.answer({"input_ids": ids[0].numpy()})["numbers"][-1])

@@ -12,6 +12,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -71,13 +72,21 @@ def to_inputs(task: str, texts: Sequence[str], mask: str = "") -> list[Input]:
 
 
 def lengthen(task: str, given: Input, mask: str, fits: Callable[[Input], bool]) -> Input:
-    """Repeat an input's text until it is longer than what `fits`: how long texts are read is part of the answers."""
+    """Add an input's words until it is longer than what `fits`: how long texts are read is part of the answers.
+
+    They come in another order each time: a model that sees a few words only finds the same answer in each repetition.
+    """
     if task == "feature-extraction":
         source = " ".join(given["texts"])
         return next(one for times in range(1, LONGEST) if not fits(one := {"texts": [*given["texts"], source * times]}))
     name = "context" if task == "question-answering" else "text"
-    more = f" {given[name].replace(mask, '') if mask else given[name]}"  # one mask is enough
-    return next(one for times in range(LONGEST) if not fits(one := {**given, name: given[name] + more * times}))
+    words = (given[name].replace(mask, "") if mask else given[name]).split(" ")  # one mask is enough
+    long = given
+    for i in range(LONGEST):
+        if not fits(long):
+            break
+        long = {**long, name: f"{long[name]} {' '.join(Random(i).sample(words, len(words)))}"}
+    return long
 
 
 def read_items(path: str | Path, task: str, mask: str, fits: Callable[[Input], bool]) -> list[Input]:

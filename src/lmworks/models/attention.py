@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmworks.models.config import Config
+from lmworks.models.layers import RMSNorm
 from lmworks.models.rope import Rope, rotate
 
 
@@ -41,6 +42,13 @@ class Span(NamedTuple):
         return torch.unflatten(part, 1, (self.rows, -1)).transpose(0, 1)
 
 
+class Distances(NamedTuple):
+    """How far tokens are apart, in buckets that have a vector each."""
+
+    vectors: Tensor  # (U, D)
+    between: Tensor  # (T, T): which of them lies between a query and a key
+
+
 class Context(NamedTuple):
     """What the layers of one forward share; local layers and the others have one each."""
 
@@ -49,6 +57,7 @@ class Context(NamedTuple):
     rope: Rope | None = None
     cache: Past | None = None
     spans: Sequence[Span] = ()  # where rows lie end to end instead of side by side; then B = 1
+    distances: Distances | None = None
 
 
 class Attention(nn.Module):
@@ -63,11 +72,14 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=c.attention_bias)
         self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.head_dim, bias=c.attention_bias)
         self.o_proj = nn.Linear(self.heads * self.head_dim, c.hidden_size, bias=output_bias)
+        self.q_norm: nn.Module = RMSNorm(self.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm: nn.Module = RMSNorm(self.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Mix the tokens: (B, T, D) -> (B, T, D)."""
-        heads = [torch.unflatten(part, -1, (-1, self.head_dim)) for part in self.project(x)]
-        q, k, v = (part.transpose(1, 2) for part in heads)  # (B, H, T, E), (B, K, T, E), (B, K, T, E)
+        q, k, v = (torch.unflatten(part, -1, (-1, self.head_dim)) for part in self.project(x))
+        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, T, E), (B, K, T, E), (B, K, T, E)
         mixed: Tensor = self.o_proj(self.mix(q, k, v, context))  # (B, T, D)
         return mixed
 

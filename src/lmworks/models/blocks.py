@@ -12,7 +12,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lmworks.models.attention import Attention, Context
-from lmworks.models.config import Config
+from lmworks.models.config import Config, Relative
+from lmworks.models.disentangled import DisentangledAttention, Neighbours
 from lmworks.models.layers import MLP, GatedMLP, make_norm
 
 
@@ -23,7 +24,7 @@ class Block(nn.Module):
         super().__init__()
         self.local = layer in c.local_layers  # sees a window only
         self.attention_norm = make_norm(c) if c.first_norm or layer else nn.Identity()
-        self.attention = Attention(c, layer)
+        self.attention = DisentangledAttention(c, layer) if c.relative else Attention(c, layer)
         self.mlp = GatedMLP(c) if c.gated else MLP(c)
         self.drop = nn.Dropout(c.dropout)
 
@@ -56,6 +57,19 @@ class PostNormBlock(Block):
         return y
 
 
+class NeighbourBlock(PostNormBlock):
+    """A layer that adds a convolution over what it reads (He et al. 2021): the first one of DeBERTa-v2 xlarge."""
+
+    def __init__(self, c: Config, layer: int, r: Relative) -> None:
+        super().__init__(c, layer)
+        self.neighbours, self.neighbours_norm = Neighbours(c, r), make_norm(c)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Add and normalise three times: (B, T, D) -> (B, T, D)."""
+        y: Tensor = self.neighbours_norm(super().forward(x, context) + self.neighbours(x, context))
+        return y
+
+
 class ParallelBlock(Block):
     """Attention and MLP read the same normalised stream (Wang and Komatsuzaki 2021)."""
 
@@ -64,6 +78,13 @@ class ParallelBlock(Block):
         y = self.attention_norm(x)  # (B, T, D)
         z: Tensor = x + self.drop(self.attention(y, context)) + self.drop(self.mlp(y))  # (B, T, D)
         return z
+
+
+def make_block(c: Config, layer: int) -> Block:
+    """Return a layer as the config says."""
+    if c.relative is not None and c.relative.conv_kernel and layer == 0:
+        return NeighbourBlock(c, layer, c.relative)
+    return BLOCKS[c.block](c, layer)
 
 
 BLOCKS: dict[str, type[Block]] = {

@@ -6,7 +6,6 @@ parameters once; `from_hf` and `to_hf` walk the same rows in opposite directions
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +36,7 @@ from lmworks.models.families import (
     write_config,
 )
 from lmworks.models.heads import CausalLM, Head, Model, initialise
+from lmworks.models.numbered import merge_layers, to_template
 from lmworks.models.weights import WEIGHTS, State, read_tensors
 
 __all__ = ["load_model", "read_config", "save_model"]
@@ -96,7 +96,10 @@ def load_model(
     if not new_head:
         check_task(model, folder)
     file = read_tensors(folder)
-    if model.spec.optional and not any(row.key in file or strip(row.key, model) in file for row in head_rows(model)):
+    if model.spec.otherwise and not has_head(model, file):
+        other = replace(config, source={**config.source, **model.spec.otherwise})
+        model = renamed if has_head(renamed := make_empty(other, kind), file) else model
+    if model.spec.optional and not has_head(model, file):
         model.spec = HeadSpec(outputs="none")
         model.head = Head(config, model.spec)
     parts = read_parts(config)
@@ -122,6 +125,11 @@ def load_model(
     if parts or code:
         restore(model, parts, code, own, str(folder))
     return model.eval()
+
+
+def has_head(model: Model, file: State) -> bool:
+    """Say whether a file holds some of the model's head."""
+    return any(row.key in file or strip(row.key, model) in file for row in head_rows(model))
 
 
 def make_empty(config: Config, kind: str) -> Model:
@@ -299,23 +307,6 @@ def from_hf(file: State, model: Model, *, where: str = "", new_head: bool = Fals
     return state
 
 
-def merge_layers(problems: list[str]) -> list[str]:
-    """Say what is wrong in many layers once: ["missing: h.0.b", "missing: h.1.b"] -> ["missing: h.{0,1}.b"]."""
-    layers: dict[str, list[str]] = {}
-    for problem in problems:
-        template, layer = to_template(problem)
-        layers.setdefault(template, []).append(layer)
-    return [
-        template.replace("{}", found[0] if len(found) == 1 else f"{{{shorten(found)}}}", 1)
-        for template, found in layers.items()
-    ]
-
-
-def shorten(numbers: list[str]) -> str:
-    """Return a few numbers as they are, many by their ends: "0,1,2", "0…31"."""
-    return ",".join(numbers) if len(numbers) < 4 else f"{numbers[0]}…{numbers[-1]}"
-
-
 def alias(model: Model, name: str) -> str:
     """Return the other name under which a file may hold a parameter of the projection once more, or ""."""
     named = [theirs for theirs, ours in model.spec.keys.items() if ours == "project"]
@@ -342,9 +333,3 @@ def modernize(key: str) -> str:
 def to_hf(state: State, rows: list[Row]) -> State:
     """Return the file's tensors: the exact inverse of `from_hf`."""
     return {row.key: row.join(state) for row in rows}
-
-
-def to_template(key: str) -> tuple[str, str]:
-    """Take the layer's number out of a name: "layers.3.mlp.up_proj" -> ("layers.{}.mlp.up_proj", "3")."""
-    number = re.search(r"\.(\d+)\.", key)
-    return (f"{key[: number.start()]}.{{}}.{key[number.end() :]}", number[1]) if number else (key, "")

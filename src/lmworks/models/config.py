@@ -29,6 +29,58 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LongRope:
+    """Phi-3's divisors of the rotary frequencies: one set for texts that fit the original context, one for longer ones.
+
+    Cosines and sines are multiplied by `factor` in both (Ding et al. 2024).
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotary:
+    """How queries and keys are rotated, where positions are "rope"."""
+
+    theta: float = 10000.0
+    local_theta: float | None = None  # in local layers; None: as elsewhere
+    scaling: RopeScaling | LongRope | None = None
+    dim: int | None = None  # how much of a head is rotated; None: all of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relative:
+    """How DeBERTa's attention knows distances, and what it adds to the first layer (models/disentangled.py)."""
+
+    positions: int  # the farthest distance that is told from its neighbours
+    buckets: int = 0  # of distances, on either side; 0: each distance has a vector
+    terms: tuple[str, ...] = ("c2p", "p2c")
+    shared_keys: bool = True  # distances use the matrices of tokens
+    norm: bool = False  # of the vectors of distances
+    conv_kernel: int = 0  # of a convolution in the first layer; 0: none
+    conv_groups: int = 1
+    conv_act: str = "tanh"
+
+    @property
+    def span(self) -> int:
+        """How many vectors there are on either side."""
+        return self.buckets or self.positions
+
+    def __post_init__(self) -> None:
+        """Raise InputError for numbers that no network can have."""
+        require(1 <= self.positions <= MOST, "max_relative_positions", self.positions, f"1 to {MOST:,}")
+        fits = not self.buckets or (self.buckets >= 4 and self.buckets % 2 == 0 and self.buckets < 2 * self.positions)
+        require(fits, "position_buckets", self.buckets, f"even, 4 to {2 * self.positions - 2}")
+        require(set(self.terms) <= {"c2p", "p2c"}, "pos_att_type", ", ".join(self.terms), "c2p, p2c")
+        require(not self.conv_kernel or self.conv_kernel % 2 == 1, "conv_kernel_size", self.conv_kernel, "odd")
+        require(self.conv_groups >= 1, "conv_groups", self.conv_groups, "1 or more")
+        require(self.conv_act in HEAD_ACTS, "conv_act", self.conv_act, ", ".join(HEAD_ACTS))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Vision:
     """How an image becomes a sequence: square patches, each projected to one vector, after a class token."""
 
@@ -61,6 +113,7 @@ class HeadSpec:
     keys: Mapping[str, str] = field(default_factory=dict)
     prefix: str | None = None  # of the body's tensors beside this head, where it is not the family's own
     optional: bool = False  # a file without it is whole
+    otherwise: Mapping[str, Any] = field(default_factory=dict)  # config.json's keys where a file has other names
 
     def size(self, c: Config) -> int:
         """How many numbers the head gives for each thing it looks at; 0 without a projection."""
@@ -85,19 +138,19 @@ class Config:
     norm_eps: float = 1e-5
     dropout: float = 0.0  # while training: on embeddings, attention weights, and what a block adds to its stream
     block: Literal["pre", "post", "parallel", "rnn", "lstm", "gru", "feedforward"] = "pre"
-    embedding_size: int | None = None  # of networks without attention; None: as hidden_size
+    embedding_size: int | None = None  # what a token's vector has before it enters the layers; None: as hidden_size
+    layer_groups: int | None = None  # so many layers there are, each of which runs several times; None: each once
     causal: bool = True
     norm: Literal["layer", "layer_nobias", "rms"] = "layer"
     gated: bool = False  # the MLP computes act(gate(x)) * up(x)
     attention_bias: bool = True
     output_bias: bool | None = None  # of attention's last projection; None: as attention_bias
     mlp_bias: bool = True
+    qk_norm: bool = False  # each head's queries and keys are divided by their root mean square
     positions: Literal["learned", "rope", "none"] = "learned"
     position_offset: int = 0  # the first token's position: RoBERTa counts from pad_token_id + 1
-    rope_theta: float = 10000.0
-    rope_local_theta: float | None = None  # in local layers; None: as elsewhere
-    rope_scaling: RopeScaling | None = None
-    rotary_dim: int | None = None  # how much of a head is rotated; None: all of it
+    rotary: Rotary = Rotary()
+    relative: Relative | None = None  # attention that knows how far tokens are apart
     window: int | None = None  # local layers see: causal, the last `window` tokens; else `window` on either side
     local_layers: tuple[int, ...] = ()  # the layers that `window` limits
     type_vocab_size: int = 0  # segments: which text of a pair a token belongs to
@@ -127,11 +180,14 @@ class Config:
         require(0 <= self.type_vocab_size <= MOST, "type_vocab_size", self.type_vocab_size, f"0 to {MOST:,}")
         grouped = self.num_attention_heads % self.num_key_value_heads == 0
         require(grouped, "num_key_value_heads", self.num_key_value_heads, f"a divisor of {self.num_attention_heads}")
-        rotated = self.rotary_dim or self.head_dim
+        rotated = self.rotary.dim or self.head_dim
         require(self.positions != "rope" or rotated % 2 == 0, "head_dim", rotated, "even, to be rotated")
         require(0 < rotated <= self.head_dim, "rotary_dim", rotated, f"1 to {self.head_dim}")
         width = self.embedding_size
         require(width is None or 1 <= width <= MOST, "embedding_size", width, f"1 to {MOST:,}")
+        groups = self.layer_groups
+        require(groups is None or 1 <= groups <= self.num_hidden_layers, "number of groups of layers", groups,
+                f"1 to {self.num_hidden_layers}")  # fmt: skip
         require(self.window is None or self.window >= 1, "window", self.window, "1 or more")
         require(len(self.labels) >= 1, "number of labels", len(self.labels), "1 or more")
         require(self.hidden_act in HIDDEN_ACTS, "hidden_act", self.hidden_act, ", ".join(HIDDEN_ACTS))
@@ -142,6 +198,12 @@ class Config:
     def max_tokens(self) -> int:
         """How many tokens fit: RoBERTa's first positions are never used."""
         return self.max_position_embeddings - self.position_offset
+
+    @property
+    def turn(self) -> int | None:
+        """The length beyond which texts are rotated by other frequencies; None where there is none."""
+        scaling = self.rotary.scaling
+        return scaling.original_max_position_embeddings if isinstance(scaling, LongRope) else None
 
 
 def require(good: bool, name: str, found: object, expected: str) -> None:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 from lmworks.base.errors import FormatError
-from lmworks.base.files import confine, read_json, write_json
+from lmworks.base.files import confine, read_json, read_value, write_json
 from lmworks.models.checkpoint import save_model
 from lmworks.models.heads import Model
 from lmworks.tokens.tokenizer import Tokenizer
 
-VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spm.model", "spiece.model",
+                "sentencepiece.bpe.model")  # fmt: skip
 GENERATION, MODULES = "generation_config.json", "modules.json"
 COPIED = (  # as they are, where they are
     "preprocessor_config.json", "processor_config.json", "modules.json", "config_sentence_transformers.json",
-    "sentence_*_config.json", "tokenizer.model", "spiece.model", "sentencepiece*.model", "README*", "LICENSE*",
-    "NOTICE*",
+    "sentence_*_config.json", "tokenizer.model", "spiece.model", "spm.model", "sentencepiece*.model", "README*",
+    "LICENSE*", "NOTICE*",
 )  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def write_folder(model: Model, folder: Path, staged: Path) -> None:
             if path.is_file():
                 shutil.copyfile(path, staged / path.name)
     for name in list_modules(folder):
-        source, target = confine(folder, name), confine(staged, name)
+        source, target = confine(folder, name, by=MODULES), confine(staged, name, by=MODULES)
         if source == folder.resolve():  # the network itself, which was written afresh
             continue
         for path in sorted([*source.glob("*.json"), *source.glob("*.safetensors")]):
@@ -45,10 +45,10 @@ def write_folder(model: Model, folder: Path, staged: Path) -> None:
 def list_modules(folder: Path) -> list[str]:
     """Return the folders of sentence-transformers' modules: ["1_Pooling"]."""
     try:
-        found = json.loads((folder / MODULES).read_text(encoding="utf-8"))
+        if not (folder / MODULES).is_file():
+            return []
+        found = read_value(folder / MODULES)
         return [str(module["path"]) for module in found if module.get("path")]
-    except FileNotFoundError:
-        return []
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"{MODULES} holds no list of modules", where=str(folder), found=str(error)) from None
 

@@ -27,9 +27,11 @@ class Head(nn.Module):
 
     def __init__(self, c: Config, spec: HeadSpec) -> None:
         super().__init__()
-        size = c.hidden_size
+        size = inner = c.hidden_size
+        if spec.dense and spec.outputs == "vocab":  # the projection may be the embedding's matrix
+            size = c.embedding_size or size
         self.pool = spec.pool
-        self.dense = nn.Linear(size, size, bias=spec.dense_bias) if spec.dense else None
+        self.dense = nn.Linear(inner, size, bias=spec.dense_bias) if spec.dense else None
         self.act = ACTIVATIONS[spec.act]
         self.norm = None if spec.norm == "none" else nn.LayerNorm(size, c.norm_eps, bias=spec.norm == "layer")
         self.project = nn.Linear(size, spec.size(c), bias=spec.bias) if spec.outputs != "none" else None
@@ -175,7 +177,7 @@ def initialise(model: nn.Module, c: Config, seed: int) -> None:
                     parameter[c.hidden_size : 2 * c.hidden_size] = 1.0
                 continue
             std = c.initializer_range / (shrink if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0)
-            if c.embedding_size and name.endswith("embeddings.tokens.weight"):
+            if c.block in (*CELLS, "feedforward") and name.endswith("embeddings.tokens.weight"):
                 std = 1.0  # as torch.nn: nothing scales them before a cell reads them
             drawn = torch.empty(parameter.shape, device="cpu").normal_(0.0, std, generator=generator)
             parameter.copy_(drawn)  # drawn on the CPU, so that every device gets the same

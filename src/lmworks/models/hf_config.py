@@ -6,13 +6,16 @@ transformers 5: rope_parameters {rope_theta, rope_type, factor, …}
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lmworks.base.errors import FormatError, InputError
-from lmworks.models.config import Config, RopeScaling
+from lmworks.models.config import Config, LongRope, RopeScaling, Rotary
 
-ROPE_TYPES = ("default", "llama3")
+LONG = "longrope"
+MOST_NUMBER = 1e30  # a float32 holds it; NaN and infinity are above
+ROPE_TYPES = ("default", "llama3", LONG)
 
 
 class Fields:
@@ -34,9 +37,17 @@ class Fields:
     def number(self, key: str, default: float | None = None) -> float:
         """Return a number."""
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MOST_NUMBER:
             raise self._mistyped(key, "a number")
         return float(value)
+
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """Return a list of so many numbers."""
+        value = self._get(key, None)
+        whole = isinstance(value, list) and all(type(item) in (int, float) for item in value)
+        if not isinstance(value, list) or not whole or len(value) != count:
+            raise self._mistyped(key, f"a list of {count} numbers")
+        return tuple(float(item) for item in value)
 
     def text(self, key: str, default: str | None = None) -> str:
         """Return a string."""
@@ -91,54 +102,66 @@ class Fields:
         return value
 
     def _mistyped(self, key: str, expected: str) -> FormatError:
-        return FormatError(f"{self.name}: {key} is not {expected}", found=repr(self.hf.get(key)), expected=expected)
+        return FormatError(
+            f"{self.name}: {key} is not {expected}", found=repr(self.hf.get(key))[:200], expected=expected
+        )
 
 
-def read_rope(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `rope_theta` and `rope_scaling` for a Config; an unsupported kind is an InputError that lists ours."""
+def read_rope(hf: Mapping[str, Any], head_dim: int, partial: float | None = None) -> Rotary:
+    """Return how a head is rotated; an unsupported kind is an InputError that lists ours.
+
+    `partial` is the share of a head that is rotated where the file says nothing; None: the family rotates all of it.
+    """
     outer = Fields(hf)
     found = outer.table("rope_parameters") or outer.table("rope_scaling")
     rope = Fields(found, "config.json, rope_parameters" if hf.get("rope_parameters") else "config.json, rope_scaling")
     kind = rope.text("rope_type", rope.text("type", "default"))
+    kind = LONG if kind == "su" else kind  # its first name
     if kind not in ROPE_TYPES:
         raise InputError(f"the rope type {kind!r} is not supported", expected=" or ".join(ROPE_TYPES))
     theta = rope.number("rope_theta", outer.number("rope_theta", 10000.0))
+    usual = outer.number("partial_rotary_factor", 1.0 if partial is None else partial)
+    share = rope.number("partial_rotary_factor", usual)
+    if partial is None and share != 1:
+        raise InputError(f"{rope.name}: partial_rotary_factor is not supported", found=f"{share}", expected="1.0")
+    dim = None if share == 1 else int(head_dim * share)
     if kind == "default":
-        return {"rope_theta": theta, "rope_scaling": None}
-    scaling = RopeScaling(
-        factor=rope.number("factor"),
-        low_freq_factor=rope.number("low_freq_factor"),
-        high_freq_factor=rope.number("high_freq_factor"),
-        original_max_position_embeddings=rope.integer(
-            "original_max_position_embeddings", outer.integer("max_position_embeddings", 2048)
-        ),
-    )
-    return {"rope_theta": theta, "rope_scaling": scaling}
+        return Rotary(theta=theta, dim=dim)
+    length = outer.integer("max_position_embeddings", 2048)
+    known = outer.integer("original_max_position_embeddings", length)
+    original = rope.integer("original_max_position_embeddings", known)
+    if kind == "llama3":
+        factors = {name: rope.number(name) for name in ("factor", "low_freq_factor", "high_freq_factor")}
+        scaling: RopeScaling | LongRope = RopeScaling(**factors, original_max_position_embeddings=original)
+    else:
+        pairs = (dim or head_dim) // 2
+        factor = rope.number("attention_factor", long_factor(rope.number("factor", length / original), original))
+        scaling = LongRope(short=rope.numbers("short_factor", pairs), long=rope.numbers("long_factor", pairs),
+                           factor=factor, original_max_position_embeddings=original)  # fmt: skip
+    return Rotary(theta=theta, scaling=scaling, dim=dim)
+
+
+def long_factor(factor: float, original: int) -> float:
+    """Return what cosines and sines are multiplied by where a context became `factor` times as long."""
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
 
 
 def write_rope(c: Config) -> dict[str, Any]:
     """Return the keys of both generations: each reads its own and agrees with the other."""
-    share = {} if c.rotary_dim is None else {"partial_rotary_factor": c.rotary_dim / c.head_dim}
-    if c.rope_scaling is None:
-        scaling: dict[str, Any] | None = None
-        parameters = {"rope_type": "default", "rope_theta": c.rope_theta, **share}
-    else:
-        s = c.rope_scaling
-        scaling = {
-            "rope_type": "llama3",
-            "factor": s.factor,
-            "low_freq_factor": s.low_freq_factor,
-            "high_freq_factor": s.high_freq_factor,
-            "original_max_position_embeddings": s.original_max_position_embeddings,
-        }
-        parameters = {**scaling, "rope_theta": c.rope_theta, **share}
-    return {"rope_parameters": parameters, "rope_theta": c.rope_theta, "rope_scaling": scaling, **share}
-
-
-def read_rotary_dim(hf: Mapping[str, Any], head_dim: int, default: float) -> int | None:
-    """Return how much of a head is rotated, None for all of it; both generations state a share of it."""
-    outer = Fields(hf)
-    share = Fields(outer.table("rope_parameters")).number(
-        "partial_rotary_factor", outer.number("partial_rotary_factor", default)
-    )
-    return None if share == 1 else int(head_dim * share)
+    r, s = c.rotary, c.rotary.scaling
+    share = {} if r.dim is None else {"partial_rotary_factor": r.dim / c.head_dim}
+    plain, more = {"rope_theta": r.theta, **share}, {}
+    if s is None:
+        return {"rope_parameters": {"rope_type": "default", **plain}, "rope_scaling": None, **plain}
+    if isinstance(s, RopeScaling):
+        scaling: dict[str, Any] = {"rope_type": "llama3", **vars(s)}
+        parameters = {**scaling, **plain}
+    else:  # transformers 4 wants three keys and no more
+        usual = long_factor(c.max_position_embeddings / s.original_max_position_embeddings,
+                            s.original_max_position_embeddings)  # fmt: skip
+        own = {} if s.factor == usual else {"attention_factor": s.factor}
+        scaling = {"type": LONG, "short_factor": list(s.short), "long_factor": list(s.long), **own}
+        more = {"original_max_position_embeddings": s.original_max_position_embeddings}
+        parameters = {**scaling, "rope_type": LONG, **more, **plain}
+        del parameters["type"]
+    return {"rope_parameters": parameters, "rope_scaling": scaling, **more, **plain}

@@ -92,24 +92,23 @@ def write_encoder(c: Config) -> dict[str, Any]:
 
 
 def read_decoder(
-    hf: Mapping[str, Any], *, norm: str, act: str = "silu", positions: int = 2048, partial: bool = False
+    hf: Mapping[str, Any], *, norm: str, act: str = "silu", positions: int = 2048, partial: float | None = None
 ) -> dict[str, Any]:
     """Return the fields that Llama and its relatives state; `norm` is the key of the norm's epsilon.
 
-    `partial`: the family may rotate a part of each head.
+    `partial`: the family may rotate a part of each head, this one where the file says nothing.
     """
     f = Fields(hf)
-    if not partial:
-        f.must_be("partial_rotary_factor", 1.0)
-        Fields(f.table("rope_parameters"), "config.json, rope_parameters").must_be("partial_rotary_factor", 1.0)
     heads, size = f.integer("num_attention_heads"), f.integer("hidden_size")
+    head_dim = f.integer("head_dim", size // max(heads, 1))
     return {
         "vocab_size": f.integer("vocab_size"), "hidden_size": size, "num_attention_heads": heads,
         "num_key_value_heads": f.integer("num_key_value_heads", heads),
-        "head_dim": f.integer("head_dim", size // max(heads, 1)), "hidden_act": f.text("hidden_act", act),
+        "head_dim": head_dim, "hidden_act": f.text("hidden_act", act),
         "num_hidden_layers": f.integer("num_hidden_layers"), "intermediate_size": f.integer("intermediate_size"),
         "max_position_embeddings": f.integer("max_position_embeddings", positions), "positions": "rope",
-        "norm_eps": f.number(norm, 1e-6), "dropout": f.number("attention_dropout", 0.0), **read_rope(hf),
+        "norm_eps": f.number(norm, 1e-6), "dropout": f.number("attention_dropout", 0.0),
+        "rotary": read_rope(hf, head_dim, partial),
     }  # fmt: skip
 
 

@@ -58,11 +58,15 @@ def ragged_states(
     c, prefix = body.config, body.prefix.rows()
     places = torch.cat([torch.arange(length, device=input_ids.device) for length in lengths])[None]  # (1, N)
     places = places + body.prefix.length
+    counts = torch.tensor(list(lengths), device=input_ids.device)  # (B,)
+    totals = torch.repeat_interleave(counts, counts)[None] + body.prefix.length  # (1, N): of each token's row
     x = body.embeddings(input_ids[None], places, None if token_type_ids is None else token_type_ids[None])  # (1, N, D)
+
+    distances = body.distances(max(lengths))
 
     def context(window: int | None, frequencies: tuple[float, ...]) -> Context:
         spans = make_spans(lengths, window, causal=c.causal, device=x.device, prefix=prefix)
-        return Context(rope=body.rope(frequencies, places), spans=spans)
+        return Context(rope=body.rope(frequencies, places, totals), spans=spans, distances=distances)
 
     everywhere = context(None, body.frequencies)
     local = context(c.window, body.local_frequencies) if c.local_layers else everywhere
@@ -121,6 +125,7 @@ class PackedAttention(Attention):
         self.layer, self.dropout = given.layer, 0.0
         self.heads, self.kv_heads, self.head_dim = given.heads, given.kv_heads, given.head_dim
         self.qkv_proj, self.o_proj = qkv_proj, o_proj  # type: ignore[assignment]
+        self.q_norm, self.k_norm = given.q_norm, given.k_norm
 
     def project(self, x: Tensor) -> Sequence[Tensor]:
         """Return queries (B, T, H * E), keys and values (B, T, K * E)."""
@@ -138,7 +143,7 @@ def pack(model: nn.Module, *, rows: int = 1) -> None:
         return
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if not isinstance(child, Attention) or isinstance(child, PackedAttention):
+            if type(child) is not Attention:
                 continue
             if all(map(is_plain, (child.q_proj, child.k_proj, child.v_proj))):
                 qkv = PackedLinear(child.q_proj, child.k_proj, child.v_proj, rows=rows)
@@ -179,7 +184,7 @@ def join(model: nn.Module) -> None:
                 setattr(parent, name, multiplied_out(child))
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, Attention):
+            if type(child) is Attention:
                 three: list[nn.Module] = [child.q_proj, child.k_proj, child.v_proj]
                 joined = joined_layers([layer for layer in three if isinstance(layer, QuantizedLinear)])
                 if joined is not None:

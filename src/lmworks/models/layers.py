@@ -43,11 +43,11 @@ class RMSNorm(nn.Module):
         return self.weight * y.type_as(x)
 
 
-def make_norm(c: Config) -> nn.Module:
-    """Return the norm that the config names."""
+def make_norm(c: Config, size: int | None = None) -> nn.Module:
+    """Return the norm that the config names, of `size` numbers (None: hidden_size)."""
     if c.norm == "rms":
-        return RMSNorm(c.hidden_size, c.norm_eps)
-    return nn.LayerNorm(c.hidden_size, c.norm_eps, bias=c.norm == "layer")
+        return RMSNorm(size or c.hidden_size, c.norm_eps)
+    return nn.LayerNorm(size or c.hidden_size, c.norm_eps, bias=c.norm == "layer")
 
 
 class MLP(nn.Module):

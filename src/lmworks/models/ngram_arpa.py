@@ -20,6 +20,7 @@ from typing import IO
 import numpy as np
 
 from lmworks.base.errors import FormatError
+from lmworks.base.files import own_file
 from lmworks.models.ngram import PLAIN, NgramModel
 from lmworks.models.ngram_counts import Float64, Int64
 from lmworks.models.ngram_smoothing import Level
@@ -28,6 +29,7 @@ BEGIN, END, UNKNOWN = "<s>", "</s>", "<unk>"
 NEVER = -99.0  # base 10: what stands for no probability at all
 MISSING = -100.0  # base 10: an unknown word where the file has none, as in KenLM
 LN10 = float(np.log(10.0))
+SHORTEST = 4  # bytes of a line: a digit, a tab, a letter, a line feed
 AT_ONCE = 1 << 16  # lines of one write
 BLANK = re.compile(r"[\0\t\n\r ]+")  # what KenLM takes for white space
 
@@ -92,9 +94,11 @@ def as_backoff(model: NgramModel) -> NgramModel:
 
 def read_arpa(path: Path) -> tuple[NgramModel, list[str]]:
     """Return a model and the names of its tokens (V), END first and UNKNOWN second; raise FormatError where damaged."""
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+    with own_file(path).open(encoding="utf-8", errors="replace", newline="\n") as file:
         lines = enumerate(file, 1)
         counts = read_counts(lines, path)
+        if sum(counts) * SHORTEST > path.stat().st_size:
+            raise damaged(path, f"{sum(counts)} n-grams cannot be in {path.stat().st_size} bytes")
         ids: dict[str, int] = {END: 0, BEGIN: 0, UNKNOWN: 1}
         names, V = [END, UNKNOWN], 0
         levels: list[Level] = []

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from lmworks.base.safetensors_header import TensorInfo
 
 COMPONENTS = {  # the first whose pattern a tensor's name has
-    "head": r"^(lm_head|embed_out|classifier|pre_classifier|score|qa_outputs|cls\.|vocab_|head\.|decoder\.\w+$)",
+    "head": r"^(lm_head|embed_out|classifier|pre_classifier|score|qa_outputs|"
+    r"cls\.|vocab_|(lm_|mask_)?predictions\.|sop_|head\.|decoder\.\w+$)",
     "layers": r"(^|\.)\d+\.",
     "embeddings": r"embed|(^|\.)(wte|wpe)\.",
     "rest": "",
@@ -17,9 +18,12 @@ BUFFERS = re.compile(r"(^|\.)(position_ids|token_type_ids|inv_freq|masked_bias|n
 MASK = re.compile(r"(attn|attention)\.bias$")  # of four dimensions: a triangle, not a parameter
 TOKENS = re.compile(r"(word_embeddings|embed_tokens|tok_embeddings|embed_in|wte)\.weight$")
 TIED_HEAD = re.compile(
-    r"^(lm_head|embed_out|decoder|vocab_projector|cls\.predictions\.decoder|lm_head\.decoder)\.weight$"
+    r"^(lm_head|embed_out|decoder|vocab_projector|(cls\.)?predictions\.decoder|lm_head\.decoder)\.weight$"
 )
-TIED_BIAS = {"cls.predictions.decoder.bias": "cls.predictions.bias", "lm_head.decoder.bias": "lm_head.bias"}
+TIED_BIAS = {
+    "cls.predictions.decoder.bias": "cls.predictions.bias", "predictions.decoder.bias": "predictions.bias",
+    "lm_head.decoder.bias": "lm_head.bias",
+}  # fmt: skip
 
 
 def count_parameters(tensors: Mapping[str, TensorInfo], tied: bool) -> dict[str, int] | None:

@@ -13,17 +13,23 @@ import math
 import torch
 from torch import Tensor
 
-from lmworks.models.config import Config, RopeScaling
+from lmworks.models.config import Config, LongRope, RopeScaling
 
 Rope = tuple[Tensor, Tensor]  # cosines, and sines whose first half is negated: (B or 1, 1, T, R) each
 
 
-def rope_frequencies(c: Config, theta: float | None = None) -> Tensor:
-    """Return theta^(-2i/R) for i = 0 … R/2-1, stretched where the config says so: (R/2,) float32 on the CPU."""
-    rotated = c.rotary_dim or c.head_dim
+def rope_frequencies(c: Config, theta: float | None = None, *, long: bool = False) -> Tensor:
+    """Return theta^(-2i/R) for i = 0 … R/2-1, stretched where the config says so: (R/2,) float32 on the CPU.
+
+    `long`: those for texts beyond the original context, where the config has other ones for them.
+    """
+    rotated, scaling = c.rotary.dim or c.head_dim, c.rotary.scaling
     exponents = torch.arange(0, rotated, 2, device="cpu").float() / rotated  # (R/2,)
-    frequencies = 1.0 / (theta or c.rope_theta) ** exponents  # (R/2,)
-    return stretch(frequencies, c.rope_scaling) if c.rope_scaling else frequencies
+    waves = (theta or c.rotary.theta) ** exponents  # (R/2,)
+    if isinstance(scaling, LongRope):
+        waves = waves * torch.tensor(scaling.long if long else scaling.short, device="cpu")
+    frequencies = 1.0 / waves  # (R/2,)
+    return stretch(frequencies, scaling) if isinstance(scaling, RopeScaling) else frequencies
 
 
 def stretch(frequencies: Tensor, s: RopeScaling) -> Tensor:
@@ -39,10 +45,15 @@ def rope_table(c: Config, positions: int) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def rope_at(frequencies: Tensor, position_ids: Tensor) -> Rope:
-    """Return cosines and signed sines at positions (B or 1, T): two tensors (B or 1, 1, T, R)."""
+def rope_at(frequencies: Tensor, position_ids: Tensor, factor: float = 1.0) -> Rope:
+    """Return cosines and signed sines at positions (B or 1, T), times `factor`: two tensors (B or 1, 1, T, R).
+
+    `frequencies` are those of all tokens (R/2,), or of each (B or 1, 1, T or 1, R/2).
+    """
     angles = position_ids[:, None, :, None].float() * frequencies  # (B or 1, 1, T, R/2)
     cos, sin = angles.cos(), angles.sin()
+    if factor != 1.0:
+        cos, sin = cos * factor, sin * factor
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 

@@ -5,14 +5,17 @@ Shapes: B batch, T new tokens (or patches and the class token), S keys (past and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from lmworks.base.errors import InputError
-from lmworks.models.attention import Context, Past
-from lmworks.models.blocks import BLOCKS, Block
-from lmworks.models.cache import KVCache
-from lmworks.models.config import Config, Vision
+from lmworks.models.attention import Context, Distances, Past
+from lmworks.models.blocks import Block, make_block
+from lmworks.models.cache import Call, KVCache
+from lmworks.models.config import Config, LongRope, Vision
+from lmworks.models.disentangled import RelativeEmbeddings
 from lmworks.models.layers import make_norm
 from lmworks.models.prefix import After, PrefixSlot
 from lmworks.models.rope import Rope, rope_at, rope_frequencies
@@ -20,16 +23,20 @@ from lmworks.models.view import View, Whole
 
 
 class TokenEmbeddings(nn.Module):
-    """A vector a token, plus one a position where positions are learned, plus one a segment where there are any."""
+    """A vector a token, plus one a position where positions are learned, plus one a segment where there are any.
+
+    Where they are smaller than the hidden states, a matrix brings them to their size (Lan et al. 2020, section 3.1).
+    """
 
     def __init__(self, c: Config) -> None:
         super().__init__()
-        self.offset = c.position_offset
-        self.tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.positions = nn.Embedding(c.max_position_embeddings, c.hidden_size) if c.positions == "learned" else None
-        self.types = nn.Embedding(c.type_vocab_size, c.hidden_size) if c.type_vocab_size else None
-        self.norm = make_norm(c) if c.embedding_norm else None
+        self.offset, size = c.position_offset, c.embedding_size or c.hidden_size
+        self.tokens = nn.Embedding(c.vocab_size, size)
+        self.positions = nn.Embedding(c.max_position_embeddings, size) if c.positions == "learned" else None
+        self.types = nn.Embedding(c.type_vocab_size, size) if c.type_vocab_size else None
+        self.norm = make_norm(c, size) if c.embedding_norm else None
         self.drop = nn.Dropout(c.dropout)
+        self.project = nn.Linear(size, c.hidden_size) if c.embedding_size else None
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """Look up ids (B, T), positions (B or 1, T) and segments (B, T; None: all 0) -> (B, T, D)."""
@@ -39,7 +46,7 @@ class TokenEmbeddings(nn.Module):
         if self.positions is not None:
             x = x + self.positions(position_ids + self.offset)  # (B, T, D)
         y: Tensor = self.drop(x if self.norm is None else self.norm(x))
-        return y
+        return y if self.project is None else self.project(y)
 
 
 class PatchEmbeddings(nn.Module):
@@ -57,7 +64,8 @@ class PatchEmbeddings(nn.Module):
         """Cut images (B, channels, height, width) into patches -> (B, T, D)."""
         if tuple(pixel_values.shape[1:]) != self.shape:
             found, expected = tuple(pixel_values.shape[1:]), self.shape
-            raise InputError("the images have the wrong shape", found=f"{found}", expected=f"{expected}")
+            where = "preprocessor_config.json, config.json"
+            raise InputError("the images have the wrong shape", where=where, found=f"{found}", expected=f"{expected}")
         x = self.patches(pixel_values).flatten(2).transpose(1, 2)  # (B, T - 1, D)
         x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), 1) + self.positions  # (B, T, D)
         y: Tensor = self.drop(x)
@@ -81,15 +89,20 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = c
         self.embeddings = TokenEmbeddings(c) if c.vision is None else PatchEmbeddings(c, c.vision)
-        self.layers = nn.ModuleList(BLOCKS[c.block](c, layer) for layer in range(c.num_hidden_layers))
+        groups = c.layer_groups or c.num_hidden_layers
+        self.layers = nn.ModuleList(make_block(c, layer) for layer in range(groups))
+        self.order = [run * groups // c.num_hidden_layers for run in range(c.num_hidden_layers)]  # in which they run
         self.final_norm = make_norm(c) if c.final_norm else nn.Identity()
+        self.relative = RelativeEmbeddings(c, c.relative) if c.relative else None
         self.prefix = PrefixSlot()
         # numbers rather than buffers, which would lose their precision when the model is cast to bfloat16
         rotates = c.positions == "rope"
         self.frequencies = tuple(rope_frequencies(c).tolist()) if rotates else ()
-        self.local_frequencies = self.frequencies
-        if rotates and c.rope_local_theta is not None:
-            self.local_frequencies = tuple(rope_frequencies(c, c.rope_local_theta).tolist())
+        self.local_frequencies = self.long_frequencies = self.frequencies
+        if rotates and c.rotary.local_theta is not None:
+            self.local_frequencies = tuple(rope_frequencies(c, c.rotary.local_theta).tolist())
+        if rotates and isinstance(c.rotary.scaling, LongRope):
+            self.long_frequencies = tuple(rope_frequencies(c, long=True).tolist())
 
     def make_cache(
         self, rows: int, *, capacity: int | None = None, dtype: torch.dtype = torch.float32,
@@ -131,7 +144,8 @@ class Transformer(nn.Module):
 
     def run(self, x: Tensor, view: View, position_ids: Tensor | None, cache: Past | None) -> Tensor:
         """See who may look at whom, then run the blocks: (B, T, D) -> (B, T, D)."""
-        everywhere = Context(*view.look(None), self.rope(self.frequencies, position_ids), cache)
+        rope, distances = self.rope(self.frequencies, position_ids), self.distances(x.shape[1])
+        everywhere = Context(*view.look(None), rope, cache, distances=distances)
         local = everywhere
         if self.config.local_layers:
             local = Context(*view.look(self.config.window), self.rope(self.local_frequencies, position_ids), cache)
@@ -139,28 +153,60 @@ class Transformer(nn.Module):
 
     def through(self, x: Tensor, everywhere: Context, local: Context) -> Tensor:
         """Run the blocks, each in its context, and the final norm: (B, T, D) -> (B, T, D)."""
-        for layer in self.layers:
+        for place in self.order:
+            layer = self.layers[place]
             assert isinstance(layer, Block)
             x = layer(x, local if layer.local else everywhere)  # (B, T, D)
         y: Tensor = self.final_norm(x)
         return y
 
-    def rope(self, frequencies: tuple[float, ...], position_ids: Tensor | None) -> Rope | None:
-        """Return the rotation at these positions; None where nothing is rotated."""
+    def distances(self, T: int) -> Distances | None:
+        """Return how far the tokens of rows of up to T are apart; None where attention does not know."""
+        return None if self.relative is None else self.relative(T)
+
+    def rope(
+        self, frequencies: tuple[float, ...], position_ids: Tensor | None, lengths: Tensor | None = None
+    ) -> Rope | None:
+        """Return the rotation at these positions; None where nothing is rotated.
+
+        Where long texts have frequencies of their own, a row's length decides: one more than its last position, or
+        what `lengths` (B or 1, T) says at each token of rows that lie end to end.
+        """
         if not frequencies or position_ids is None:
             return None
-        return rope_at(torch.tensor(frequencies, device=position_ids.device), position_ids)
+        chosen = torch.tensor(frequencies, device=position_ids.device)  # (R/2,)
+        scaling = self.config.rotary.scaling
+        if not isinstance(scaling, LongRope):
+            return rope_at(chosen, position_ids)
+        lengths = position_ids.amax(-1, keepdim=True) + 1 if lengths is None else lengths  # (B or 1, T or 1)
+        is_long = (lengths > scaling.original_max_position_embeddings)[:, None, :, None]  # (B or 1, 1, T or 1, 1)
+        long = torch.tensor(self.long_frequencies, device=position_ids.device)  # (R/2,)
+        return rope_at(torch.where(is_long, long, chosen), position_ids, scaling.factor)
 
     def go_on(
         self, cache: KVCache, input_ids: Tensor, attention_mask: Tensor | None,
         prefix: tuple[Tensor, Tensor] | None = None,
-    ) -> View:  # fmt: skip
+    ) -> Call:  # fmt: skip
         """Begin a call that continues a cache, whose empty rows begin with the prefix; only a causal model can."""
         if not self.config.causal:
             raise InputError("a model that reads both ways has no cache", fix="run the whole text again")
         if prefix is not None:
             cache.start(*prefix, new=input_ids.shape[1])
-        return cache.begin(input_ids, attention_mask)
+        view = cache.begin(input_ids, attention_mask)
+        if self.config.turn is not None:
+            check_crossing(view.past, view.new, self.config.turn)
+        return view
+
+
+def check_crossing(past: Sequence[int], new: Sequence[int], original: int) -> None:
+    """Raise InputError for a row that becomes long: its keys in the cache were rotated as those of a short text."""
+    for before, more in zip(past, new, strict=True):
+        if 0 < before <= original < before + more:
+            raise InputError(
+                "a text that began short cannot go on beyond the model's original context",
+                found=f"{before + more} tokens", expected=f"at most {original}, or more than that from the start",
+                fix="shorten it, or run the whole text again",
+            )  # fmt: skip
 
 
 def check_length(c: Config, tokens: int, prefix: int = 0) -> None:

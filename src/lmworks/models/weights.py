@@ -5,6 +5,7 @@ Weights are read from safetensors only: a pickle can run code.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -15,6 +16,7 @@ from lmworks.base.files import read_json
 from lmworks.base.safetensors_header import check_header
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PLAIN = re.compile(r"[\w-][\w.-]{0,200}\.safetensors")  # a file beside the index
 State = dict[str, Tensor]
 
 
@@ -32,7 +34,10 @@ def read_tensors(folder: Path) -> State:
                         raise FormatError(f"the tensor {key} is in two files", where=str(path))
                     tensors[key] = file.get_tensor(key)
         except FileNotFoundError:
-            raise FormatError(f"{name} is missing", where=str(folder), fix="fetch the whole checkpoint") from None
+            named = f"{INDEX} names it" if name != WEIGHTS else ""
+            raise FormatError(
+                f"{name} is missing", where=str(folder), found=named, fix="fetch the whole checkpoint"
+            ) from None
         except (SafetensorError, OSError) as error:
             raise FormatError(
                 f"{name} is not a whole safetensors file", where=str(path), found=str(error), fix="fetch it again"
@@ -48,15 +53,15 @@ def find_files(folder: Path) -> list[str]:
         names = read_json(folder / INDEX).get("weight_map")
         if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
             raise FormatError("the index holds no file names", where=str(folder / INDEX), expected="a weight_map")
-        outside = sorted(name for name in set(names.values()) if Path(name).name != name or name in {"", ".."})
-        if outside:  # plain names only; where they are links, as in the Hub's cache, the user's disk decides
+        outside = sorted(name[:200] for name in set(names.values()) if not PLAIN.fullmatch(name))
+        if outside:
             raise FormatError(
-                "the index points outside its folder", where=str(folder / INDEX), found=", ".join(outside),
-                expected="names of files beside the index",
+                "the index points outside its folder", where=str(folder / INDEX), found=", ".join(map(ascii, outside)),
+                expected="names of files beside the index: letters, digits, '-', '_' and '.', then .safetensors",
             )  # fmt: skip
         return sorted(set(names.values()))
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
-    fix = "convert it to safetensors: a pickle can run code" if pickled else "fetch the whole checkpoint"
+    fix = f"lmworks convert {folder} -o OUT (a pickle can run code)" if pickled else "fetch the whole checkpoint"
     if (folder / "adapter_config.json").is_file():
         fix = "this is an adapter: lmworks.load opens it with its base, and lmworks merge makes a LoRA a whole model"
     raise FormatError(

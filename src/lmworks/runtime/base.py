@@ -27,6 +27,8 @@ class Runtime(Protocol):
     dtype: str  # "fp32" | "int8" …
     vocab_size: int
     max_length: int  # positions the model was made for
+    rewinds: bool  # a slot can go back to an earlier token; a state, in place of a cache, cannot
+    turn: int | None  # a text that begins with at most so many tokens must end there
 
     def run(self, batch: Batch) -> dict[str, NDArray[Any]]:
         """Run whole sequences without a cache: input_ids (B, T), attention_mask (B, T) -> logits (B, T, V)."""
@@ -56,6 +58,7 @@ def check_ids(input_ids: NDArray[Any], vocab_size: int) -> None:
     if input_ids.size and (input_ids.min() < 0 or input_ids.max() >= vocab_size):
         raise InputError(
             "a token id is outside the vocabulary",
+            where="the tokenizer (tokenizer.json, or vocab.txt)",
             found=f"ids from {input_ids.min()} to {input_ids.max()}",
             expected=f"0 to {vocab_size - 1}",
             fix="use the tokenizer that is in the model's folder",

@@ -66,12 +66,19 @@ def run_features(
             if not np.isfinite(array).all():
                 raise FormatError(
                     "the model's answers are not numbers",
+                    where=find_broken(runtime),
                     found="NaN or infinity",
-                    fix="check its weights: lmworks inspect",
+                    fix="fetch or train the model again",
                 )
             with stage("post-process"):
                 outputs[row] = array if reduce is None else reduce(features[row], array)
     return outputs
+
+
+def find_broken(runtime: Any) -> str:
+    """Say which weights of a runtime are not finite, where it can tell."""
+    names: list[str] = getattr(runtime, "list_broken", list)()
+    return ", ".join([f"model.safetensors, as {runtime.name} runs it in {runtime.dtype}", *names[:4]])
 
 
 def make_batches(

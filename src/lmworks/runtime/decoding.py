@@ -77,7 +77,7 @@ def generate(
     """
     writer = begin(
         tokenizer, prompt, max_length=runtime.max_length, sampling=sampling, max_tokens=max_tokens, eos_ids=eos_ids,
-        stop=stop,
+        stop=stop, turn=runtime.turn,
     )  # fmt: skip
     logits = (cached_logits if use_cache else uncached_logits)(runtime, list(writer.history), slot)
     return TextStream(logits, writer)
@@ -86,9 +86,12 @@ def generate(
 def begin(
     tokenizer: Decodes, prompt: str | Sequence[int], *, max_length: int, sampling: Sampling | None = None,
     max_tokens: int = 128, eos_ids: int | Sequence[int] | None = None, stop: str | Sequence[str] = (),
-    logprobs: int | None = None,
+    logprobs: int | None = None, turn: int | None = None,
 ) -> Writer:  # fmt: skip
-    """Return the Writer of a prompt, whose tokens are its history; the arguments are those of `generate`."""
+    """Return the Writer of a prompt, whose tokens are its history; the arguments are those of `generate`.
+
+    A text that begins with at most `turn` tokens ends there: the keys in its cache would be those of a short text.
+    """
     if max_tokens < 1:
         raise InputError("max_tokens is out of range", found=str(max_tokens), expected="1 or more")
     words = [stop] if isinstance(stop, str) else list(stop)
@@ -99,6 +102,8 @@ def begin(
     with stage("tokenise"):
         ids = (tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)) or default
     check_length(len(ids), max_length)
+    if turn is not None and len(ids) <= turn:
+        max_length = min(max_length, turn)
     tokens = min(max_tokens, max_length - len(ids) + 1)  # the last token is written, never read
     return Writer(ids, Limits(tokenizer, sampling or Sampling(), tokens, frozenset(ends), words, logprobs))
 

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from lmworks.base.errors import FormatError, InputError
 from lmworks.base.files import read_json
+from lmworks.base.onnx_file import check_onnx
 from lmworks.base.optional import require
 from lmworks.base.threads import cpu_count
 from lmworks.base.types import Batch
@@ -70,12 +71,13 @@ class OnnxRuntime:
         self.caches: list[NDArray[Any]] = []
         self.bindings: dict[tuple[int, int], Any] = {}  # rows -> their caches, bound
         self.capacity = 0
+        self.turn: int | None = None  # a graph takes no text that is longer
         if not self.cache_names:
             config = read_config(folder)
-            self.vocab_size, self.max_length = config.vocab_size, config.max_tokens
+            self.vocab_size, self.max_length = config.vocab_size, config.turn or config.max_tokens
             return
-        self.max_length = read_max_length(folder)
-        self.max_length -= read_config(folder).position_offset
+        positions, config = read_max_length(folder), read_config(folder)
+        self.max_length = config.turn or positions - config.position_offset
         self.vocab_size = int(shapes["logits"][-1])
         self.row_shape = [shapes[f"past_key_values.{name}"] for name in self.cache_names]  # (B, K, S, E) each
         self.cache_type = TYPES[self.inputs[f"past_key_values.{self.cache_names[0]}"].type]
@@ -134,7 +136,10 @@ class OnnxRuntime:
         )
         if not fits:
             raise InputError(
-                "the images have the wrong shape", found=f"{tuple(pixels.shape[1:])}", expected=f"{tuple(expected)}"
+                "the images have the wrong shape",
+                where="preprocessor_config.json, config.json",
+                found=f"{tuple(pixels.shape[1:])}",
+                expected=f"{tuple(expected)}",
             )
 
     def prefill(self, slots: Sequence[int], input_ids: Sequence[Sequence[int]]) -> Logits:
@@ -287,6 +292,7 @@ def choose_outputs(names: Sequence[str], folder: Path) -> dict[str, str]:
 def open_session(path: Path, threads: int) -> Any:
     """Open an ONNX Runtime session on the CPU; an unreadable graph is a FormatError that names it."""
     onnxruntime = require("onnxruntime", extra="onnx")
+    check_onnx(path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

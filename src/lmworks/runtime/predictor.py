@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
 
-from lmworks.base.errors import InputError
+from lmworks.base.errors import FormatError, InputError
 from lmworks.base.files import read_json
 from lmworks.base.hub import find_folder
 from lmworks.base.optional import require
@@ -153,7 +153,7 @@ def load(
     find_head(config, TASKS[task])  # an InputError where the family has no such head
     if config.vision and task != "image-classification":
         raise InputError(
-            f"this model reads images, not text: it cannot do {task}", where=str(folder),
+            f"this model reads images, not text: it cannot do {task}", where=str(folder / "config.json"),
             fix="use image-classification, or AutoModel.from_pretrained(folder)(pixel_values) for its states",
         )  # fmt: skip
     if task == "text-generation" and not config.causal:
@@ -216,7 +216,7 @@ def open_runtime(
     if made != head:
         if runtime == "onnx":
             raise InputError(
-                "the graph was made for another task", where=str(folder), found=made, expected=head,
+                "the graph was made for another task", where=f"{folder}/config.json", found=made, expected=head,
                 fix='use runtime="torch", or export the model with this head',
             )  # fmt: skip
         graphs = []
@@ -250,5 +250,7 @@ def read_eos_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:
             if isinstance(value, int):
                 return [value]
             if isinstance(value, list):
-                return [int(item) for item in value]
+                if not all(type(item) is int for item in value):
+                    raise FormatError(f"{name}: eos_token_id is no token", where=str(folder), found=str(value)[:100])
+                return value
     return [] if tokenizer.eos_id is None else [tokenizer.eos_id]

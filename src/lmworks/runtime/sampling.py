@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lmworks.base.errors import InputError, LmworksError
+from lmworks.base.errors import FormatError, InputError
 
 Logits = NDArray[np.floating[Any]]
 
@@ -62,7 +62,8 @@ def choose(logits: Logits, history: Sequence[int], sampling: Sampling, rng: np.r
     """Choose the next token from logits (V,); `history` is every token so far, the prompt's included."""
     scores = penalize(logits.astype(np.float64), history, sampling)  # (V,)
     if not math.isfinite(scores.max()):  # a single NaN makes the maximum NaN
-        raise LmworksError("the model's logits are not finite", fix="check the model with: lmworks verify")
+        raise FormatError("the model's logits are not finite", where="model.safetensors, or the graph in onnx/",
+                          found="NaN or infinity", fix="fetch or train the model again")  # fmt: skip
     if sampling.temperature <= 0:
         return int(scores.argmax())
     tokens, probabilities = distribution(scores, sampling)

@@ -77,8 +77,13 @@ class TorchRuntime:
             pack(self.model, rows=MANY_ROWS if reads_only(self.model) else 1)
         self.dtype, config = dtype, self.model.config
         self.vocab_size, self.max_length = config.vocab_size, config.max_tokens - self.model.transformer.prefix.length
+        self.turn = config.turn
         self.slots, self.rewinds = slots, self.model.transformer.attends
         self.gives_features = False  # of each row, what the head's last matrix reads, beside the logits
+
+    def list_broken(self) -> list[str]:
+        """Return the names of weights that hold NaN or infinity."""
+        return [name for name, weight in self.model.named_parameters() if not torch.isfinite(weight).all()]
 
     def make_ready(self, dtype: str) -> None:
         """Choose how a model that was read here multiplies; until there were many tokens nothing is reordered."""

@@ -57,6 +57,27 @@ def make_stream(tokenizer: Tokenizer, texts: Sequence[str]) -> Ints:
     return np.concatenate(parts)
 
 
+def make_word_stream(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Ints, Ints]:
+    """Return `text1 [eos] text2 [eos] …` and the number of the word that each token belongs to, -1 for none, (T,) each.
+
+    A word is what the tokenizer cuts first, before it cuts into pieces. Raises InputError for one without an end token.
+    """
+    eos = tokenizer.eos_id
+    if eos is None:
+        raise InputError("the tokenizer has no token that ends a document", expected="an eos_token")
+    kind = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    parts, words, count = [], [], 0
+    for group in groups(tokenizer, texts):
+        found = tokenizer.encode_bare([piece for piece, _ in group])
+        for encoding, (_, last) in zip(found, group, strict=True):
+            ids, numbers = encoding.ids, np.array([-1 if w is None else w for w in encoding.word_ids], np.int32)
+            numbers[numbers >= 0] += count
+            count = max(count, int(numbers.max(initial=-1)) + 1)
+            parts.append(np.array([*ids, *[eos] * last], kind))
+            words.append(np.append(numbers, [-1] * last).astype(np.int32))
+    return np.concatenate(parts), np.concatenate(words)
+
+
 def groups(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[list[tuple[str, bool]]]:
     """Yield (piece, whether it ends its document) in groups of bounded size, so that memory stays flat."""
     cut = is_cut_at_lines(tokenizer)

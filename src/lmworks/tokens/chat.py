@@ -62,7 +62,8 @@ def render_chat(
     check_messages(messages)
     template = source if isinstance(source, str) else choose_template(source, bool(tools))
     if len(template) > LONGEST:
-        raise FormatError("the chat template is too long", found=f"{len(template)} characters", expected=str(LONGEST))
+        found = f"{len(template)} characters"
+        raise FormatError("the chat template is too long", where=PLACES, found=found, expected=str(LONGEST))
     given = {"messages": list(messages), "tools": tools, "documents": None, **special_tokens(source), **values}
     try:
         line = json.dumps(given | {"add_generation_prompt": bool(add_generation_prompt)}, allow_nan=False)
@@ -76,7 +77,7 @@ def render_chat(
     said = "".join(letter if letter.isprintable() else " " for letter in answer["message"])
     if answer["error"] == "objection":
         raise InputError("the chat template does not take these messages", found=said.partition(": ")[2])
-    raise FormatError(SAYS[answer["error"]], found=said)
+    raise FormatError(SAYS[answer["error"]], where=PLACES, found=said)
 
 
 def check_messages(messages: Sequence[dict[str, Any]]) -> None:
@@ -119,6 +120,9 @@ def special_tokens(source: Tokenizer | str) -> dict[str, str]:
     found = {key: legacy.content(token) for key, token in named.items() if isinstance(token, str | dict) and token}
     usual = {key: source.find(key) for key in USUAL if key not in named}
     return found | {key: source.token(id) or "" for key, id in usual.items() if id is not None}
+
+
+PLACES = "chat_template.jinja, or chat_template in tokenizer_config.json"
 
 
 class Child:
@@ -189,7 +193,7 @@ def ask(template: str, line: str) -> dict[str, str]:
         while len(CHILDREN) > KEPT:
             CHILDREN.pop(next(iter(CHILDREN))).close()
     if answer is None:
-        raise FormatError("the chat template was stopped: it takes too long, or too much memory")
+        raise FormatError("the chat template was stopped: it takes too long, or too much memory", where=PLACES)
     return answer
 
 

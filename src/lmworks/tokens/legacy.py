@@ -3,6 +3,7 @@
     vocab.txt                  WordPiece: BERT, DistilBERT
     vocab.json + merges.txt    byte-level BPE: GPT-2, RoBERTa, Phi (CodeGen), Qwen2
     tokenizer.model            SentencePiece, BPE or Unigram: Llama, Mistral, T5
+    spiece.model, spm.model, sentencepiece.bpe.model       the same: ALBERT, DeBERTa v2 and v3, XLM-RoBERTa
 
 The family (its special tokens, its way of cutting a text) is what tokenizer_config.json's `tokenizer_class` says, else
 config.json's `model_type`, else what the files show.
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from lmworks.base.errors import FormatError
-from lmworks.base.files import read_json
+from lmworks.base.files import read_json, read_own
 from lmworks.base.optional import require
+from lmworks.tokens.pieces import make_sentencepiece
 
 END = "<|endoftext|>"
 BERT = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]", "mask_token": "[MASK]"}
@@ -29,10 +31,13 @@ ROBERTA = {
     "pad_token": "<pad>",
     "mask_token": "<mask>",
 }
+ALBERT = {"bos_token": "[CLS]", "eos_token": "[SEP]", "unk_token": "<unk>", "sep_token": "[SEP]", "pad_token": "<pad>",
+          "cls_token": "[CLS]", "mask_token": "[MASK]"}  # fmt: skip
+DEBERTA = {**BERT, "bos_token": "[CLS]", "eos_token": "[SEP]"}
 GPT2 = {"bos_token": END, "eos_token": END, "unk_token": END}
 QWEN2 = {"eos_token": END, "pad_token": END}
 PIECES: dict[str, str] = {}  # a SentencePiece model names its own special tokens
-FAMILIES = {  # family, in small letters as in model_type: its file, its usual special tokens, its class in transformers
+FAMILIES = {  # family, model_type without its dashes: its file, its usual special tokens, its class in transformers
     "bert": ("vocab.txt", BERT, "BertTokenizer"),
     "distilbert": ("vocab.txt", BERT, "DistilBertTokenizer"),
     "gpt2": ("vocab.json", GPT2, "GPT2Tokenizer"),
@@ -43,14 +48,17 @@ FAMILIES = {  # family, in small letters as in model_type: its file, its usual s
     "llama": ("tokenizer.model", PIECES, None),  # (a class would cut texts by its own rules, not the file's)
     "mistral": ("tokenizer.model", PIECES, None),
     "t5": ("tokenizer.model", PIECES, None),
+    "albert": ("spiece.model", ALBERT, "AlbertTokenizer"),
+    "debertav2": ("spm.model", DEBERTA, None),
+    "xlmroberta": ("sentencepiece.bpe.model", ROBERTA, "XLMRobertaTokenizer"),
 }
-FILES = {"vocab.txt": ("bert", ""), "vocab.json": ("gpt2", "merges.txt"), "tokenizer.model": ("llama", "")}
+FILES = {  # the family where none is named (others publish such files, too: none), and what belongs beside it
+    "vocab.txt": ("bert", ""), "vocab.json": ("gpt2", "merges.txt"), "tokenizer.model": ("llama", ""),
+    "spiece.model": ("", ""), "spm.model": ("", ""), "sentencepiece.bpe.model": ("", ""),
+}  # fmt: skip
 QWEN2_WORDS = (  # GPT-4's rule with single digits, from the tokenizer.json that Qwen2 was published with
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-UNIGRAM, BPE = 1, 2  # sentencepiece_model.proto: TrainerSpec.ModelType
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # SentencePiece.Type
-SPACE = "▁"  # SentencePiece's visible space
 
 
 def make_backend(folder: Path, config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -60,8 +68,11 @@ def make_backend(folder: Path, config: dict[str, Any]) -> tuple[Any, dict[str, A
     """
     family = find_family(folder, config)
     file, usual, kind = FAMILIES[family]
-    make = {"vocab.txt": make_wordpiece, "vocab.json": make_byte_level, "tokenizer.model": make_sentencepiece}[file]
-    backend, own = make(folder, config, family)
+    if file in ("vocab.txt", "vocab.json"):
+        make = make_wordpiece if file == "vocab.txt" else make_byte_level
+        backend, own = make(folder, config, family)
+    else:
+        backend, own = make_sentencepiece(folder / file, config, family)
     names: dict[str, Any] = usual | own | {key: config[key] for key in ROBERTA if key in config}
     more = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
     add_tokens(backend, folder, config, [*filter(None, names.values()), *(more if isinstance(more, list) else [])])
@@ -78,15 +89,21 @@ def find_family(folder: Path, config: dict[str, Any]) -> str:
         raise FormatError(
             "tokenizer.json is missing, and so are the older files it could be made from",
             where=str(folder),
-            expected="tokenizer.json, or vocab.txt, or vocab.json and merges.txt, or tokenizer.model",
+            expected="tokenizer.json, or vocab.txt, or vocab.json and merges.txt, or tokenizer.model, or the file of "
+            "another SentencePiece model",
             fix="check that the folder is complete",
         )
     model = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     named = str(config.get("tokenizer_class") or "").removesuffix("Fast").removesuffix("Tokenizer").lower()
-    for family in (named, model.get("model_type")):
+    for family in (named, str(model.get("model_type")).replace("-", "")):
         if family in FAMILIES and FAMILIES[family][0] in present:
-            return str(family)
-    family = FILES[present[0]][0]
+            return family
+    family = next((FILES[name][0] for name in present if FILES[name][0]), "")
+    if not family:
+        raise FormatError(
+            "nothing says which family this SentencePiece model belongs to", where=str(folder), found=present[0],
+            expected="a model_type in config.json: albert, deberta-v2 or xlm-roberta",
+        )  # fmt: skip
     if family == "gpt2" and {"<s>", "</s>", "<mask>"} <= read_json(folder / "vocab.json").keys():
         family = "roberta"
     return family
@@ -131,85 +148,6 @@ def make_byte_level(folder: Path, config: dict[str, Any], family: str) -> tuple[
     return backend, {}
 
 
-def make_sentencepiece(folder: Path, config: dict[str, Any], family: str) -> tuple[Any, dict[str, str]]:
-    """Byte-pair encoding or a unigram model over whole texts with visible spaces (Kudo and Richardson 2018)."""
-    library = require("tokenizers", extra="text")
-    proto = read_proto(folder / "tokenizer.model")
-    trained, pieces, bytes_too = proto.trainer_spec, proto.pieces, proto.trainer_spec.byte_fallback
-    if trained.model_type == BPE:
-        vocabulary = {piece.piece: i for i, piece in enumerate(pieces)}
-        model = library.models.BPE(
-            vocabulary,
-            make_merges(vocabulary, [piece.piece for piece in pieces if piece.type in (NORMAL, USER_DEFINED, UNUSED)]),
-            unk_token=pieces[trained.unk_id].piece,
-            fuse_unk=True,
-            byte_fallback=bytes_too,
-        )
-    elif trained.model_type == UNIGRAM:
-        scores = [(piece.piece, piece.score) for piece in pieces]
-        model = library.models.Unigram(scores, unk_id=trained.unk_id, byte_fallback=bytes_too)
-    else:
-        raise FormatError("tokenizer.model holds neither a BPE nor a Unigram model", where=str(folder))
-    backend = library.Tokenizer(model)
-    added = [piece for piece in pieces if piece.type in (CONTROL, USER_DEFINED)]
-    backend.add_tokens([library.AddedToken(p.piece, special=p.type == CONTROL, normalized=False) for p in added])
-    cut_pieces(backend, proto, config)
-    ids = {"unk_token": trained.unk_id, "bos_token": trained.bos_id, "eos_token": trained.eos_id}
-    ids["pad_token"] = trained.pad_id
-    return backend, {key: pieces[id].piece for key, id in ids.items() if 0 <= id < len(pieces)}
-
-
-def read_proto(path: Path) -> Any:
-    """Return a SentencePiece model as its library lays it out; Llama 3 published another format under this name."""
-    require("google.protobuf", extra="sentencepiece")
-    proto = require("sentencepiece.sentencepiece_model_pb2", extra="sentencepiece").ModelProto()
-    found = ""
-    try:
-        proto.ParseFromString(path.read_bytes())
-    except Exception as error:  # protobuf's own, whose name depends on how it was built
-        found = str(error)[:200]
-    if found or not proto.pieces:
-        raise FormatError(
-            f"{path.name} is not a SentencePiece model",
-            where=str(path.parent),
-            found=found or "no pieces",
-            fix="use a copy of the model that has a tokenizer.json",
-        )
-    return proto
-
-
-def make_merges(vocabulary: dict[str, int], pieces: list[str]) -> list[tuple[str, str]]:
-    """Return the pairs that make each piece, best piece first: SentencePiece stores the pieces in that order only."""
-    pairs = ((piece[:i], piece[i:]) for piece in pieces for i in range(1, len(piece)))
-    return [(a, b) for a, b in pairs if a in vocabulary and b in vocabulary]
-
-
-def cut_pieces(backend: Any, proto: Any, config: dict[str, Any]) -> None:
-    """Set how SentencePiece rewrites a text before it looks for pieces, and how pieces become text again.
-
-    A text begins with one space more than it has. transformers 4 (`legacy`) put it before every part between special
-    tokens, as SentencePiece itself does; since then it stands at the very beginning only, and not before a space.
-    """
-    library = require("tokenizers", extra="text")
-    change, rules, trained = library.normalizers, proto.normalizer_spec, proto.trainer_spec
-    asked = config.get("add_prefix_space")
-    prefix = rules.add_dummy_prefix if asked is None else bool(asked)
-    steps = [change.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
-    if rules.remove_extra_whitespaces:
-        steps += [change.Replace(library.Regex("^ +| +$"), ""), change.Replace(library.Regex(" {2,}"), " ")]
-    words = trained.model_type == UNIGRAM and trained.split_by_whitespace and rules.remove_extra_whitespaces
-    if words or (trained.model_type == BPE and not config.get("legacy")):
-        scheme = "never" if not prefix else "always" if words else "first"
-        backend.pre_tokenizer = library.pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme, split=words)
-    else:
-        steps += [*([change.Prepend(SPACE)] if prefix else []), change.Replace(" ", SPACE)]
-    if steps:
-        backend.normalizer = change.Sequence(steps)
-    back = library.decoders
-    undo = [back.Replace(SPACE, " "), back.ByteFallback(), back.Fuse()]
-    backend.decoder = back.Sequence([*undo, back.Strip(" ", 1, 0)] if prefix else undo)
-
-
 def add_tokens(backend: Any, folder: Path, config: dict[str, Any], special: list[Any]) -> None:
     """Add the tokens that came after the vocabulary, at their ids, and mark the special ones."""
     library = require("tokenizers", extra="text")
@@ -235,8 +173,8 @@ def add_tokens(backend: Any, folder: Path, config: dict[str, Any], special: list
     placed = {content(token) for token in places.values()}
     for token in special:
         kept = {key: bool(token[key]) for key in flags[:4] if key in token} if isinstance(token, dict) else {}
-        if token == ROBERTA["mask_token"]:
-            kept = {"lstrip": True}  # RoBERTa's mask stands for a word with the space before it
+        if token == ROBERTA["mask_token"] or (token == ALBERT["mask_token"] and (folder / "spiece.model").is_file()):
+            kept = {"lstrip": True}  # the mask stands for a word with the space before it
         if content(token) not in placed:
             backend.add_tokens([library.AddedToken(content(token), special=True, **kept)])
 
@@ -248,7 +186,11 @@ def make_post_processor(backend: Any, config: dict[str, Any], family: str, names
     if family == "roberta":
         trim, prefix = config.get("trim_offsets", True), bool(config.get("add_prefix_space"))
         return process.RobertaProcessing(ids["sep_token"], ids["cls_token"], trim, prefix)
-    if FAMILIES[family][0] == "vocab.txt":
+    if family == "xlmroberta":
+        used = [ids["cls_token"], ids["sep_token"]]
+        single = [used[0][0], "$A", used[1][0]]
+        pair = [*single, used[1][0], "$B", used[1][0]]
+    elif FAMILIES[family][0] == "vocab.txt" or family in {"albert", "debertav2"}:
         used = [ids["cls_token"], ids["sep_token"]]
         single = [f"{used[0][0]}:0", "$A:0", f"{used[1][0]}:0"]
         pair = [*single, "$B:1", f"{used[1][0]}:1"]
@@ -266,14 +208,16 @@ def content(token: Any) -> str:
     """Return the text of a special token, which may be a plain string or an object with flags."""
     found = token.get("content") if isinstance(token, dict) else token
     if not isinstance(found, str) or not found:
-        raise FormatError("a special token is neither a text nor an object with a content", found=repr(token)[:200])
+        where = "tokenizer_config.json, special_tokens_map.json"
+        what = "a special token is neither a text nor an object with a content"
+        raise FormatError(what, where=where, found=repr(token)[:200])
     return found
 
 
 def read_lines(path: Path) -> list[str]:
     """Return the lines of a UTF-8 file, cut at line feeds only: a vocabulary may hold every other separator."""
     try:
-        return [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8").split("\n")]
+        return [line.removesuffix("\r") for line in read_own(path).decode("utf-8").split("\n")]
     except UnicodeDecodeError as error:
         raise FormatError(f"{path.name} is not UTF-8", where=str(path.parent), found=str(error)) from None
 

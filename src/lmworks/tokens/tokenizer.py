@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from lmworks.base.errors import FormatError, InputError, LmworksError
-from lmworks.base.files import read_json, write_json, write_text
+from lmworks.base.files import read_json, read_own, write_json, write_text
 from lmworks.base.optional import require
 from lmworks.tokens import legacy
 
@@ -32,6 +32,7 @@ ENDLESS = 10**9  # a model_max_length from here on means that nobody said one
 PLAIN_CLASSES = (None, "TokenizersBackend")  # they mean nothing to transformers 4
 TEMPLATES = "additional_chat_templates"
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: no UTF-8 can hold it
+FAILED, SOURCE = "the tokenizer failed on this text", "tokenizer.json, vocab.txt, vocab.json or tokenizer.model"
 T = TypeVar("T")
 
 
@@ -50,10 +51,9 @@ class Tokenizer:
             return cls.from_older_files(path.parent, config=config or {})
         library = require("tokenizers", extra="text")
         if not path.is_file():
-            raise FormatError(
-                "tokenizer.json is missing", where=str(path.parent), fix="check that the folder is complete"
-            )
-        backend = guard(lambda: library.Tokenizer.from_file(str(path)), f"{path.name} cannot be read", str(path))
+            raise FormatError("tokenizer.json is missing", where=str(path.parent), fix="fetch the whole folder")
+        read = library.Tokenizer.from_buffer
+        backend = guard(lambda: read(read_own(path)), f"{path.name} cannot be read", str(path))
         backend.no_padding()  # a file may carry settings that would change ids behind our back
         backend.no_truncation()
         return cls(backend, config=config)
@@ -84,7 +84,7 @@ class Tokenizer:
             raise FormatError(
                 "the tokenizer does not belong to this model: it has more tokens than the embedding",
                 where=where,
-                found=f"{self.vocab_size} tokens in the tokenizer",
+                found=f"{self.vocab_size} tokens in the tokenizer (tokenizer.json)",
                 expected=f"at most {rows}, the rows of the embedding",
                 fix="use the tokenizer that the model was trained with, or let the model learn the others: "
                 "lmworks finetune … --add-tokens fit",
@@ -97,8 +97,14 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, on all processors."""
         run, whole = self.backend.encode_batch_fast, [repair(text) for text in texts]
-        encodings = guard(lambda: run(whole, add_special_tokens=False), "the tokenizer failed on this text")
+        encodings = guard(lambda: run(whole, add_special_tokens=False), FAILED, SOURCE)
         return [encoding.ids for encoding in encodings]
+
+    def encode_bare(self, texts: Sequence[str]) -> list[Any]:
+        """Encode texts without special tokens; the results are those of `encode_inputs`."""
+        run, whole = self.backend.encode_batch, [repair(text) for text in texts]
+        found: list[Any] = guard(lambda: run(whole, add_special_tokens=False), FAILED, SOURCE)
+        return found
 
     def encode_inputs(self, texts: Sequence[str | tuple[str, str]]) -> list[Any]:
         """Encode texts, or pairs of texts, as the model was trained to read them: with its special tokens.
@@ -108,7 +114,7 @@ class Tokenizer:
         """
         whole = [repair(text) if isinstance(text, str) else (repair(text[0]), repair(text[1])) for text in texts]
         run = self.backend.encode_batch
-        found: list[Any] = guard(lambda: run(whole, add_special_tokens=True), "the tokenizer failed on this text")
+        found: list[Any] = guard(lambda: run(whole, add_special_tokens=True), FAILED, SOURCE)
         return found
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -121,7 +127,7 @@ class Tokenizer:
         Neighbours share `overlap` tokens. `before` (a question) is repeated at the start of every window. Offsets are
         those of the whole text. Raises InputError where a window has no room for more than the overlap.
         """
-        return guard(lambda: self._windows(text, before, length, overlap), "the tokenizer failed on this text")
+        return guard(lambda: self._windows(text, before, length, overlap), FAILED, SOURCE)
 
     def _windows(self, text: str, before: str | None, length: int, overlap: int) -> list[Any]:
         first = None if before is None else self._bare(before)
@@ -141,7 +147,7 @@ class Tokenizer:
 
     def _bare(self, text: str) -> Any:
         run, whole = self._untrimmed.encode, repair(text)
-        return guard(lambda: run(whole, add_special_tokens=False), "the tokenizer failed on this text")
+        return guard(lambda: run(whole, add_special_tokens=False), FAILED, SOURCE)
 
     @cached_property
     def _untrimmed(self) -> Any:
@@ -165,7 +171,8 @@ class Tokenizer:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = self.config | ({} if max_length is None else {"model_max_length": max_length})
+        config = {key: value for key, value in self.config.items() if key != "auto_map"}  # code that others would run
+        config |= {} if max_length is None else {"model_max_length": max_length}
         if config.get("tokenizer_class") in PLAIN_CLASSES:
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
             config.setdefault("model_input_names", ["input_ids", "attention_mask"])  # else transformers 4 adds types

@@ -15,7 +15,23 @@ from typing import Any, Protocol
 from lmworks.base.errors import FormatError, InputError, LmworksError, did_you_mean
 from lmworks.base.files import read_json
 from lmworks.models.config import Config, HeadSpec
-from lmworks.models.families import bert, distilbert, gpt2, llama, mistral, modernbert, phi, qwen2, roberta, vit
+from lmworks.models.families import (
+    albert,
+    bert,
+    deberta,
+    distilbert,
+    gpt2,
+    llama,
+    mistral,
+    modernbert,
+    phi,
+    phi3,
+    qwen2,
+    qwen3,
+    roberta,
+    vit,
+    xlm_roberta,
+)
 from lmworks.models.families.sequential import SEQUENTIAL
 
 
@@ -42,20 +58,27 @@ class Family(Protocol):
 
 
 FAMILIES: dict[str, Family] = {
+    "albert": albert,
     "bert": bert,
+    "deberta-v2": deberta,
     "distilbert": distilbert,
     "gpt2": gpt2,
     "llama": llama,
     "mistral": mistral,
     "modernbert": modernbert,
     "phi": phi,
+    "phi3": phi3,
     "qwen2": qwen2,
+    "qwen3": qwen3,
     "roberta": roberta,
     "vit": vit,
+    "xlm-roberta": xlm_roberta,
     **SEQUENTIAL,
 }
 IRREGULAR = {("gpt2", "CausalLM"): "GPT2LMHeadModel", ("bert", "CausalLM"): "BertLMHeadModel"}  # else NameForTask
-ALSO = {"BertForPreTraining": "MaskedLM", "GPT2DoubleHeadsModel": "CausalLM"}  # two heads; ours is the first
+ALSO = {  # two heads; ours is the first
+    "AlbertForPreTraining": "MaskedLM", "BertForPreTraining": "MaskedLM", "GPT2DoubleHeadsModel": "CausalLM",
+}  # fmt: skip
 TASKS = {  # pipeline name -> the head that answers
     "text-classification": "SequenceClassification",
     "token-classification": "TokenClassification",
@@ -69,6 +92,7 @@ ADAPTED = "adapted_config.json"  # beside an adapter, where transformers would t
 CUSTOM, PARTS = "lmworks-custom", "lmworks_custom"  # the type, and the key, of a model with layers of a user's own
 SIZES = ("num_attention_heads", "num_key_value_heads", "head_dim")  # that some published configs derive
 COMPACT_TYPE, COMPACT_KEY = "lmworks-compact", "lmworks_quantization"  # the same for layers held in another form
+CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
 LABELLED = ("SequenceClassification", "TokenClassification", "ImageClassification")
 
 
@@ -125,7 +149,8 @@ def read_config(folder: str | Path) -> Config:
     if not folder.is_dir():
         raise InputError("there is no such model folder", where=str(folder), fix="check the path")
     path = folder / (ADAPTED if (folder / ADAPTED).is_file() else "config.json")
-    inside = [] if path.exists() else sorted(str(found.parent) for found in folder.glob("*/config.json"))
+    lone = path.exists() or path.is_symlink()
+    inside = [] if lone else sorted(str(found.parent) for found in folder.glob("*/config.json"))
     if inside:  # of several tasks, say
         raise FormatError("this is no model folder, but it holds some", where=str(folder), found=", ".join(inside[:8]),
                           fix=f"name one of them: {inside[0]}")  # fmt: skip
@@ -136,11 +161,14 @@ def read_config(folder: str | Path) -> Config:
         config = find_family(str((own or hf).get("model_type"))).config(hf)
         sizes = own.get("sizes", {})
         return replace(config, **sizes) if sizes else config
-    except (LmworksError, TypeError) as error:
+    except (LmworksError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         if not isinstance(error, LmworksError):
-            raise FormatError("config.json has sizes that we do not know", where=str(path), found=str(sizes)) from None
+            found = f"{type(error).__name__}: {error}"[:200]
+            raise FormatError("config.json has values that no model can have", where=str(path), found=found) from None
         kind = FormatError if isinstance(error, FormatError) else InputError
-        raise kind(error.what, where=str(path), found=error.found, expected=error.expected, fix=error.fix) from None
+        own = "config.json asks for its maker's own code (auto_map), which is never run" if "auto_map" in hf else ""
+        found = error.found or own
+        raise kind(error.what, where=str(path), found=found, expected=error.expected, fix=error.fix) from None
 
 
 def write_config(c: Config, kind: str = "CausalLM") -> dict[str, Any]:
@@ -154,7 +182,13 @@ def write_config(c: Config, kind: str = "CausalLM") -> dict[str, Any]:
         return ours
     before = describe(find_family(c.model_type).config(c.source), kind)
     changed = {key: value for key, value in ours.items() if before[key] != value}
-    return {**ours, **c.source, **changed, "architectures": ours["architectures"]}
+    kept = {key: value for key, value in c.source.items() if not asks_for_code(key)}
+    return {**ours, **kept, **changed, "architectures": ours["architectures"]}
+
+
+def asks_for_code(key: str) -> bool:
+    """Say whether a key of a config.json lets other libraries fetch or run code: it is never passed on."""
+    return key in CODE_KEYS or "implementation" in key
 
 
 def mark_custom(config: dict[str, Any], parts: list[dict[str, Any]]) -> dict[str, Any]:

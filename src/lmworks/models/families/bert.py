@@ -54,3 +54,10 @@ def config(hf: Mapping[str, Any]) -> Config:
 def to_hf(c: Config) -> dict[str, Any]:
     """Write what `config` reads."""
     return write_encoder(c)
+
+
+def new(*, hidden_size: int, num_attention_heads: int, **rest: Any) -> Config:
+    """Return a BERT of this size; the MLP is four times as wide by default."""
+    wide = {"hidden_size": hidden_size, "intermediate_size": 4 * hidden_size, "initializer_range": hidden_size**-0.5}
+    return config({**wide, "num_attention_heads": num_attention_heads, "hidden_dropout_prob": rest.pop("dropout", 0.1),
+                   **rest})  # fmt: skip

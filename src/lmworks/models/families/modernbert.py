@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lmworks.models.config import Config, HeadSpec
+from lmworks.models.config import Config, HeadSpec, Rotary
 from lmworks.models.hf_config import Fields
 from lmworks.models.hf_shared import read_window, shared
 
@@ -22,8 +22,7 @@ KEYS: dict[str, str | tuple[str, ...]] = {
     "layers.{}.mlp.Wo": "layers.{}.mlp.down_proj",
     "final_norm": "final_norm",
 }
-TRANSPOSED: frozenset[str] = frozenset()
-IGNORED: frozenset[str] = frozenset()
+TRANSPOSED = IGNORED = frozenset[str]()
 
 
 def heads(c: Config) -> Mapping[str, HeadSpec]:
@@ -32,8 +31,7 @@ def heads(c: Config) -> Mapping[str, HeadSpec]:
     same: dict[str, Any] = {"dense": True, "dense_bias": f.flag("classifier_bias", False), "norm": c.norm,
                             "act": f.text("classifier_activation", "gelu")}  # fmt: skip
     pool: Any = {"cls": "first", "mean": "mean"}[f.choice("classifier_pooling", "cls", ("cls", "mean"))]
-    words = {**keys, "decoder": "project"}
-    del words["classifier"]
+    words = {"head.dense": "dense", "head.norm": "norm", "decoder": "project"}
     return {
         "Model": HeadSpec(outputs="none"),
         "MaskedLM": HeadSpec(outputs="vocab", bias=f.flag("decoder_bias", True), keys=words, **same),
@@ -59,8 +57,8 @@ def config(hf: Mapping[str, Any]) -> Config:
         attention_bias=f.flag("attention_bias", False), mlp_bias=f.flag("mlp_bias", False),
         max_position_embeddings=f.integer("max_position_embeddings", 8192), norm_eps=f.number("norm_eps", 1e-5),
         hidden_act=f.text("hidden_activation", "gelu"), dropout=f.number("mlp_dropout", 0.0),
-        rope_theta=theta.number("rope_theta", f.number("global_rope_theta", 160_000.0)),
-        rope_local_theta=local.number("rope_theta", f.number("local_rope_theta", 10_000.0)),
+        rotary=Rotary(theta=theta.number("rope_theta", f.number("global_rope_theta", 160_000.0)),
+                      local_theta=local.number("rope_theta", f.number("local_rope_theta", 10_000.0))),
         **read_window({"layer_types": types, **hf}, layers, f.integer("local_attention", 128) // 2, 0),
         **shared(hf, tie=True, bos=50281, eos=50282, pad=50283))  # fmt: skip
 
@@ -69,8 +67,14 @@ def to_hf(c: Config) -> dict[str, Any]:
     """Write what `config` reads, for both generations."""
     same = "hidden_size num_hidden_layers num_attention_heads intermediate_size attention_bias mlp_bias norm_eps"
     kinds = ["sliding_attention" if i in c.local_layers else "full_attention" for i in range(c.num_hidden_layers)]
-    rope = {"full_attention": c.rope_theta, "sliding_attention": c.rope_local_theta}
+    rope = {"full_attention": c.rotary.theta, "sliding_attention": c.rotary.local_theta}
     return {**{name: getattr(c, name) for name in [*same.split(), "max_position_embeddings"]}, "layer_types": kinds,
             "norm_bias": c.norm == "layer", "hidden_activation": c.hidden_act, "local_attention": 2 * (c.window or 0),
-            "mlp_dropout": c.dropout, "global_rope_theta": c.rope_theta, "local_rope_theta": c.rope_local_theta,
+            "mlp_dropout": c.dropout, "global_rope_theta": c.rotary.theta, "local_rope_theta": c.rotary.local_theta,
             "rope_parameters": {k: {"rope_type": "default", "rope_theta": v} for k, v in rope.items()}}  # fmt: skip
+
+
+def new(*, hidden_size: int, **rest: Any) -> Config:
+    """Return a ModernBERT of this size; the MLP is 3/2 as wide, rounded up to a multiple of 32, by default."""
+    return config({"hidden_size": hidden_size, "intermediate_size": -(-hidden_size * 3 // 2 // 32) * 32,
+                   "mlp_dropout": rest.pop("dropout", 0.0), **rest})  # fmt: skip

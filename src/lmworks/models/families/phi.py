@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmworks.models.config import Config, HeadSpec
-from lmworks.models.hf_config import Fields, read_rotary_dim
+from lmworks.models.hf_config import Fields
 from lmworks.models.hf_shared import decoder_heads, read_decoder, shared, write_decoder
 
 NAME, PREFIX = "Phi", "model."
@@ -33,10 +33,9 @@ def heads(c: Config) -> Mapping[str, HeadSpec]:
 def config(hf: Mapping[str, Any]) -> Config:
     """Read a published config of either generation."""
     Fields(hf).must_be("qk_layernorm", False)
-    fields = read_decoder(hf, norm="layer_norm_eps", act="gelu_new", partial=True)
+    fields = read_decoder(hf, norm="layer_norm_eps", act="gelu_new", partial=0.5)
     fields["norm_eps"] = Fields(hf).number("layer_norm_eps", 1e-5)
-    return Config(model_type="phi", block="parallel", rotary_dim=read_rotary_dim(hf, fields["head_dim"], 0.5), **fields,
-                  **shared(hf, tie=False, bos=1, eos=2))  # fmt: skip
+    return Config(model_type="phi", block="parallel", **fields, **shared(hf, tie=False, bos=1, eos=2))
 
 
 def to_hf(c: Config) -> dict[str, Any]:
