@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 from lmworks.base.errors import FormatError, InputError
 
+LONGEST_NAME = 255  # bytes of a file's name
+MOST_BYTES = 256 << 20  # of a file that is read whole
 STAGED = ".staged"  # suffix of a file that is being written
 
 
@@ -61,19 +64,43 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_json(path: str | Path) -> dict[str, Any]:
     """Read a JSON object; anything else is a FormatError that names the file and the line."""
     path = Path(path)
-    try:
-        value = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except FileNotFoundError:
-        raise FormatError(f"{path.name} is missing", where=str(path.parent)) from None
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path.name} is not UTF-8", where=str(path), found=str(error)) from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise FormatError(f"{path.name} is not valid JSON", where=str(path), found=str(error)) from None
+    value = read_value(path)
     if not isinstance(value, dict):
         raise FormatError(
             f"{path.name} does not hold a JSON object", where=str(path), found=type(value).__name__, expected="object"
         )
     return value
+
+
+def read_value(path: Path) -> Any:
+    """Read a JSON file of a model's folder; raise FormatError where it is none."""
+    try:
+        text = read_own(path).decode("utf-8-sig")
+        value = json.loads(text)
+        if "\\u" in text:  # JSON may escape half of a character, which no file can hold
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeError as error:
+        raise FormatError(f"{path.name} is not UTF-8", where=str(path), found=str(error)[:200]) from None
+    except (ValueError, RecursionError) as error:  # also for a number of thousands of digits
+        raise FormatError(f"{path.name} is not valid JSON", where=str(path), found=str(error)[:200]) from None
+    return value
+
+
+def read_own(path: str | Path, *, most: int = MOST_BYTES) -> bytes:
+    """Return the bytes of a model's small file; raise FormatError for what is no file of its folder, or too large."""
+    path = own_file(path)
+    try:
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):  # a pipe would block
+            raise FormatError(f"{path.name} is not a file", where=str(path))
+        if facts.st_size > most:
+            raise FormatError(f"{path.name} is too large", where=str(path), found=f"{facts.st_size} bytes",
+                              expected=f"at most {most}")  # fmt: skip
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise FormatError(f"{path.name} is missing", where=str(path.parent)) from None
+    except OSError as error:
+        raise FormatError(f"{path.name} cannot be read", where=str(path), found=error.strerror or str(error)) from None
 
 
 def sync_folder(folder: str | Path) -> None:
@@ -95,14 +122,46 @@ def sync_tree(folder: Path) -> None:
             os.close(handle)
 
 
-def confine(root: str | Path, name: str) -> Path:
-    """Return `root/name` if it stays inside `root` after links are followed; else raise FormatError."""
+def confine(root: str | Path, name: str, *, by: str = "") -> Path:
+    """Return `root/name` if it stays inside `root` after links are followed; else raise FormatError.
+
+    `by` is the file that names it.
+    """
     base = Path(root).resolve()
-    path = (base / name).resolve()
-    if Path(name).is_absolute() or not path.is_relative_to(base):
+    try:
+        path = (base / name).resolve()
+    except (OSError, RuntimeError, ValueError):  # too long, a link to itself, a NUL
+        path = Path(os.sep)
+    too_long = any(len(os.fsencode(part)) > LONGEST_NAME for part in Path(name).parts)
+    if Path(name).is_absolute() or not path.is_relative_to(base) or too_long:
         raise FormatError(
-            "a file name points outside its folder", where=str(root), found=name, expected="a name inside the folder"
-        )
+            "a file name points outside its folder", where=str(Path(root) / by), found=ascii(name)[:200],
+            expected="a name inside the folder",
+        )  # fmt: skip
+    return path
+
+
+def own_file(path: str | Path) -> Path:
+    """Return the path of a model's file unless it is a link that leads out of its folder; else raise FormatError.
+
+    A stranger's folder could show us, and what we write, any file of this machine. The Hub's cache is made of links
+    from `snapshots` into the `blobs` beside it.
+    """
+    path = Path(path)
+    if not path.is_symlink():
+        return path
+    try:
+        real, place = path.resolve(), path.absolute()
+    except (OSError, RuntimeError):
+        raise FormatError(f"{path.name} is a link to itself", where=str(path)) from None
+    stores = [parent.parent.resolve() for parent in real.parents if parent.name == "blobs"]
+    above = {parent.resolve() for parent in place.parents}
+    cached = "snapshots" in place.parts and any(store in above for store in stores)
+    if not (cached or real.is_relative_to(path.parent.resolve())):
+        raise FormatError(
+            f"{path.name} is a link that leads out of its folder", where=str(path), found=str(real),
+            expected="a file in the folder", fix="if you trust it, put the file itself in its place",
+        )  # fmt: skip
     return path
 
 

@@ -35,6 +35,7 @@ from lmworks.base.report import Report, Table
 
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "LMWORKS_OFFLINE")
 NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?")
+CONVERTIBLE = "pytorch_model.bin pytorch_model-*-of-*.bin pytorch_model.bin.index.json adapter_model.bin".split()
 REVISION = re.compile(r"(?!.*(?:\.\.|//|@\{))[A-Za-z0-9_][A-Za-z0-9_./+@-]{0,254}(?<![/.])")
 
 
@@ -51,6 +52,21 @@ def find_folder(name: str | Path, *, revision: str | None = None, files: Sequenc
         return folder
     name, wanted = check_name(os.fspath(name)), check_revision(revision)
     return find_cached(name, revision=wanted, files=files) or pull(name, revision=wanted, files=files)
+
+
+def find_convertible(name: str | Path, *, revision: str | None = None) -> Path:
+    """Return a folder with weights that are pickles: a local one, one of the cache, or fetched for `convert`."""
+    folder = find_local(name)
+    if folder is not None:
+        if revision is not None:
+            raise InputError("a local folder has no revisions", where=str(folder), fix="leave out the revision")
+        return folder
+    name, wanted = check_name(os.fspath(name)), check_revision(revision)
+    files = [pattern for pattern in (*NEEDED, *PAPERS) if "safetensors" not in pattern] + CONVERTIBLE
+    snapshot = find_snapshot(name, wanted)
+    if snapshot is not None and choose([path.name for path in snapshot.iterdir()], CONVERTIBLE):
+        return snapshot
+    return pull(name, revision=wanted, files=files)
 
 
 def find_local(name: str | Path) -> Path | None:
@@ -144,7 +160,7 @@ def download(hub: ModuleType, name: str, revision: str, files: Sequence[str] | N
             f"{name} has no weights that can be read safely",
             found=", ".join(pickles),
             expected="model.safetensors",
-            fix="look for a revision or a model with safetensors: a pickle can run code",
+            fix=f"read its tensors without running it: lmworks convert {name} -o OUT",
         )
     if not names:
         wanted = ", ".join(files or NEEDED[:1])

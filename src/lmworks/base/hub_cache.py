@@ -9,15 +9,14 @@ Source: huggingface_hub 2.4, "Manage the cache" and `_tree_cache.py`.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from lmworks.base.errors import LmworksError, from_os_error
-from lmworks.base.files import read_json
+from lmworks.base.errors import FormatError, LmworksError, from_os_error
+from lmworks.base.files import read_json, read_value
 
 NEEDED = (  # patterns of what a model needs to run; `*` stays within one folder
     "config.json generation_config.json preprocessor_config.json processor_config.json "
@@ -45,7 +44,10 @@ def find_snapshot(name: str, revision: str) -> Path | None:
     """Return the cached snapshot of a revision, whole or not, or None."""
     repository = repository_folder(name)
     try:
-        commit = revision if COMMIT.fullmatch(revision) else (repository / "refs" / revision).read_text().strip()
+        reference = repository / "refs" / revision
+        if not COMMIT.fullmatch(revision) and reference.exists() and not reference.is_file():  # a pipe would block
+            return None
+        commit = revision if COMMIT.fullmatch(revision) else reference.read_text().strip()
         snapshot = repository / "snapshots" / commit
         return snapshot if COMMIT.fullmatch(commit) and snapshot.is_dir() else None
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, UnicodeDecodeError):
@@ -81,7 +83,7 @@ def list_parts(snapshot: Path, held: Sequence[str]) -> list[str]:
         if index in held and parts[0] not in held:
             parts = sorted(set(read_json(snapshot / index)["weight_map"].values()))
         if modules in held:
-            listed = json.loads((snapshot / modules).read_bytes())
+            listed = read_value(snapshot / modules)
             parts += [f"{part['path']}/config.json" for part in listed if part["type"].endswith("Pooling")]
         return parts
     except (LmworksError, OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -92,8 +94,8 @@ def read_listing(snapshot: Path) -> dict[str, int | None] | None:
     """Return name -> bytes of every file of the repository at this commit, if huggingface_hub has noted it."""
     path = snapshot.parents[1] / "trees" / f"{snapshot.name}.json"
     try:
-        return {str(name): entry.get("size") for name, entry in json.loads(path.read_bytes())["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {str(name): entry.get("size") for name, entry in read_json(path)["files"].items()}
+    except (FormatError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmworks.base.errors import FormatError
+from lmworks.base.files import own_file
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 MAX_TENSORS = 200_000  # a valid header of 900,000 empty tensors takes its usual reader seconds and a gigabyte
+LONGEST_NAME = 1000  # letters
 MAX_SIZE = 2**64 - 1  # other readers count in 64 bits
 METADATA = "__metadata__"
 FETCH = "fetch it again"
@@ -56,7 +58,7 @@ def check_header(path: str | Path) -> dict[str, TensorInfo]:
     Raises FormatError, which names the file and the tensor, for anything that the format does not allow, for a file
     that is shorter or longer than its header says, and for more than 200,000 tensors.
     """
-    path = Path(path)
+    path = own_file(path)
     raw, data_size = read_header(path)
     try:
         header = json.loads(
@@ -136,8 +138,8 @@ def check_metadata(path: Path, metadata: object) -> None:
 
 def read_info(path: Path, name: str, value: object) -> TensorInfo:
     """Read one tensor's entry; raise FormatError where its parts are of the wrong kind or do not agree."""
-    if not is_text(name):
-        raise refuse(path, "a tensor's name is not valid text", found=ascii(name))
+    if not is_text(name) or len(name) > LONGEST_NAME:
+        raise refuse(path, "a tensor's name is not valid text", found=ascii(name)[:100])
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise refuse(path, f"the entry of {name} is not a dtype, a shape and data_offsets", found=shorten(value))
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
