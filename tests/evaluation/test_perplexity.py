@@ -21,6 +21,7 @@ class Toy:
     """A causal model whose logits depend on every token of the window so far: a running sum of embeddings."""
 
     name, dtype, vocab_size, max_length = "toy", "fp32", VOCAB, 16
+    turn = None
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)

@@ -35,7 +35,20 @@ MODELS: dict[str, tuple[Any, Any]] = {
             **SIZE, **WIDE, max_position_embeddings=32, hidden_dropout_prob=0, attention_probs_dropout_prob=0
         ),
     ),
+    "albert": (
+        transformers.AlbertForMaskedLM,
+        transformers.AlbertConfig(**SIZE, **WIDE, embedding_size=16, max_position_embeddings=32),
+    ),
+    "deberta": (
+        transformers.DebertaV2ForMaskedLM,
+        transformers.DebertaV2Config(
+            **SIZE, **WIDE, max_position_embeddings=32, hidden_dropout_prob=0, attention_probs_dropout_prob=0,
+            relative_attention=True, position_buckets=8, pos_att_type="p2c|c2p", share_att_key=True, conv_kernel_size=3,
+            norm_rel_ebd="layer_norm", position_biased_input=False,
+        ),
+    ),
 }  # fmt: skip
+MASKED = ("bert", "albert", "deberta")
 LENGTHS = [3, 30, 7, 7, 1, 12, 3, 25, 9, 2, 14, 7]
 
 
@@ -67,7 +80,7 @@ def documents_of(lengths: list[int], *, masked: bool) -> list[Row]:
 def test_loss_and_gradients_are_those_of_each_document_alone(family: str, tmp_path: Path) -> None:
     """transformers runs every document by itself: no attention crosses documents, positions restart."""
     theirs = save_model(family, tmp_path)
-    rows = documents_of(LENGTHS, masked=family == "bert")
+    rows = documents_of(LENGTHS, masked=family in MASKED)
     expected = torch.zeros(())
     for row in rows:
         logits = theirs(torch.tensor([row.feature.inputs["input_ids"]])).logits[0]

@@ -122,7 +122,7 @@ def read_monitor(folder: Path) -> Monitor | None:
                           found=f"format {facts.get('format')}", expected=f"format {FORMAT}", fix=AGAIN)  # fmt: skip
     try:
         known = {str(name): str(value) for name, value in facts["files"].items()}
-        paths = {name: confine(folder, name) for name in known}
+        paths = {name: confine(folder, name, by=FACTS) for name in known}
         changed = [name for name, value in known.items() if not paths[name].is_file() or sha256(paths[name]) != value]
         whole = (folder / ARRAYS).is_file() and sha256(folder / ARRAYS) == facts["arrays"]
     except (KeyError, TypeError, AttributeError) as error:

@@ -33,10 +33,14 @@ EM_STEPS = 100
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What a model thinks of each token of `stream[1:]`: its natural log-probability, and whether it came first."""
+    """What a model thinks of each token of `stream[1:]`: its natural log-probability, and whether it came first.
+
+    `entropy` is what it expected: that of its distribution over all tokens, in nats, where it was asked for.
+    """
 
     logprobs: Float64  # (N-1,)
     correct: NDArray[np.bool_]  # (N-1,)
+    entropy: Float64 | None = None  # (N-1,)
 
     @property
     def perplexity(self) -> float:
@@ -68,8 +72,9 @@ class Mixture:
 
 
 def token_logprobs(
-    runtime: Runtime, stream: Ints, *, context: int, stride: int | None = None, batch_size: int | None = None
-) -> TokenScores:
+    runtime: Runtime, stream: Ints, *, context: int, stride: int | None = None, batch_size: int | None = None,
+    entropy: bool = False,
+) -> TokenScores:  # fmt: skip
     """Score every token of `stream[1:]` in windows of `context`; `stride` is half of that unless given.
 
     Memory does not grow with the stream, but for its result. Raises InputError for a context that the model does not
@@ -84,13 +89,16 @@ def token_logprobs(
         )
     batch_size = batch_size or max(1, LOGITS_AT_ONCE // (context * runtime.vocab_size))
     tokens = np.asarray(stream).astype(np.int64)  # (N,)
-    scores = TokenScores(np.empty(len(tokens) - 1), np.empty(len(tokens) - 1, np.bool_))
+    count = len(tokens) - 1
+    scores = TokenScores(np.empty(count), np.empty(count, np.bool_), np.empty(count) if entropy else None)
     for starts, length, scored in windows(len(tokens) - 1, context, stride, batch_size):
         rows = tokens[starts[:, None] + np.arange(length)]  # (B, T)
         logits = runtime.run({"input_ids": rows, "attention_mask": np.ones_like(rows)})["logits"]  # (B, T, V)
         places = starts[:, None] + np.arange(length - scored, length)  # (B, S) in the result
         scores.logprobs[places] = log_softmax_at(logits[:, length - scored :], tokens[places + 1])
         scores.correct[places] = logits[:, length - scored :].argmax(-1) == tokens[places + 1]
+        if scores.entropy is not None:
+            scores.entropy[places] = entropy_of(logits[:, length - scored :])
     if not np.isfinite(scores.logprobs).all():
         raise LmworksError("the model's logits are not finite", fix="train again with a lower learning rate")
     return scores
@@ -118,6 +126,15 @@ def log_softmax_at(logits: Floats, targets: Ints) -> Float64:
     total = np.exp(logits - top[..., None]).sum(-1, dtype=np.float64)  # (B, S)
     chosen = np.take_along_axis(logits, targets[..., None], -1)[..., 0]  # (B, S)
     result: Float64 = (chosen - top) - np.log(total)
+    return result
+
+
+def entropy_of(logits: Floats) -> Float64:
+    """Return the entropy (B, S) of softmax(logits (B, S, V)), in nats: log Σ e^z − Σ p z."""
+    z = np.maximum(logits - logits.max(-1, keepdims=True), -1e30)  # 0 times -inf has no value
+    e = np.exp(z)
+    total = e.sum(-1, dtype=np.float64)  # (B, S)
+    result: Float64 = np.log(total) - np.einsum("...v,...v->...", e, z, dtype=np.float64) / total
     return result
 
 

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from lmworks.base.errors import FormatError, InputError
 from lmworks.base.hub import find_folder
-from lmworks.models.checkpoint import head_rows, load_model, merge_layers, modernize, read_config, strip
+from lmworks.models.checkpoint import head_rows, load_model, modernize, read_config, strip
 from lmworks.models.config import Config
 from lmworks.models.families import ADAPTED, read_kind
+from lmworks.models.folder import VOCABULARIES
 from lmworks.models.heads import Model
+from lmworks.models.numbered import merge_layers
 from lmworks.models.resize import fit_tokenizer, resize_tokens
 from lmworks.models.weights import State, read_tensors
 from lmworks.tokens.tokenizer import Tokenizer
@@ -38,12 +40,11 @@ from lmworks.training.lora import (
     wrap,
 )
 from lmworks.training.lora_layers import LowRank
-from lmworks.training.peft_format import DELTA, TASK_TYPES, Settings, read_adapter, read_settings
+from lmworks.training.peft_format import ADAPTER, DELTA, TASK_TYPES, Settings, read_adapter, read_settings
 from lmworks.training.prefix import take_prefix
 from lmworks.training.targets import EMBEDDING, PROJECTION, find_sites, is_embedding, matches, published_rows, rename
 
 PARTS = re.compile(r"(.+)\.lora_(A\.weight|B\.weight|embedding_A|embedding_B|magnitude_vector)")
-VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
 __all__ = ["Opened", "load_adapter", "open_adapter", "save_adapter"]
 
 
@@ -138,7 +139,7 @@ def load_adapter(model: Model, folder: str | Path, *, name: str = DEFAULT, train
         problems = ["it holds nothing"]
     if problems:
         raise FormatError(
-            "the adapter does not fit this model", where=str(folder),
+            "the adapter does not fit this model", where=str(folder / ADAPTER),
             found="\n    ".join(["", *merge_layers(problems)]), expected="the layers of its own base model",
             fix=f"its base is {settings.base}" if settings.base else "",
         )  # fmt: skip
@@ -227,7 +228,7 @@ def read_plain(model: Model, tensors: State, settings: Settings, problems: list[
         module, _, leaf = strip(key, model).rpartition(".")
         row = rows.get(f"{module}.{leaf}")
         twin = row is None and leaf == "weight" and module in tied
-        shape = row.shape if row else (model.config.vocab_size, model.config.hidden_size)
+        shape = row.shape if row else (model.config.vocab_size, model.config.embedding_size or model.config.hidden_size)
         if row is None and not twin:
             problems.append(f"no such layer: {key}")
         elif tuple(tensor.shape) != shape:
@@ -268,7 +269,7 @@ def read_rows(
         if tied and any(torch.equal(tensor, other) for twin, other in deltas.items() if twin != key):
             continue  # peft writes the rows of a tied embedding under both names
         ids = next((ids for name, ids in settings.tokens.items() if not name or matches(name, key)), [])
-        wanted = (len(ids), model.config.hidden_size)
+        wanted = (len(ids), model.config.embedding_size or model.config.hidden_size)
         if site is None or site.layers not in ((EMBEDDING,), *([] if model.is_tied else [(PROJECTION,)])):
             problems.append(f"no such embedding: {key}")
         elif tuple(tensor.shape) != wanted or (tokens and ids != tokens):

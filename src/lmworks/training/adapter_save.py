@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from lmworks.base.files import write_json
-from lmworks.models.checkpoint import alias, to_template
+from lmworks.models.checkpoint import alias
 from lmworks.models.families import ADAPTED, write_config
 from lmworks.models.heads import Model
+from lmworks.models.numbered import to_template
 from lmworks.models.weights import State
 from lmworks.tokens.tokenizer import Tokenizer
 from lmworks.training.bottleneck import bottleneck_settings, bottleneck_tensors

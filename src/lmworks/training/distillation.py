@@ -253,6 +253,9 @@ def choose_layers(teacher: Model, layers: int, keep: Sequence[int] = ()) -> list
 def cut_layers(teacher: Model, kept: Sequence[int]) -> Model:
     """Return a model of its own with the embeddings, some of the layers, and the head of another."""
     c = teacher.config
+    if c.layer_groups is not None:
+        raise InputError("this model's layers share their weights: none of them can be left out", found=c.model_type,
+                         fix="name a smaller student, such as one of another depth")  # fmt: skip
     if not c.first_norm and kept[0] != 0:
         raise InputError("this model's first layer differs from the others, so a student must begin with it too",
                          found=f"layer {kept[0]}", expected="layer 0 first")  # fmt: skip

@@ -95,7 +95,8 @@ def read_settings(folder: str | Path) -> Settings:
             raise InputError(f"{CONFIG}: {key} is not supported", where=str(folder), found=str(hf[key])[:100])
     if hf.get("init_lora_weights", True) not in STARTS:
         found, fix = str(hf["init_lora_weights"]), "convert it to a plain LoRA adapter with peft"
-        raise InputError("this adapter was trained on changed base weights", where=str(folder), found=found, fix=fix)
+        where = str(folder / CONFIG)
+        raise InputError("this adapter was trained on changed base weights", where=where, found=found[:100], fix=fix)
     targets = hf.get("target_modules") or ()
     return Settings(
         base=f.text("base_model_name_or_path", ""), task_type=f.text("task_type", "") or None, rank=f.integer("r", 8),
@@ -136,14 +137,19 @@ def read_adapter(folder: str | Path, method: str = "lora") -> State:
         pickled = (folder / "adapter_model.bin").is_file()
         raise FormatError(
             f"{ADAPTER} is missing", where=str(folder), found="adapter_model.bin" if pickled else "",
-            fix="convert it to safetensors: a pickle can run code" if pickled else "fetch the whole folder",
+            fix=f"lmworks convert {folder} -o OUT (a pickle can run code)" if pickled else "fetch the whole folder",
         )  # fmt: skip
     check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return {key.removeprefix(root): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            found = {key.removeprefix(root): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{ADAPTER} is not a whole safetensors file", where=str(path), found=str(error)) from None
+
+    broken = [key for key, tensor in found.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if broken:
+        raise FormatError("the adapter holds NaN or infinity", where=str(path), found=", ".join(broken[:8])[:300])
+    return found
 
 
 def write_folder(folder: str | Path, settings: Settings, tensors: State) -> None:

@@ -55,6 +55,7 @@ def add_prefix(
     if c.vision is not None:
         raise InputError("a model of images takes no prefix", found=c.model_type, expected="a model of text",
                          fix="choose --method lora or adapter")  # fmt: skip
+    check_own_layers(model, "a prefix has keys and values of its own for each layer")
     if tokens is None:
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(c.vocab_size, (length,), generator=generator).tolist()
@@ -65,6 +66,17 @@ def add_prefix(
     copy_layers(model, whole_layers(model, whole), name)
     activate(model, name)
     return model
+
+
+def check_own_layers(model: Model, why: str) -> None:
+    """Raise InputError for a model whose layers run several times."""
+    if model.config.relative is not None:
+        raise InputError("attention that knows distances cannot know how far a prefix is",
+                         found=model.config.model_type, fix="choose --method lora")  # fmt: skip
+    groups = model.config.layer_groups
+    if groups is not None:
+        raise InputError(f"this model's layers share their weights, and {why}", found=f"{groups} for all layers",
+                         expected="a model whose layers are its own", fix="choose --method lora")  # fmt: skip
 
 
 def check_room(model: Model, length: int) -> None:
