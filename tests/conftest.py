@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -15,6 +16,7 @@ hypothesis.settings.register_profile("fixed", derandomize=True)
 hypothesis.settings.load_profile("fixed")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # tests run beside servers and browsers
 os.environ.setdefault("LMWORKS_CACHE", tempfile.mkdtemp(prefix="lmworks-choices-"))  # what is fastest, as measured
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -40,6 +42,35 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("LMWORKS_THREADS", "1")
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Any]:
+    """A PostgreSQL of our own."""
+    from databases import Server
+
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def playwright() -> Iterator[Any]:
+    """The driver of browsers."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        yield driver
+
+
+@pytest.fixture(scope="module")
+def browser(playwright: Any) -> Iterator[Any]:
+    """One Chromium for the file."""
+    from page_browser import launch
+
+    chromium = launch(playwright)
+    yield chromium
+    chromium.close()
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -39,6 +39,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {  # class: its config, the
     "RobertaForSequenceClassification": ("RobertaConfig", SMALL, "text-classification"),
     "DistilBertForMaskedLM": ("DistilBertConfig", DISTIL, "fill-mask"),
     "DistilBertForSequenceClassification": ("DistilBertConfig", DISTIL, "text-classification"),
+    "AlbertForMaskedLM": ("AlbertConfig", {**SMALL, "embedding_size": 16}, "fill-mask"),
+    "DebertaV2ForMaskedLM": ("DebertaV2Config", {**SMALL, "relative_attention": True}, "fill-mask"),
     "ModernBertForMaskedLM": ("ModernBertConfig", MODERN, "fill-mask"),
     "GPT2LMHeadModel": ("GPT2Config", GPT2, "text-generation"),
     "GPT2ForSequenceClassification": ("GPT2Config", GPT2, "text-classification"),
@@ -91,7 +93,7 @@ def test_parameters_and_structure_are_those_of_transformers(tmp_path: Path, name
         context = 64  # 66 rows, and the first position is 2
     if name != "RobertaForSequenceClassification":
         assert found["context_length"] == context
-    told = any("not supported" in warning and "bert, distilbert" in warning for warning in found["warnings"])
+    told = any("not supported" in warning and "albert, bert" in warning for warning in found["warnings"])
     assert told == (name in UNSUPPORTED)
 
 

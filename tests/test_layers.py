@@ -26,18 +26,22 @@ LAYERS = [
     {"interpret", "audit"},
     {"export"},
     {"serve"},
+    {"deploy"},
     {"studies", "scaffold"},
     {"settings", "corpus", "ngram_folder", "cleaning"},
     {"cleaning_split", "cleaning_stats", "cleaning_augment"},
     {"ngrams"},
     {"run"},
-    {"estimate", "summary", "finetune_data"},
-    {"few_shot"},
+    {"estimate", "summary", "finetune_data", "evaluating", "feedback"},
+    {"few_shot", "converting"},
     {"publish", "tuning_report"},
+    {"masked_run"},
     {"finetune_folder"},
     {"finetune_tasks"},
     {"tokenizing", "tokenizing_compare", "tokenizing_extend"},
     {"inspection", "doctor", "finetuning"},
+    {"comparing_runs"},
+    {"comparing"},
     {"compress_trial", "compress_knobs"},
     {"monitoring_report"},
     {"monitoring", "monitoring_check"},
@@ -48,6 +52,8 @@ LAYERS = [
     {"search_report"},
     {"search_plan"},
     {"searching"},
+    {"deploying"},
+    {"packing"},
     {"distilling"},
     {"api"},
     {"cli"},
@@ -63,7 +69,7 @@ TORCH_FREE_FILES = (
 WITH_TORCH = ("runtime/torch_runtime.py",)
 LAZY_ONLY = ("torch", "onnx", "onnxruntime", "tokenizers", "fastapi", "uvicorn", "transformers")
 ORACLES = {"transformers", "peft", "optimum", "nltk", "openai", "playwright", "seqeval", "torchvision", "accelerate"}
-LONGEST, LONGEST_FAMILY, BUDGET = 350, 80, 48_000
+LONGEST, LONGEST_FAMILY, BUDGET = 350, 80, 54_000
 
 
 def imports(path: Path, *, top_level: bool = False) -> set[str]:

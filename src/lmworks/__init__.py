@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # from 1.29 on onnxruntime reports to its maker
 
 if TYPE_CHECKING:
     from lmworks.api import build, distill, evaluate, finetune, generate, predict, search, train, tune, verify

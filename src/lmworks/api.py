@@ -111,6 +111,10 @@ def run(
     ranks.once(lambda: check_output(out, overwrite=overwrite, need_bytes=disk_needed(settings)))
     with ranks.on_first(run_folder(out, resume=resume, overwrite=overwrite)) as folder:
         ranks.once(lambda: check_same_run(folder, settings.to_dict(), corpus.sha256))
+        if settings.is_masked:
+            from lmworks.verbs.masked_run import train_masked
+
+            return train_masked(folder, settings, corpus, out)
         trained = train_in(folder, settings, corpus)
         return ranks.once(lambda: report_on(trained))
 
@@ -197,7 +201,7 @@ def search(
     return find(predictor(list(queries)), predictor(list(texts)), texts, top_k=top_k)
 
 
-def finetune(model: PathLike, train: PathLike, out: PathLike, **settings: Any) -> Report:
+def finetune(model: PathLike, train: PathLike | None, out: PathLike, **settings: Any) -> Report:
     """Fine-tune a model on labelled data; the settings are those of `lmworks.verbs.finetuning.finetune`."""
     from lmworks.verbs.finetuning import finetune as run
 
@@ -252,13 +256,15 @@ def evaluate(
     revision: str | None = None,
     code: Sequence[str] = (),
     long: Long | None = None,
+    write: int | None = None,
     prompt: Prompting | None = None,
 ) -> Report:
     """Score a model: a language model on a text, any other model, or an adapter, on labelled data.
 
     A language model scores every token once, each with at least half of its context before it. `label_column`,
     `header`, `split` say how labelled data is laid out, `code` has its maker's layers; `long` None: as when fine-tuned.
-    With `prompt` a language model says labels. Raises InputError.
+    With `prompt` a language model says labels; with `write` it answers prompts in at most so many tokens (BLEU, chrF).
+    Raises InputError.
     """
     from lmworks.base.hub import find_folder
     from lmworks.models.families import read_config, read_kind
@@ -286,30 +292,16 @@ def evaluate(
 
         data = read_labelled(texts, "text-generation", split=split)
         if not all(isinstance(example, str) for example in data.examples):
-            return evaluate_answers(folder, data, code=code, runtime=runtime, dtype=dtype)
-    from lmworks.base.report import Table
-    from lmworks.evaluation.perplexity import bits_per_byte, token_logprobs
-    from lmworks.tokens.batch import make_stream
-    from lmworks.verbs.corpus import count_bytes, read_clean
+            return evaluate_answers(folder, data, code=code, runtime=runtime, dtype=dtype, write=write)
+    if write is not None:
+        raise InputError("--write answers prompts", where=str(texts), expected='jsonl of "prompt" and "completion"')
+    from lmworks.verbs.evaluating import evaluate_masked, evaluate_text
 
-    predictor = load(folder, "text-generation", runtime=runtime, dtype=dtype, code=code)
-    tokenizer, engine = predictor.tokenizer, predictor.runtime
-    documents = read_clean(Path(texts), column=column)
-    stream = make_stream(tokenizer, [document.text for document in documents])
-    scores = token_logprobs(engine, stream, context=engine.max_length)
-    size = count_bytes(documents)
-    known = all(tokenizer.knows(document.text) for document in documents)
-    values: dict[str, str | int | float | None] = {
-        "perplexity": scores.perplexity,
-        "bits_per_byte": bits_per_byte(scores.logprobs, size if known else None),
-        "next_token_accuracy": scores.accuracy,
-        "tokens": len(stream) - 1,
-        "bytes": size,
-        "runtime": engine.name,
-        "dtype": engine.dtype,
-    }
-    rows = tuple((name.replace("_", " "), value) for name, value in values.items())
-    return Report(f"{model} on {texts}", values, tables=(Table("Scores", ("what", "value"), rows),))
+    score = evaluate_masked if task == "fill-mask" else evaluate_text
+    predictor = load(
+        folder, task if task == "fill-mask" else "text-generation", runtime=runtime, dtype=dtype, code=code
+    )
+    return score(model, predictor, texts, column)
 
 
 def verify(

@@ -311,7 +311,7 @@ def test_predict_answers_as_the_verb_of_the_task(folders: Any, tmp_path: Path, c
         (["qa", "{SequenceClassification}", "--question", "a", "--context", "b"], "no head for QuestionAnswering"),
         (["ner", "{SequenceClassification}", "a"], "no head for TokenClassification"),
         (["generate", "{SequenceClassification}", "a"], "reads both ways"),
-        (["evaluate", "{MaskedLM}", "{MaskedLM}/config.json"], "reads both ways"),
+        (["evaluate", "{MaskedLM}", "{MaskedLM}/config.json"], ".json files are not read"),
         (["generate", "{MaskedLM}", "Once"], "reads both ways"),
         (["fill-mask", "{MaskedLM}", "no mask here"], "[MASK]"),
         (["classify", "{SequenceClassification}", "--file", "{MaskedLM}/absent.txt"], "absent.txt"),

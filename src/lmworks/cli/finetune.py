@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from lmworks.cli.columns import Columns, Train, Validation
+from lmworks.cli.columns import Columns, Validation
 from lmworks.cli.output import DryRun, Json, Model, Out, Overwrite, Resume, Revision, show
 from lmworks.training.tuning import Tuning
 
+Data = Annotated[
+    Path | None, Parameter(help="Labelled data: jsonl, csv, tsv, CoNLL, SQuAD, nested JSON; none: --from-feedback.")
+]
 Knobs = Annotated[Tuning, Parameter(name="*")]
 Task = Annotated[str | None, Parameter(help="A task, such as text-classification; none: the checkpoint's own.")]
 
 
 def finetune(
     model: Model,
-    train: Train,
+    train: Data = None,
     /,
     *,
     out: Out,
+    from_feedback: Annotated[
+        str | None, Parameter(help="A database of feedback: what is accepted is trained on as well, or alone.")
+    ] = None,
     validation: Validation = None,
     task: Task = None,
     columns: Columns = Columns(),  # noqa: B008 (frozen)
@@ -37,6 +44,7 @@ def finetune(
         model,
         train,
         out,
+        from_feedback=from_feedback,
         validation=validation,
         task=task,
         tuning=tuning,

@@ -102,6 +102,10 @@ def evaluate(
             "none: as the model was fine-tuned."
         ),
     ] = None,
+    write: Annotated[
+        int | None,
+        Parameter(help="Of prompts with completions: answer each in at most so many tokens; BLEU, chrF, exact match."),
+    ] = None,
     json: Json = False,
     prompt: Prompt = Prompting(),  # noqa: B008 (frozen)
     engine: Engine = Engine(),  # noqa: B008 (frozen)
@@ -118,6 +122,7 @@ def evaluate(
             header=header,
             split=split,
             long=long,
+            write=write,
             prompt=prompt,
             **engine.settings,
         )

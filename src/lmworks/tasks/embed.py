@@ -8,7 +8,6 @@ that it names): `read_pooling`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmworks.base.errors import FormatError, InputError
-from lmworks.base.files import read_json
+from lmworks.base.files import read_json, read_value
 from lmworks.base.types import Floats, Match
 from lmworks.tasks.base import Facts, Feature, Long, one_of, to_feature, too_long
 from lmworks.tokens.tokenizer import Tokenizer
@@ -70,18 +69,24 @@ def read_pooling(folder: str | Path) -> Recipe | None:
     where = places[1] / "config.json"
     pooling = read_json(where)
     modes = pooling.get("pooling_mode") or [mode for flag, mode in FLAGS.items() if pooling.get(flag)] or "mean"
-    modes = [modes] if isinstance(modes, str) else list(modes)
-    if len(modes) != 1 or modes[0] not in PUBLISHED:
+    modes = modes if isinstance(modes, list) else [modes]
+    if len(modes) != 1 or not isinstance(modes[0], str) or modes[0] not in PUBLISHED:
         raise _unsupported(where, " + ".join(map(str, modes)), "one of " + " ".join(PUBLISHED))
     path = folder / "config_sentence_transformers.json"
     prompts = read_json(path) if path.is_file() else {}
-    prompt = (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name")) or ""
+    named, default = prompts.get("prompts") or {}, prompts.get("default_prompt_name")
+    prompt = (named.get(default) if isinstance(named, dict) and isinstance(default, str) else "") or ""
+    if not isinstance(prompt, str):
+        raise FormatError(f"{path.name}: a prompt is no text", where=str(path), found=str(prompt)[:100])
     if prompt and not pooling.get("include_prompt", True):
         raise _unsupported(where, "include_prompt: false", "a prompt that counts as text")
+    length = settings.get("max_seq_length")
+    if length is not None and (type(length) is not int or length < 1):
+        raise _unsupported(places[0] / "sentence_*_config.json", f"max_seq_length: {length!r}"[:100], "a whole number")
     return Recipe(
         PUBLISHED[modes[0]],
         normalize="Normalize" in kinds,
-        max_length=settings.get("max_seq_length"),
+        max_length=length,
         lower_case=bool(settings.get("do_lower_case")),
         prompt=prompt,
     )
@@ -91,7 +96,7 @@ def _modules(folder: Path) -> tuple[list[str], list[Path]]:
     """Return the last name of each module's class, and its folder."""
     path = folder / MODULES
     try:
-        rows = json.loads(path.read_text("utf-8"))
+        rows = read_value(path)
         kinds, places = [row["type"].rpartition(".")[2] for row in rows], [Path(row["path"]) for row in rows]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         expected = "a list of modules, each with a type and a path"

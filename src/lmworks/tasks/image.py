@@ -184,9 +184,9 @@ def read_steps(processor: str | Path | Mapping[str, Any], filters: Sequence[int]
 
 
 def is_colour(value: Any) -> bool:
-    """Say whether this is a finite number, or three of them."""
+    """Say whether this is a number of a sensible size, or three of them."""
     values = value if isinstance(value, (list, tuple)) else [value] * 3
-    return len(values) == 3 and all(isinstance(one, (int, float)) and np.isfinite(one) for one in values)
+    return len(values) == 3 and all(isinstance(one, (int, float)) and abs(one) <= 1e9 for one in values)
 
 
 def read_size(size: Any, key: str, where: str, *, square: bool) -> dict[str, int]:

@@ -15,7 +15,7 @@ from lmworks.base.report import Cell, Report, Table, counted
 from lmworks.base.threads import cpu_count
 from lmworks.training.train_config import count_moments
 from lmworks.verbs.corpus import Corpus
-from lmworks.verbs.run import disk_needed, make_network, train_config
+from lmworks.verbs.run import disk_needed, make_model, make_network, train_config
 from lmworks.verbs.settings import Settings
 
 WARM_UP_STEPS, MEASURED_STEPS = 2, 4
@@ -27,13 +27,11 @@ FIXED_MEMORY = 350_000_000  # the interpreter with torch
 
 def estimate(corpus: Corpus, settings: Settings) -> Report:
     """Return parameters, memory, time and disk of a run; nothing is written."""
-    from lmworks.models.heads import CausalLM
-
     tokens = (settings.batch_size or 0) * (settings.context or 0)
     layers = 1 if settings.gradient_checkpointing else settings.layers or 0  # of which all is kept at once
     activations = tokens // settings.accumulation * layers * (settings.hidden_size or 0)
     moments = count_moments(settings.optimizer, settings.momentum)
-    network = CausalLM(make_network(settings, vocab_size=settings.vocab_size or 0), seed=None)
+    network = make_model(make_network(settings, vocab_size=settings.vocab_size or 0), seed=None)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     memory = (
         FIXED_MEMORY + parameters * (BYTES_A_PARAMETER + moments * BYTES_A_MOMENT) + activations * BYTES_AN_ACTIVATION
@@ -67,17 +65,21 @@ def estimate(corpus: Corpus, settings: Settings) -> Report:
 
 def measure_step(settings: Settings) -> float:
     """Return the seconds of one optimizer step of such a network on random tokens: the best of a few."""
-    from lmworks.models.heads import CausalLM
-    from lmworks.training.data import TokenWindows
+    from lmworks.training.data import DataSource, TokenWindows
     from lmworks.training.distributed import Ranks
+    from lmworks.training.masked import MaskedWindows
     from lmworks.training.objectives import CausalLoss
     from lmworks.training.trainer import Trainer
 
     steps = WARM_UP_STEPS + MEASURED_STEPS
     quick = replace(settings, steps=steps, eval_every=steps, warmup=1)
     stream = np.random.default_rng(0).integers(3, quick.vocab_size or 0, 64 * (quick.context or 0)).astype(np.uint32)
-    data = TokenWindows(stream, context=quick.context or 0, batch_size=quick.batch_size or 0)
-    model = CausalLM(make_network(quick, vocab_size=quick.vocab_size or 0))
+    size: dict[str, Any] = {"context": quick.context or 0, "batch_size": quick.batch_size or 0}
+    data: DataSource = TokenWindows(stream, **size)
+    if quick.is_masked:
+        words = np.arange(len(stream), dtype=np.int32)
+        data = MaskedWindows((stream, words), frame=(0, 1), mask_id=2, vocab_size=quick.vocab_size or 0, **size)
+    model = make_model(make_network(quick, vocab_size=quick.vocab_size or 0))
     with TemporaryDirectory() as folder:
         config = train_config(quick)
         alone: dict[str, Any] = {"folder": folder, "stream": None, "ranks": Ranks()}

@@ -41,11 +41,11 @@ def choose_task(task: str | None, folder: Path) -> str:
 
 def read_data(
     train: Path, validation: PathLike | None, task: str, split: str | None, seed: int, columns: dict[str, Any],
-    also: Sequence[Path] = (),
+    also: Sequence[Path] = (), more: Labelled | None = None,
 ) -> tuple[Labelled, Labelled]:  # fmt: skip
     """Return the training and the validation data; raise InputError where their labels differ.
 
-    `also` are other files of the run, to which the columns belong as well.
+    `also` are other files of the run, to which the columns belong as well; `more` are examples to train on as well.
     """
     check_header(columns["header"], train, train if validation is None else Path(validation), *also)
     first, _, second = (split or "").partition(",")
@@ -53,6 +53,9 @@ def read_data(
     data = read_labelled(train, kind, split=first or None, **columns)
     if task == "fill-mask" and not all(isinstance(example, str) for example in data.examples):
         raise InputError("fill-mask learns from plain texts", where=str(train), found="prompts or conversations")
+    if more is not None:
+        check_labels(data, more)
+        data = replace(data, examples=[*data.examples, *more.examples], references=[*data.references, *more.references])
     if validation is None and not second:
         return hold_out(data, seed)
     held = Path(validation) if validation is not None else train

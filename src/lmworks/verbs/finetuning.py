@@ -26,6 +26,7 @@ from lmworks.tasks.base import Long
 from lmworks.tasks.registry import find_task
 from lmworks.text.labelled import Labelled, check_labels, read_labelled
 from lmworks.training.tuning import LONG_TASKS, Tuning
+from lmworks.verbs.feedback import check_feedback, fed, keep_feedback
 from lmworks.verbs.few_shot import draw_shots, tune_draws
 from lmworks.verbs.finetune_data import (
     also_files,
@@ -45,9 +46,10 @@ PathLike = str | Path
 
 def finetune(
     model: PathLike,
-    train: PathLike,
+    train: PathLike | None,
     out: PathLike,
     *,
+    from_feedback: str | None = None,
     validation: PathLike | None = None,
     task: str | None = None,
     tuning: Tuning | None = None,
@@ -65,7 +67,8 @@ def finetune(
 
     `task` None: what the checkpoint was made for. `knobs` are those of `Tuning`: method, epochs, lr, batch_size, rank,
     seed … Without `validation` a tenth of the data is held out, by label. `split` names the part of a nested file or a
-    folder to train on, "train,validation" also the one to validate on. Raises InputError for data or settings that
+    folder to train on, "train,validation" also the one to validate on. `from_feedback` is a database of feedback, of
+    which what is accepted is trained on as well, or without `train` alone. Raises InputError for data or settings that
     cannot be used; Interrupted after Ctrl-C, and `resume` continues to the same bits.
     """
     require("torch", extra="torch")
@@ -79,8 +82,12 @@ def finetune(
         folder = find_folder(model, revision=revision)
         task = choose_task(task, folder)
         columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column, "header": header}
-        data, held_out = read_data(Path(train), validation, task, split, tuning.seed, columns, also_files(tuning))
-        parts = read_parts(data, held_out, task, Path(train), folder, tuning)
+        check_feedback(from_feedback, train, task, alone=ranks.world == 1 and not tuning.also_task)
+        with fed(from_feedback, out, folder.resolve().name, resume=resume) as (lines, file):
+            main = Path(train if train is not None else str(file))
+            more = None if file is None or train is None else read_labelled(file, task)
+            data, held_out = read_data(main, validation, task, split, tuning.seed, columns, also_files(tuning), more)
+        parts = read_parts(data, held_out, task, main, folder, tuning)
         domains = read_domains(data, task, tuning, columns)
         if tuning.shots is not None and ranks.world > 1:
             raise InputError("--shots trains on a few examples, in one process", fix="start without torchrun")
@@ -97,6 +104,8 @@ def finetune(
         settings = {"model": str(model), "task": task, **as_json(asdict(tuning))}
         others = [part for domain in domains for part in (domain.train, domain.held_out)]
         ranks.once(lambda: check_same_run(run, settings, fingerprint(data, held_out, *others)))
+        if lines:
+            keep_feedback(run, lines)
         if tuning.shots is not None:
             setup, tuned, data, baselines = tune_draws(
                 folder, data, held_out, run / "training", task=task, tuning=tuning, stream=sys.stderr,
@@ -108,7 +117,8 @@ def finetune(
             baselines = ranks.once(partial(find_baselines, run / "training" / BASELINES, setup, data, held_out))
             tuned = tune(setup, held_out, run / "training", task=task, tuning=tuning, stream=sys.stderr)
         made = (tuned, setup, data, held_out, baselines)
-        return ranks.once(lambda: publish(run, folder, model, *made, tuning, task, out))
+        facts = {"from_feedback": lines.count("\n")} if lines else None
+        return ranks.once(lambda: publish(run, folder, model, *made, tuning, task, out, more=facts))
 
 
 def evaluate_task(
@@ -131,13 +141,35 @@ def evaluate_task(
     `long` None: as the model was fine-tuned, else "error". Raises InputError for labels that the model does not have.
     """
     from lmworks.evaluation.metrics import score
+    from lmworks.evaluation.parts import intervals
     from lmworks.verbs.tuning_report import class_rows, class_table, metric_table
 
+    columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column, "header": header}
     folder = find_folder(model, revision=revision)
+    task, said, data, labels = say(
+        folder, path, task=task, split=split, long=long, runtime=runtime, dtype=dtype, code=code, **columns
+    )
+    metrics = score(task, said, data.references, labels=labels)
+    rows = class_rows(task, said, data.references, labels)
+    spans = {name: list(span) for name, span in intervals(task, said, data.references).items()}
+    values = {"model": str(model), "task": task, "examples": len(data), **metrics, "metrics": metrics,
+              "intervals": spans, "classes": rows}  # fmt: skip
+    shown = {"this model": metrics} | {
+        f"95 % {end}": {name: span[i] for name, span in spans.items()} for i, end in enumerate(("from", "to")) if spans
+    }
+    tables = (metric_table(f"On {path}", shown), *class_table(rows))
+    return Report(f"{model}: {counted(len(data), 'example')} of {task}", values, tables=tables)
+
+
+def say(
+    folder: Path, path: PathLike, *, task: str | None, split: str | None, long: Long | None, runtime: str, dtype: str,
+    code: Sequence[str], **columns: Any,
+) -> tuple[str, list[Any], Labelled, Sequence[str]]:  # fmt: skip
+    """Let a model answer labelled data; return its task, its answers, the data, and the labels that it has."""
     config = read_config(folder)
     task = task or find_task(read_kind(config))
-    check_header(header, Path(path))
-    data = read_labelled(path, task, text_column=text_column, label_column=label_column, header=header, split=split)
+    check_header(columns["header"], Path(path))
+    data = read_labelled(path, task, split=split, **columns)
     if data.references[0] is None:
         raise InputError(
             f"{task} has no labels to compare with", fix="lmworks evaluate MODEL TEXT gives its perplexity"
@@ -164,13 +196,8 @@ def evaluate_task(
 
         chosen, room = "fp32" if dtype in ("auto", "any") else dtype, settings.get("max_length")
         predictor = open_predictor(folder, task, long=cut, max_length=room, code=code, dtype=chosen)
-    said = answer(predictor, data, problem=problem)
-    labels = config.labels if data.labels else ()
-    metrics = score(task, said, data.references, labels=labels)
-    rows = class_rows(task, said, data.references, labels)
-    values = {"model": str(model), "task": task, "examples": len(data), **metrics, "metrics": metrics, "classes": rows}
-    tables = (metric_table(f"On {path}", {"this model": metrics}), *class_table(rows))
-    return Report(f"{model}: {counted(len(data), 'example')} of {task}", values, tables=tables)
+    labels: Sequence[str] = config.labels if data.labels else ()
+    return task, answer(predictor, data, problem=problem), data, labels
 
 
 def check_kind(config: Config, problem: str | None, data: Labelled, folder: Path) -> None:
@@ -183,11 +210,13 @@ def check_kind(config: Config, problem: str | None, data: Labelled, folder: Path
 
 
 def evaluate_answers(
-    folder: Path, data: Labelled, *, code: Sequence[str] = (), runtime: str = "auto", dtype: str = "auto"
-) -> Report:
+    folder: Path, data: Labelled, *, code: Sequence[str] = (), runtime: str = "auto", dtype: str = "auto",
+    write: int | None = None,
+) -> Report:  # fmt: skip
     """Score a language model, or an adapter, on prompts with completions or on conversations: on the answers alone.
 
-    The perplexity is that of an answer's tokens and of the end of the text after it, each given all before it.
+    The perplexity is that of an answer's tokens and of the end of the text after it, each given all before it. With
+    `write` the model also answers each prompt, greedily in at most so many tokens: BLEU, chrF and exact match.
     """
     require("torch", extra="torch")
     from lmworks.training.data import IGNORED
@@ -211,5 +240,24 @@ def evaluate_answers(
         "model": str(folder), "task": "text-generation", "examples": len(data), "perplexity": math.exp(loss),
         "loss": loss, "answer_tokens": scored,
     }  # fmt: skip
-    shown = tuple((name.replace("_", " "), value) for name, value in values.items() if name not in ("model", "task"))
-    return Report(f"{folder}: the answers of {data.where}", values, tables=(Table("Scores", ("what", "value"), shown),))
+    texts: list[tuple[str, str]] = []
+    if write is not None:
+        from lmworks.evaluation.generated import score_generated
+
+        prompts, true = as_prompts(data)
+        said = [predictor.generate(prompt, temperature=0.0, max_tokens=write).text for prompt in prompts]
+        values |= score_generated(said, true)
+        texts = [(f"After {prompt[-80:]!r}", text) for prompt, text in zip(prompts[:3], said, strict=False)]
+    hidden = ("model", "task", "intervals", "signatures")
+    shown = tuple((name.replace("_", " "), value) for name, value in values.items() if name not in hidden)
+    tables = (Table("Scores", ("what", "value"), shown),)
+    return Report(f"{folder}: the answers of {data.where}", values, tables=tables, texts=tuple(texts))
+
+
+def as_prompts(data: Labelled) -> tuple[list[str], list[str]]:
+    """Return prompts and what should come after each; raise InputError for conversations and for plain texts."""
+    pairs = [one for one in data.examples if isinstance(one, dict) and "prompt" in one]
+    if len(pairs) < len(data.examples):
+        raise InputError("--write answers prompts", where=data.where, found="texts or conversations",
+                         expected='rows of "prompt" and "completion"')  # fmt: skip
+    return [one["prompt"] for one in pairs], [one["completion"] for one in pairs]

@@ -29,7 +29,8 @@ NAMES = {  # what we call it: what config.json may call it
     "image_size": ("image_size",),
 }
 SPECIAL = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
-TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "spm.model",
+              "sentencepiece.bpe.model")  # fmt: skip
 
 
 def inspect_folder(folder: str | Path) -> Report:
@@ -97,9 +98,8 @@ def read_headers(folder: Path, files: Mapping[str, Path], warnings: Warnings) ->
     if not names:
         pickles = list_pickles(files)
         if pickles:
-            warnings.append(
-                f"the weights ({', '.join(pickles)}) are not safetensors: a pickle can run code, so convert it"
-            )
+            fix = "lmworks convert FOLDER -o OUT"
+            warnings.append(f"the weights ({', '.join(pickles)}) are not safetensors: a pickle can run code; {fix}")
         elif not any(name.endswith(".onnx") for name in files):
             warnings.append("there are no weights")
     tensors: dict[str, TensorInfo] = {}
@@ -134,7 +134,7 @@ def describe_config(
         name: next((p[key] for p in places for key in keys if isinstance(p.get(key), int)), None)
         for name, keys in NAMES.items()
     }
-    if model_type == "roberta" and sizes["context_length"]:
+    if model_type in ("roberta", "xlm-roberta") and sizes["context_length"]:
         padding = config.get("pad_token_id")
         sizes["context_length"] -= (padding if isinstance(padding, int) else 1) + 1  # positions start after padding's
     labels = as_dict(config.get("id2label"))

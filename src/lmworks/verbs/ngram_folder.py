@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from lmworks.base.errors import FormatError, InputError
 from lmworks.base.files import read_json, write_bytes, write_json
+from lmworks.base.safetensors_header import check_header
 from lmworks.base.types import Ints
 from lmworks.models.ngram import NgramModel
 from lmworks.models.ngram_arpa import BEGIN, END, UNKNOWN, read_arpa, write_arpa
@@ -159,24 +160,51 @@ def load_folder(path: Path) -> Opened:
 
     config = read_json(path / "config.json")
     if config.get("model_type") != TYPE:
-        raise InputError("this is no n-gram model", where=str(path), found=str(config.get("model_type")), expected=TYPE)
+        where, found = str(path / "config.json"), str(config.get("model_type"))[:100]
+        raise InputError("this is no n-gram model", where=where, found=found, expected=TYPE)
     try:
+        check_header(path / ARRAYS)
         arrays = load_file(path / ARRAYS)
+        check_numbers(arrays, config["order"], config["eos_id"])
         levels = tuple(
             Level(arrays[f"{k}.keys"], arrays[f"{k}.logprobs"], arrays[f"{k}.backoff"])
             for k in range(2, config["order"] + 1)
         )
         unigrams, eos, smoothing, kind = (arrays["unigrams"], config["eos_id"], config["smoothing"], config["kind"])
-    except (SafetensorError, KeyError, TypeError, OSError) as error:
+    except (SafetensorError, LookupError, TypeError, ValueError, OSError) as error:
         what = "this n-gram model is damaged"
-        raise FormatError(what, where=str(path), found=str(error), fix="train it again") from None
+        where = f"{path / ARRAYS}, config.json"
+        raise FormatError(what, where=where, found=str(error)[:200], fix="train it again") from None
     model = NgramModel(len(unigrams), eos, unigrams, levels, smoothing)
     if kind != WORD:
         tokenizer = Tokenizer.from_pretrained(path)
         names = [tokenizer.token(i) or f"<{i}>" for i in range(tokenizer.vocab_size)]
         return Opened(model, names, kind, tokenizer)
-    names = list(read_json(path / VOCABULARY)["words"])
+    words = read_json(path / VOCABULARY).get("words")
+    names = [word for word in words if isinstance(word, str)] if isinstance(words, list) else []
     if len(names) != len(unigrams):
         raise FormatError("the vocabulary does not fit the model", where=str(path / VOCABULARY),
                           found=f"{len(names)} words", expected=str(len(unigrams)))  # fmt: skip
     return Opened(model, names, kind, None, {name.encode(): i for i, name in enumerate(names) if i > 1})
+
+
+def check_numbers(arrays: dict[str, NDArray[Any]], order: Any, eos_id: Any) -> None:
+    """Raise ValueError unless the arrays are those of a model: sorted keys in range, logarithms of probabilities."""
+    V = len(arrays["unigrams"])
+    if type(order) is not int or not 1 <= order <= len(arrays) or type(eos_id) is not int or not 0 <= eos_id < V:
+        raise ValueError(f"order {order!r}, eos_id {eos_id!r}")
+    logs, below = {"unigrams": arrays["unigrams"]}, V
+    for k in range(2, order + 1):
+        keys, backoff = arrays[f"{k}.keys"], arrays[f"{k}.backoff"]
+        logs[f"{k}.logprobs"] = arrays[f"{k}.logprobs"]
+        whole = keys.dtype == np.int64 and keys.ndim == 1 and bool((np.diff(keys) > 0).all())
+        if not whole or (len(keys) and (keys[0] < 0 or keys[-1] >= below * V)):
+            raise ValueError(f"{k}.keys are no n-grams in their order")
+        if backoff.shape != (below,) or backoff.dtype != np.float64 or np.isnan(backoff).any():
+            raise ValueError(f"{k}.backoff does not fit")
+        below = len(keys)
+        if logs[f"{k}.logprobs"].shape != (below,):
+            raise ValueError(f"{k}.logprobs does not fit")
+    for name, values in logs.items():
+        if values.dtype != np.float64 or values.ndim != 1 or not (values <= 1e-6).all():
+            raise ValueError(f"{name} holds what is no logarithm of a probability")

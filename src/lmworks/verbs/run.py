@@ -24,12 +24,13 @@ from lmworks.verbs.corpus import Corpus
 from lmworks.verbs.settings import Settings
 
 if TYPE_CHECKING:
-    from lmworks.models.heads import CausalLM
+    from lmworks.models.heads import CausalLM, Model
     from lmworks.tokens.tokenizer import Tokenizer
     from lmworks.training.train_config import TrainConfig, TrainResult
 
 FIXED_BYTES = 60_000_000  # the page's library and WASM, reports
 RUN_FILE = "run.json"  # the settings and the corpus of a run, checked on resume
+FRAME = "[CLS],[SEP],[MASK]"  # special tokens of a model that reads both sides
 DISK_FACTOR = 44  # bytes on disk for one parameter: weights, two checkpoints with optimizer, graphs
 
 
@@ -146,7 +147,7 @@ def check_same_run(folder: Path, settings: dict[str, Any], data_sha256: str) -> 
 
 def make_network(settings: Settings, *, vocab_size: int, **tokens: int | None) -> Config:
     """Return the network's shape for these settings; `tokens` are the ids of its special tokens."""
-    from lmworks.models.families import gpt2, llama
+    from lmworks.models.families import bert, gpt2, llama, modernbert
     from lmworks.models.families.sequential import SEQUENTIAL, TYPE
 
     assert settings.hidden_size and settings.layers and settings.context  # resolve() filled them
@@ -161,7 +162,9 @@ def make_network(settings: Settings, *, vocab_size: int, **tokens: int | None) -
             dropout=settings.dropout or 0.0,
             **tokens,
         )
-    make = {"gpt2": gpt2.new, "llama": llama.new}[settings.family]
+    make = {"gpt2": gpt2.new, "llama": llama.new, "bert": bert.new, "modernbert": modernbert.new}[
+        settings.family or "llama"
+    ]
     assert settings.heads
     return make(
         vocab_size=vocab_size,
@@ -174,6 +177,16 @@ def make_network(settings: Settings, *, vocab_size: int, **tokens: int | None) -
     )
 
 
+def make_model(shape: Config, *, seed: int | None = 0) -> Model:
+    """Return a fresh network with the head it is trained by: next tokens, or hidden ones where it sees both sides."""
+    from lmworks.models.families import find_head
+    from lmworks.models.heads import CausalLM, Model
+
+    if shape.causal:
+        return CausalLM(shape, seed=seed)
+    return Model(shape, "MaskedLM", find_head(shape, "MaskedLM"), seed=seed)
+
+
 def make_tokenizer(folder: Path, settings: Settings, corpus: Corpus) -> Tokenizer:
     """Train the tokenizer on the training part, or read the one that an interrupted run has saved."""
     from lmworks.tokens.tokenizer import Tokenizer
@@ -182,7 +195,8 @@ def make_tokenizer(folder: Path, settings: Settings, corpus: Corpus) -> Tokenize
     if (folder / "tokenizer.json").exists() and (folder / "tokenizer_config.json").exists():
         return Tokenizer.from_pretrained(folder)
     texts = [document.text for document in corpus.train]
-    tokenizer = train_tokenizer(texts, kind=settings.tokenizer, vocab_size=settings.vocab_size or 0)
+    special = FRAME if settings.is_masked else ""
+    tokenizer = train_tokenizer(texts, kind=settings.tokenizer, vocab_size=settings.vocab_size or 0, special=special)
     tokenizer.save(folder, max_length=settings.context)
     return tokenizer
 

@@ -13,7 +13,9 @@ from lmworks.base.knobs import check_belongs, check_ranges, check_useful
 
 Size = Literal["tiny", "small", "base"]
 Arch = Literal["transformer", "feedforward", "rnn", "lstm", "gru"]
-Family = Literal["llama", "gpt2"]
+Objective = Literal["causal-lm", "masked-lm"]
+Family = Literal["llama", "gpt2", "modernbert", "bert"]
+ENCODERS = ("modernbert", "bert")
 TokenizerKind = Literal["word", "char", "bpe", "wordpiece", "unigram"]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
@@ -29,10 +31,13 @@ class Settings:
     ----------
     size
         The dial: tiny trains in minutes on two cores, small in about half an hour, base in hours.
+    objective
+        causal-lm predicts the next token; masked-lm (Devlin et al. 2019) hidden ones, from both sides.
     arch
         transformer, or what came before it: feedforward (a window of tokens), rnn, lstm, gru (a state).
     family
-        The Transformer: llama (rotary positions, gated MLP) or gpt2 (learned positions).
+        The Transformer: llama (rotary positions, gated MLP) or gpt2 (learned positions); for masked-lm modernbert
+        (rotary, learns sooner) or bert.
     tokenizer
         word, char (grapheme clusters), bpe (byte-level, loses nothing), wordpiece or unigram.
     vocab_size
@@ -43,6 +48,8 @@ class Settings:
         Width of the tokens' vectors without attention; by default hidden_size.
     window
         Tokens that feedforward sees at once; by default 8.
+    whole_words
+        masked-lm hides whole words, not single tokens.
     layers
         Blocks of a Transformer, or layers of what came before it.
     heads
@@ -96,13 +103,15 @@ class Settings:
     """
 
     size: Size = "tiny"
+    objective: Objective = "causal-lm"
     arch: Arch = "transformer"
-    family: Family = "llama"
+    family: Family | None = None
     tokenizer: TokenizerKind = "bpe"
     vocab_size: int | None = None
     hidden_size: int | None = None
     embedding_size: int | None = None
     window: int | None = None
+    whole_words: bool = False
     layers: int | None = None
     heads: int | None = None
     context: int | None = None
@@ -137,6 +146,8 @@ class Settings:
         if self.arch != "transformer":
             chosen = {name: value for name, value in chosen.items() if name != "heads"} | EARLIER[self.arch]
             chosen["embedding_size"] = self.hidden_size or chosen["hidden_size"]
+        if self.arch == "transformer":
+            chosen["family"] = "modernbert" if self.is_masked else "llama"
         chosen["vocab_size"] = max(512, min(cap, corpus_bytes // 500 // 64 * 64))
         given = {name: value for name, value in asdict(self).items() if value is not None}
         full = {**chosen, **given}
@@ -149,17 +160,25 @@ class Settings:
         settings.check()
         return settings
 
+    @property
+    def is_masked(self) -> bool:
+        """Whether hidden tokens are learned, not the next one."""
+        return self.objective == "masked-lm"
+
     def check(self, *, page: bool = False) -> None:
         """Raise InputError for the first knob outside its range; `page`: for what a web page cannot run."""
         check_ranges(self, RANGES)
         for name, kind in CHOICES.items():
-            if getattr(self, name) not in get_args(kind):
+            if getattr(self, name) not in (*get_args(kind), getattr(Settings(), name)):
                 found, known = str(getattr(self, name)), get_args(kind)
                 near = did_you_mean(found, known).strip()
                 raise InputError(f"there is no such {name}", found=found, expected=", ".join(known), fix=near)
         if page and self.arch != "transformer":
             raise InputError("the web page runs Transformers only", found=f"--arch {self.arch}",
                              fix=f"lmworks train --arch {self.arch}, then lmworks export --to onnx")  # fmt: skip
+        if page and self.is_masked:
+            raise InputError("the page of build writes texts", found="--objective masked-lm",
+                             fix="lmworks train --objective masked-lm, then lmworks export --to web")  # fmt: skip
         if self.hidden_size and self.heads and (self.hidden_size % self.heads or self.hidden_size // self.heads % 2):
             raise InputError(
                 "--hidden-size must be an even multiple of --heads",
@@ -175,6 +194,12 @@ class Settings:
         """Raise InputError for a knob that another one leaves without effect."""
         plain = Settings()
         check_belongs(self, plain, BELONGS)
+        if self.is_masked and self.arch != "transformer":
+            raise InputError("masked-lm looks at both sides of a token", found=f"--arch {self.arch}",
+                             fix="--arch transformer")  # fmt: skip
+        if self.family is not None and self.is_masked != (self.family in ENCODERS):
+            raise InputError(f"{self.family} is not made for {self.objective}", found=f"--family {self.family}",
+                             fix="bert, modernbert with --objective masked-lm; llama, gpt2 without")  # fmt: skip
         clipped = self.clip_value and self.max_grad_norm not in (0, plain.max_grad_norm)
         check_useful(
             {
@@ -229,9 +254,11 @@ BELONGS = {  # a knob does nothing without the choice
     "heads": ("arch", ("transformer",)),
     "family": ("arch", ("transformer",)),
     "window": ("arch", ("feedforward",)),
+    "whole_words": ("objective", ("masked-lm",)),
     "embedding_size": ("arch", tuple(EARLIER)),
 }
 CHOICES = {
+    "objective": Objective,
     "arch": Arch,
     "family": Family,
     "tokenizer": TokenizerKind,

@@ -1,0 +1,1 @@
+"""A model folder made ready for production: images, clusters, functions, machines without a network."""
