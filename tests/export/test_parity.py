@@ -213,8 +213,11 @@ def test_a_checkpoint_that_is_read_in_part(tmp_path: Path) -> None:
 
 
 def test_a_head_beside_a_body_with_names_of_its_own(tmp_path: Path) -> None:
-    found = verify_against(make_folder(tmp_path, "llama", "QuestionAnswering")).values
+    folder = make_folder(tmp_path, "llama", "QuestionAnswering")
+    found = verify_against(folder).values
     assert found["passed"] and found["compared"] == ["QuestionAnswering"] and found["notes"]
+    named = verify_against(folder, head="question-answering").values
+    assert named["passed"] and named["compared"] == ["QuestionAnswering"]
 
 
 def test_a_head_by_its_pipeline_name(tmp_path: Path) -> None:

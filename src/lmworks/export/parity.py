@@ -110,8 +110,8 @@ def choose_heads(c: Config, head: str | None, found: Found) -> list[str]:
     """Return the heads to compare, the bare body last; note what the checkpoint holds beyond them."""
     if head is not None:
         head = TASKS.get(head, head)
-        find_head(c, head)
-        return list(dict.fromkeys((head, "Model")))
+        alone = find_head(c, head).prefix is not None  # as below
+        return [head] if alone else list(dict.fromkeys((head, "Model")))
     named = str((c.source.get("architectures") or [""])[0])
     kinds = DOUBLE.get(named, (read_kind(c),))
     if named and named not in DOUBLE and named != architecture(c.model_type, kinds[0]):
