@@ -245,9 +245,8 @@ def test_weights_beside_the_graph_are_announced_and_missed(made, tmp_path, monke
     known = lmworks.load(weights, runtime="torch")(TEXTS)
     assert close(plain(lmworks.load(tmp_path / "m")(TEXTS)), plain(known))
     (tmp_path / "m" / "onnx" / "model.onnx_data").unlink()
-    with pytest.raises(FormatError, match=r"model\.onnx cannot be loaded") as caught:
+    with pytest.raises(FormatError, match=r"lies in model\.onnx_data, which is missing"):
         lmworks.load(tmp_path / "m")
-    assert "model.onnx_data" in caught.value.found
 
 
 def test_a_graph_that_answers_otherwise_is_never_written(made, tmp_path, monkeypatch):
