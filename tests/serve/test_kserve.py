@@ -41,7 +41,7 @@ def test_health_and_metadata(client: triton.InferenceServerClient) -> None:
     assert described["inputs"] == [{"name": "text", "datatype": "BYTES", "shape": [-1]}]
 
 
-def test_labels_are_those_of_the_model(client, classifier: Path, reviews: list[str]) -> None:
+def test_labels_are_those_of_the_model(client, classifier: Path, tagger: Path, reviews: list[str]) -> None:
     texts = reviews[:5]
     found = ask(client, "sentiment", text=texts)
     known = lmworks.predict(classifier, texts, runtime="onnx", dtype="fp32")
@@ -49,9 +49,8 @@ def test_labels_are_those_of_the_model(client, classifier: Path, reviews: list[s
     np.testing.assert_allclose(found.as_numpy("score"), [labels[0].score for labels in known], atol=1e-6)
     assert found.get_output("score")["datatype"] == "FP32"
     [names] = ask(client, "names", text=["Ada lives in London"]).as_numpy("entities")
-    [entities] = lmworks.predict(classifier.parent.parent / "served1" / "names", ["Ada lives in London"],
-                                 runtime="onnx", dtype="fp32", aggregation="first")  # fmt: skip
-    assert [one["label"] for one in json.loads(names)] == [entity.label for entity in entities]
+    found = lmworks.predict(tagger, ["Ada lives in London"], runtime="onnx", dtype="fp32", aggregation="first")
+    assert [one["label"] for one in json.loads(names)] == [entity.label for entity in found[0]]
 
 
 def test_vectors_come_row_by_row(client, embedder: Path) -> None:
