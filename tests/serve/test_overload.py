@@ -125,7 +125,7 @@ def test_four_times_too_much_for_a_minute_is_turned_away_in_order(classifier: Pa
         assert set(before["statuses"]) == set(after["statuses"]) == {"200"}
         assert p99(live) < 0.1 + p99(nothing)
         assert work > 0.8, "to turn away takes little from those who are answered"
-        assert reached > 0.8 / slack()
+        assert reached > 0.65 / slack()  # what refusals and their crowd take of two processors is gone
         counts = httpx.get(f"{base}/metrics").text
         assert "lmworks_requests_waiting 0.0" in counts
         assert "lmworks_engine_restarts_total 0.0" in counts
