@@ -276,6 +276,15 @@ def test_a_few_rows_go_through_onednn_with_the_matrix_as_it_lies(folder: Path, m
     assert nn.Linear in {type(module) for module in TorchRuntime(given).model.modules()}
 
 
+def test_a_matrix_that_lies_transposed_is_left_to_torch(tmp_path: Path) -> None:
+    """GPT-2's files hold (in, out): oneDNN would turn each of them round at every call, which took seconds."""
+    zoo.make_reference("gpt2", "CausalLM").save_pretrained(tmp_path)
+    model = TorchRuntime(tmp_path).model
+    direct = [layer for layer in model.modules() if isinstance(layer, inference.DirectLinear)]
+    assert all(layer.weight.is_contiguous() for layer in direct)
+    assert any(not layer.weight.is_contiguous() for layer in model.modules() if isinstance(layer, nn.Linear))
+
+
 def test_a_bf16_reader_is_packed_for_many_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     monkeypatch.setattr(torch_runtime, "pack", lambda model, rows: seen.append(rows))

@@ -168,7 +168,8 @@ def is_plain(layer: nn.Module) -> bool:
 def multiply_directly(model: nn.Module) -> None:
     """Let every plain float32 Linear on the CPU multiply a few rows by oneDNN, where this torch has it."""
     for layer in model.modules():
-        if type(layer) is nn.Linear and layer.weight.dtype == torch.float32 and can_pack(layer.weight):
+        plain = type(layer) is nn.Linear and layer.weight.dtype == torch.float32 and layer.weight.is_contiguous()
+        if plain and can_pack(layer.weight):
             layer.__class__ = DirectLinear
 
 
