@@ -168,9 +168,13 @@ def is_plain(layer: nn.Module) -> bool:
 def multiply_directly(model: nn.Module) -> None:
     """Let every plain float32 Linear on the CPU multiply a few rows by oneDNN, where this torch has it."""
     for layer in model.modules():
-        plain = type(layer) is nn.Linear and layer.weight.dtype == torch.float32 and layer.weight.is_contiguous()
-        if plain and can_pack(layer.weight):
+        if type(layer) is nn.Linear and is_flat(layer.weight) and can_pack(layer.weight):
             layer.__class__ = DirectLinear
+
+
+def is_flat(weight: Tensor) -> bool:
+    """Say whether a float32 matrix lies row by row: another oneDNN would turn round at every call."""
+    return weight.dtype == torch.float32 and weight.is_contiguous()
 
 
 def join(model: nn.Module) -> None:
