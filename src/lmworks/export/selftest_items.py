@@ -80,12 +80,14 @@ def lengthen(task: str, given: Input, mask: str, fits: Callable[[Input], bool]) 
         source = " ".join(given["texts"])
         return next(one for times in range(1, LONGEST) if not fits(one := {"texts": [*given["texts"], source * times]}))
     name = "context" if task == "question-answering" else "text"
-    words = (given[name].replace(mask, "") if mask else given[name]).split(" ")  # one mask is enough
+    text = given[name].replace(mask, "") if mask else given[name]  # one mask is enough
+    between = " " if len(text.split(" ")) > 3 else ""  # letters, where words are not set apart
+    words = text.split(between) if between else list(text)
     long = given
     for i in range(LONGEST):
         if not fits(long):
             break
-        long = {**long, name: f"{long[name]} {' '.join(Random(i).sample(words, len(words)))}"}
+        long = {**long, name: f"{long[name]} {between.join(Random(i).sample(words, len(words)))}"}
     return long
 
 
