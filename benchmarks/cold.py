@@ -1,7 +1,7 @@
 """A cold answer: `lmworks classify MODEL "text"` against a script with transformers' pipeline, each a fresh process.
 
-BERT-base with random weights and a real tokenizer. Two floors come with it: `import torch` alone, which both must pay,
-is the peer of a row of its own.
+BERT-base with random weights and a real tokenizer, exported (no torch is loaded) and as it was published. `import
+torch` alone, which the pipeline and the published folder must pay, is the peer of a row of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 
 from encode import save_bert
+
+from lmworks.export.onnx_folder import export_graphs
 
 ROUNDS = 5
 TEXT = "a fine film, and a long one"
@@ -48,23 +50,31 @@ def best(answer: str) -> float:
 
 
 def main() -> None:
-    """Alternate the three commands and print the medians of the paired ratios."""
+    """Let the commands take turns and print the medians of the paired ratios."""
     with tempfile.TemporaryDirectory() as folder:
-        path = str(save_bert(Path(folder)))
-        ours = [sys.executable, "-m", "lmworks", "classify", path, TEXT, "--json"]
-        peer = [sys.executable, "-c", PEER, path, TEXT]
-        floor = [sys.executable, "-c", "import torch"]
-        if not abs(best(run(ours)[1]) - best(run(peer)[1])) <= 1e-5:
+        path = save_bert(Path(folder) / "published")
+        export_graphs(path, Path(folder) / "graph", dtypes=["fp32"])
+        classify = [sys.executable, "-m", "lmworks", "classify"]
+        commands = {
+            "graph": [*classify, f"{folder}/graph", TEXT, "--json"],
+            "published": [*classify, str(path), TEXT, "--json"],
+            "peer": [sys.executable, "-c", PEER, str(path), TEXT],
+        }
+        known, *others = (best(run(commands[name])[1]) for name in ("peer", "graph", "published"))
+        if not all(abs(other - known) <= 1e-5 for other in others):
             raise SystemExit("the answers differ")
-        run(floor)
-        times = [tuple(run(command)[0] for command in (ours, peer, floor)) for _ in range(ROUNDS)]
-    mine, theirs, torch = (statistics.median(column) for column in zip(*times, strict=True))
-    rows = [
-        {"what": "cold `lmworks classify`, BERT-base in torch (peer: transformers' pipeline)", "ours": mine,
-         "peer": theirs, "unit": "s", "ratio": statistics.median(b / a for a, b, _ in times), "target": 8.0},
-        {"what": "the same (peer: `import torch` alone, a floor for both)", "ours": mine, "peer": torch, "unit": "s",
-         "ratio": statistics.median(c / a for a, _, c in times), "target": None},
-    ]  # fmt: skip
+        commands["torch"] = [sys.executable, "-c", "import torch"]
+        run(commands["torch"])
+        times = [{name: run(command)[0] for name, command in commands.items()} for _ in range(ROUNDS)]
+    rows = []
+    for what, ours, peer, target in (
+        ("cold `lmworks classify`, BERT-base, exported (peer: transformers' pipeline)", "graph", "peer", 8.0),
+        ("cold `lmworks classify`, BERT-base in torch (peer: transformers' pipeline)", "published", "peer", None),
+        ("the same (peer: `import torch` alone, a floor for both)", "published", "torch", None),
+    ):
+        mine, theirs = (statistics.median(turn[name] for turn in times) for name in (ours, peer))
+        ratio = statistics.median(turn[peer] / turn[ours] for turn in times)
+        rows.append({"what": what, "ours": mine, "peer": theirs, "unit": "s", "ratio": ratio, "target": target})
     print(json.dumps(rows))
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 RUNTIMES = ("torch", "onnx", "node", "browser")
 PathLike = str | Path
+FEW = 200  # characters up to which a graph pays that opens sooner and runs slower
 
 
 def build(
@@ -154,18 +155,22 @@ def predict(
     revision: str | None = None, **options: Any,
 ) -> Any:  # fmt: skip
     """Answer a list of examples: one answer each. `task` None: what the checkpoint was made for; its options follow."""
-    return load(model, task, runtime=runtime, dtype=dtype, revision=revision, **options)(list(examples))
+    examples = list(examples)
+    few = sum(len(str(example)) for example in examples) <= FEW
+    return load(model, task, runtime=runtime, dtype=dtype, revision=revision, once=few, **options)(examples)
 
 
 def load(
     model: PathLike, task: str | None = None, *, runtime: str = "auto", dtype: str = "auto", slots: int = 1,
-    threads: int | None = None, revision: str | None = None, code: Sequence[Any] = (), **options: Any,
+    threads: int | None = None, revision: str | None = None, code: Sequence[Any] = (), once: bool = False,
+    **options: Any,
 ) -> Predictor:  # fmt: skip
     """Open a model folder, a model of the Hub by its name, or an adapter together with its base.
 
     `task` is a pipeline name; None: what the model was made for. runtime "auto" is the fastest here that keeps the
     answers, measured once (dtype "any": of all); an adapter runs in torch only. `code` is that of layers of its maker's
-    own: classes, or "FILE.py:Name". `options` are the task's. Raises InputError or FormatError that names the path.
+    own: classes, or "FILE.py:Name". `once`: for a few short texts, a graph opens sooner and runs slower. `options` are
+    the task's. Raises InputError or FormatError that names the path.
     """
     from lmworks.base.hub import find_folder
     from lmworks.runtime import predictor
@@ -173,7 +178,7 @@ def load(
     folder = find_folder(model, revision=revision)
     if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
         return predictor.load(
-            folder, task, runtime=runtime, dtype=dtype, slots=slots, threads=threads, code=code, **options
+            folder, task, runtime=runtime, dtype=dtype, slots=slots, threads=threads, code=code, once=once, **options
         )
     from lmworks.base.optional import require
 

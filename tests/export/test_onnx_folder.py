@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 import transformers
 
 import lmworks
+from lmworks import api
 from lmworks.base.errors import CheckFailed, FormatError, InputError
 from lmworks.cli import main
 from lmworks.export import onnx_folder
@@ -247,6 +249,35 @@ def test_weights_beside_the_graph_are_announced_and_missed(made, tmp_path, monke
     (tmp_path / "m" / "onnx" / "model.onnx_data").unlink()
     with pytest.raises(FormatError, match=r"lies in model\.onnx_data, which is missing"):
         lmworks.load(tmp_path / "m")
+
+
+def test_many_weights_lie_beside_the_graph_by_themselves_but_not_in_a_page(made, tmp_path, monkeypatch):
+    weights, _ = made["SequenceClassification"]
+    monkeypatch.setattr(onnx_folder, "LARGE", 2_000_000)
+    export_graphs(weights, tmp_path / "m")
+    found = {path.name for path in (tmp_path / "m" / "onnx").iterdir()}
+    assert found == {"model.onnx", "model.onnx_data", "model_quantized.onnx"}
+    own = json.loads((tmp_path / "m" / "config.json").read_text())["transformers.js_config"]
+    assert own == {"use_external_data_format": {"model.onnx": 1}}
+    export_graphs(weights, tmp_path / "page", to="web", dtypes=["fp32"])
+    assert [path.name for path in (tmp_path / "page" / "onnx").iterdir()] == ["model.onnx"]
+
+
+def test_a_few_short_texts_are_answered_by_a_graph_that_opens_sooner(made, monkeypatch):
+    """Nothing is laid out anew for them, and the answers are the same; many texts get what is faster to run."""
+    _, graphs = made["SequenceClassification"]
+    asked = []
+    true = onnxruntime.SessionOptions.add_session_config_entry
+
+    def spy(options, name, value):
+        asked.append((name, value))
+        true(options, name, value)
+
+    monkeypatch.setattr(onnxruntime.SessionOptions, "add_session_config_entry", spy)
+    few = api.predict(graphs, TEXTS)
+    assert asked == [("session.disable_prepacking", "1")]
+    many = api.predict(graphs, TEXTS * 10)
+    assert len(asked) == 1 and close(plain(few), plain(many[: len(TEXTS)]))
 
 
 def test_a_graph_that_answers_otherwise_is_never_written(made, tmp_path, monkeypatch):

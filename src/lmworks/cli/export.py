@@ -31,7 +31,7 @@ def export(
     dtype: Annotated[str | None, Parameter(help=DTYPES)] = None,
     external: Annotated[
         bool,
-        Parameter(help="onnx: put the weights beside the graph, as models above 2 GB do by themselves.", negative=""),
+        Parameter(help="onnx: put the weights beside the graph, as those above 64 MB lie by themselves.", negative=""),
     ] = False,
     data: Annotated[
         Path | None,

@@ -107,10 +107,11 @@ class Graph:
         """Return the serialized model, checked: no duplicate names, every input made before it is read."""
         return next(iter(self.to_files("model.onnx", external=False).values()))
 
-    def to_files(self, name: str, *, external: bool | None = None) -> dict[str, bytes]:
+    def to_files(self, name: str, *, external: bool | None = None, most: int | None = None) -> dict[str, bytes]:
         """Return the files of the model by their names: `name`, and its weights in `name`_data, `name`_data_1 … .
 
-        `external` puts the weights there; None: where one file could not hold them.
+        `external` puts the weights there; None: where they are more than `most` bytes, by default as many
+        as one file can hold.
         """
         self._drop_unread()
         size = sum(array.nbytes for array in self.weights.values())
@@ -119,7 +120,7 @@ class Graph:
                 "the model is too large for a single ONNX file", found=f"{size / 1e9:.1f} GB of weights",
                 expected="less than 2 GB", fix="put its weights beside it, or export a smaller dtype",
             )  # fmt: skip
-        apart = external if external is not None else size > MAX_BYTES
+        apart = external if external is not None else size > (MAX_BYTES if most is None else most)
         data, weights = Data(name), []
         for key, array in self.weights.items():
             if apart and array.nbytes > SMALL:

@@ -58,9 +58,12 @@ class OnnxRuntime:
     name = "onnx"
     batch_tokens = 512  # of texts that are read whole: measured, larger batches are slower, int8 by a third
 
-    def __init__(self, folder: str | Path, *, dtype: str = "fp32", slots: int = 1, threads: int | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, *, dtype: str = "fp32", slots: int = 1, threads: int | None = None, once: bool = False
+    ) -> None:
+        """`once`: for a few short texts. It opens sooner, and every run is slower: matrices stay as they lie."""
         folder, self.dtype = Path(folder), dtype
-        self.session = open_session(find_graph(folder, dtype), threads or cpu_count())
+        self.session = open_session(find_graph(folder, dtype), threads or cpu_count(), once=once)
         self.inputs = {item.name: item for item in self.session.get_inputs()}
         shapes = {item.name: item.shape for item in (*self.inputs.values(), *self.session.get_outputs())}
         self.outputs = choose_outputs([item.name for item in self.session.get_outputs()], folder)
@@ -289,13 +292,15 @@ def choose_outputs(names: Sequence[str], folder: Path) -> dict[str, str]:
     )  # fmt: skip
 
 
-def open_session(path: Path, threads: int) -> Any:
+def open_session(path: Path, threads: int, *, once: bool = False) -> Any:
     """Open an ONNX Runtime session on the CPU; an unreadable graph is a FormatError that names it."""
     onnxruntime = require("onnxruntime", extra="onnx")
     check_onnx(path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    if once:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if trace.running is not None:
         trace.running.ask_profile(options)
     try:

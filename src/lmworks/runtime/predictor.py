@@ -134,6 +134,7 @@ def load(
     threads: int | None = None,
     revision: str | None = None,
     code: Sequence[Any] = (),
+    once: bool = False,
     **options: Any,
 ) -> Predictor:
     """Open a model folder, or a model of the Hub by its name.
@@ -142,8 +143,8 @@ def load(
     runtime "auto" is the fastest on this machine of those that keep the answers: fp32, and what the certificate says
     keeps every decision; it is measured once and remembered (runtime/choice.py; `.why` says it). dtype "any" lets any
     lossy way stand for choice. With a runtime that is named, dtype "auto" is fp32, or the best graph that there is.
-    `code` is that of layers of its maker's own: classes, or "FILE.py:Name". `options` are the task's. Raises InputError
-    or FormatError that names the path.
+    `code` is that of layers of its maker's own: classes, or "FILE.py:Name". `once`: for a few short texts, a graph
+    opens sooner and runs slower. `options` are the task's. Raises InputError or FormatError that names the path.
     """
     if task is not None:
         check_task(task)
@@ -165,7 +166,7 @@ def load(
         raise InputError("there must be a slot", found=f"slots={slots}", expected="1 or more")
     tokenizer = None if config.vision else Tokenizer.from_pretrained(folder)
     with stage("load"):
-        engine, why = open_runtime(folder, runtime, dtype, slots, threads, head=TASKS[task], code=code)
+        engine, why = open_runtime(folder, runtime, dtype, slots, threads, head=TASKS[task], code=code, once=once)
     predictor = make_predictor(engine, folder, config, task, tokenizer, options)
     predictor.why = why
     return predictor
@@ -206,7 +207,7 @@ def read_facts(config: Config, tokenizer: Tokenizer | None, *, before: int = 0) 
 
 def open_runtime(
     folder: Path, runtime: str, dtype: str, slots: int, threads: int | None, *, head: str = "CausalLM",
-    code: Sequence[Any] = (),
+    code: Sequence[Any] = (), once: bool = False,
 ) -> tuple[Runtime, str]:  # fmt: skip
     """Open the runtime of this name over a folder, with a head; return it and why it is this one."""
     if runtime not in RUNTIMES:
@@ -223,7 +224,7 @@ def open_runtime(
 
     def open_way(way: Way) -> Runtime:
         if way.runtime == "onnx":
-            return OnnxRuntime(folder, dtype=way.dtype, slots=slots, threads=threads)
+            return OnnxRuntime(folder, dtype=way.dtype, slots=slots, threads=threads, once=once)
         require("torch", extra="torch")
         from lmworks.runtime.torch_runtime import TorchRuntime, limit_threads
 
