@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
+# tokenizers asks for huggingface_hub: only flavors without texts lack what could reach a network
 NETWORK = "huggingface_hub httpx httpcore requests urllib3 aiohttp websockets anyio".split()
 SERVER, GRAPHS, TEXTS = ["fastapi", "uvicorn"], ["onnx", "onnxruntime"], ["tokenizers", "regex"]
 ORACLES = ["transformers", "peft", "nltk", "accelerate", "torchvision"]
@@ -85,15 +86,13 @@ with torch.no_grad():
         "import lmworks\nassert len(lmworks.load(model)(model + '/picture.png')) == 3\n",
         "vision",
     ),
-    "graphs": Flavor(
-        "text,onnx", ["torch", "onnx", *NETWORK, *SERVER, *ORACLES], ASK, "graph", peer="optimum[onnxruntime]"
-    ),
+    "graphs": Flavor("text,onnx", ["torch", "onnx", *SERVER, *ORACLES], ASK, "graph", peer="optimum[onnxruntime]"),
     "serving": Flavor(
         "serve", ["torch", "onnx", *ORACLES], f"import lmworks.serve.app\n{ASK}", "graph", peer="optimum[onnxruntime]"
     ),
     "data": Flavor(
         "text,data",
-        ["torch", *GRAPHS, *SERVER, *NETWORK],
+        ["torch", *GRAPHS, *SERVER, *ORACLES],
         """
 from pathlib import Path
 from lmworks.cli import main
@@ -105,7 +104,7 @@ assert main(["ngram", "train", work + "/a.txt", "--order", "2", "--kind", "word"
     ),
     "train": Flavor(
         "train",
-        [*GRAPHS, *SERVER, *NETWORK, *ORACLES],
+        [*GRAPHS, *SERVER, *ORACLES],
         """
 from pathlib import Path
 from lmworks.cli import main
@@ -127,7 +126,7 @@ assert main(["tune", model, work + "/a.csv", *words, "--storage", work + "/s.jou
     ),
     "export": Flavor(
         "export",
-        [*SERVER, *NETWORK, *ORACLES],
+        [*SERVER, *ORACLES],
         f"""
 from lmworks.cli import main
 assert main(["export", model, "--to", "onnx", "-o", work + "/graph"]) == 0
