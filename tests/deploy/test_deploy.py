@@ -66,7 +66,7 @@ def test_an_image_holds_one_graph_no_weights_and_no_torch(image: Path, graphs: P
     [entry] = [line for line in dockerfile.splitlines() if line.startswith("ENTRYPOINT ")]
     words = json.loads(entry.removeprefix("ENTRYPOINT "))  # the exec form: signals reach the server itself
     assert words[1:3] == ["serve", "/models/sentiment-1"] and "USER 10001:10001" in dockerfile
-    assert "$" not in (image / "compose.yaml").read_text()
+    assert "$" not in (image / "compose.yaml").read_text() + (image / "replicas.yaml").read_text()
     service = yaml.safe_load((image / "compose.yaml").read_text())["services"]["sentiment-1"]
     assert service["read_only"] is True and service["cap_drop"] == ["ALL"]
     assert service["stop_grace_period"] == "40s" and service["mem_limit"].endswith("m")
@@ -167,6 +167,31 @@ def test_the_manifests_belong_together(cluster: Path) -> None:
     stop = container["lifecycle"]["preStop"]["exec"]["command"]
     assert pod["spec"]["terminationGracePeriodSeconds"] > int(stop[1]) + 30  # the server's own --grace
     assert (cluster / "image" / "Dockerfile").is_file() and (cluster / "image" / "model" / "config.json").is_file()
+
+
+def test_feedback_has_a_place_and_the_packages(graphs: Path, tmp_path: Path) -> None:
+    """A folder beside compose.yaml; in a cluster PostgreSQL, whose address and password a Secret holds."""
+    deploy_docker(graphs, tmp_path / "image", feedback=True)
+    [service] = yaml.safe_load((tmp_path / "image/compose.yaml").read_text())["services"].values()
+    assert service["command"] == ["--feedback", "/feedback/feedback.db"]
+    assert service["volumes"] == ["./feedback:/feedback"]
+    cluster = tmp_path / "cluster"
+    assert main(["deploy", "kubernetes", str(graphs), "-o", str(cluster), "--feedback", "said", "--secret", "k"]) == 0
+    for manifest in documents(cluster):
+        if manifest["apiVersion"] not in CUSTOM:
+            kubernetes_validate.validate(manifest, "1.30", strict=True)
+    [container] = kind(cluster, "Deployment")["spec"]["template"]["spec"]["containers"]
+    assert container["args"][-2:] == ["--feedback", "$(LMWORKS_FEEDBACK)"] and "--api-key-file" in container["args"]
+    found = {one["name"]: one["valueFrom"]["secretKeyRef"] for one in container["env"]}
+    assert found == {
+        "LMWORKS_FEEDBACK": {"name": "said", "key": "url"},
+        "PGPASSWORD": {"name": "said", "key": "password"},
+    }
+    [rule] = kind(cluster, "NetworkPolicy")["spec"]["egress"]
+    assert {one["port"] for one in rule["ports"]} == {5432, 53} and "to" not in rule
+    for folder in (tmp_path / "image", cluster / "image"):
+        assert {"sqlalchemy", "psycopg"} <= {one.partition("==")[0] for one in
+                                             (folder / "requirements.txt").read_text().split()}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

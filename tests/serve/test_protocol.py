@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -193,3 +194,49 @@ def test_while_the_engine_is_away_nobody_is_read(narrow: Running) -> None:
     assert json.loads(refused.body)["error"]["code"] == "not_ready"  # type: ignore[attr-defined]
     narrow.wait()
     assert narrow.post("/tokenize", {"inputs": "a"}).status_code == 200
+
+
+def test_an_answer_comes_in_one_piece(narrow: Running) -> None:
+    """A server that is killed has sent all of it or nothing: a proxy may ask another one, half an answer is lost."""
+    with connect(narrow) as wire:
+        for _ in range(200):
+            wire.sendall(LIVE)
+            head, blank, body = wire.recv(65536).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200") and blank and json.loads(body) == {"status": "live"}
+
+
+class Told:
+    """A transport that remembers what it is given."""
+
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        self.written.append(data)
+
+    def writelines(self, parts: tuple[bytes, ...]) -> None:
+        self.written.append(b"".join(parts))
+
+    def close(self) -> None:
+        self.written.append(b"closed")
+
+
+def test_a_head_waits_for_the_body_that_follows_at_once_and_no_longer() -> None:
+    async def use() -> list[bytes]:
+        told = Told()
+        joined = protocol.Joined(told, asyncio.get_running_loop())
+        joined.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        joined.write(b"one")
+        joined.write(b"two")
+        joined.write(b"HTTP/1.1 201 Created\r\n\r\n")
+        await asyncio.sleep(0.01)  # a stream's first piece may come late
+        joined.write(b"three")
+        joined.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+        joined.close()
+        await asyncio.sleep(0.01)
+        return told.written
+
+    assert asyncio.run(use()) == [
+        b"HTTP/1.1 200 OK\r\n\r\none", b"two", b"HTTP/1.1 201 Created\r\n\r\n", b"three",
+        b"HTTP/1.1 204 No Content\r\n\r\n", b"closed",
+    ]  # fmt: skip

@@ -133,6 +133,8 @@ th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(-
 th { color: var(--quiet); font-weight: 600; } .n { text-align: right; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid var(--line); padding: .2rem 1rem; }
 figure { margin: 2rem 0; } figcaption { color: var(--quiet); font-size: .9rem; } svg { width: 100%; height: auto; }
+@media (max-width: 40rem) { body { margin: 1.2rem auto; } table, figure { display: block; overflow-x: auto; }
+  th, td { padding: .3rem .45rem; } svg { min-width: 34rem; } }
 </style></head><body><main>
 {body}
 </main></body></html>

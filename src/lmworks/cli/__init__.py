@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return refuse(error)
     except KeyboardInterrupt:
-        resumable = words[:1] in (["build"], ["train"], ["finetune"], ["distill"])
+        resumable = words[:1] in (["build"], ["train"], ["finetune"], ["distill"], ["retrain"])
         return refuse(Interrupted("stopped", fix="run the same command with --resume" if resumable else ""))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""`lmworks deploy docker|kubernetes|serverless` and `lmworks pack`."""
+"""`lmworks deploy docker|kubernetes|serverless|ray` and `lmworks pack`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ Port = Annotated[int, Parameter(help="The port inside the container.")]
 
 def docker(
     model: Model, /, *, out: Out, dtype: Dtype = "auto", name: Name = None, port: Port = 8000,
+    feedback: Annotated[bool, Parameter(help="Keep feedback in a folder beside compose.yaml.", negative="")] = False,
     overwrite: Overwrite = False, json: Json = False,
 ) -> int:  # fmt: skip
     """Write what an image is built from: torch-free, without rights, on a read-only root."""
     from lmworks.verbs.deploying import deploy_docker
 
-    return show(deploy_docker(model, out, dtype=dtype, name=name, port=port, overwrite=overwrite), json=json)
+    report = deploy_docker(model, out, dtype=dtype, name=name, port=port, feedback=feedback, overwrite=overwrite)
+    return show(report, json=json)
 
 
 def kubernetes(
@@ -32,6 +34,9 @@ def kubernetes(
     cpus: Annotated[int, Parameter(help="Processors that a pod may use.")] = 2,
     port: Port = 8000,
     secret: Annotated[str | None, Parameter(help="A Secret whose `keys` holds API keys, one a line.")] = None,
+    feedback: Annotated[
+        str | None, Parameter(help="A Secret whose `url` and `password` are those of a PostgreSQL for feedback.")
+    ] = None,
     overwrite: Overwrite = False, json: Json = False,
 ) -> int:  # fmt: skip
     """Write manifests for Kustomize: probes, autoscaling by the queue, budgets, network policy, monitoring."""
@@ -39,7 +44,7 @@ def kubernetes(
 
     report = deploy_kubernetes(
         model, out, dtype=dtype, name=name, image=image, namespace=namespace, replicas=replicas, most=most, cpus=cpus,
-        port=port, secret=secret, overwrite=overwrite,
+        port=port, secret=secret, feedback=feedback, overwrite=overwrite,
     )  # fmt: skip
     return show(report, json=json)
 
@@ -52,6 +57,21 @@ def serverless(
     from lmworks.verbs.deploying import deploy_serverless
 
     return show(deploy_serverless(model, out, dtype=dtype, name=name, overwrite=overwrite), json=json)
+
+
+def ray(
+    model: Model, /, *, out: Out, dtype: Dtype = "auto", name: Name = None,
+    replicas: Annotated[int, Parameter(help="Replicas that there are at least.")] = 1,
+    most: Annotated[int, Parameter(help="Replicas that there may be.")] = 10,
+    port: Port = 8000, overwrite: Overwrite = False, json: Json = False,
+) -> int:  # fmt: skip
+    """Write a Ray Serve application: replicas of one processor each, more of them as more is asked."""
+    from lmworks.verbs.deploying import deploy_ray
+
+    report = deploy_ray(
+        model, out, dtype=dtype, name=name, replicas=replicas, most=most, port=port, overwrite=overwrite
+    )  # fmt: skip
+    return show(report, json=json)
 
 
 def pack(

@@ -1,4 +1,4 @@
-"""`lmworks feedback list|review|export|copy`."""
+"""`lmworks feedback list|review|export|copy|forget`."""
 
 from __future__ import annotations
 
@@ -59,3 +59,19 @@ def copy(source: Url, target: Url, /, *, json: Json = False) -> int:
     from lmworks.verbs.feedback import copy_feedback
 
     return show(copy_feedback(source, target), json=json)
+
+
+def forget(
+    url: Url,
+    /,
+    *,
+    before: Annotated[str, Parameter(help="The day (UTC), as 2026-10-31; what is younger stays.")],
+    all: Annotated[
+        bool, Parameter(help="Accepted and rejected feedback as well; what nobody decided stays.", negative="")
+    ] = False,
+    json: Json = False,
+) -> int:
+    """Delete old answers that nobody spoke of."""
+    from lmworks.verbs.feedback import forget_feedback
+
+    return show(forget_feedback(url, before, decided=all), json=json)

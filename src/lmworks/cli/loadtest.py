@@ -12,9 +12,9 @@ from lmworks.cli.output import Json, show
 
 
 def loadtest(
-    url: Annotated[str, Parameter(help="The server, such as http://127.0.0.1:8000")],
-    /,
-    *,
+    *targets: Annotated[
+        str, Parameter(help="A server, such as http://127.0.0.1:8000; or model folders, to be served and compared.")
+    ],
     clients: Annotated[
         int | None, Parameter(help="Clients that ask at once, 8 by default; with --rate connections at most.")
     ] = None,
@@ -24,7 +24,8 @@ def loadtest(
     ] = None,
     duration: Annotated[float | None, Parameter(help="Seconds in which requests are sent.")] = None,
     curve: Annotated[
-        bool, Parameter(help="Double the clients (from 1) or the rate until it brings nothing.", negative="")
+        bool,
+        Parameter(help="Double the clients (from 1) or the rate until it brings nothing; folders always.", negative=""),
     ] = False,
     data: Annotated[
         Path | None, Parameter(help="Texts: a labelled file of the task, or plain lines; none: a built-in language.")
@@ -42,11 +43,15 @@ def loadtest(
     html: Annotated[Path | None, Parameter(help="Write the report with its charts to this file.")] = None,
     json: Json = False,
 ) -> int:
-    """Load a server with requests of real texts and tell latencies, throughput and errors; 1 where requests failed."""
+    """Load a server with requests of real texts and tell latencies, throughput and errors; 1 where requests failed.
+
+    Folders are served one after the other and compared: response time, throughput, processor, memory, answers.
+    """
     from lmworks.base.errors import InputError
     from lmworks.base.files import write_text
     from lmworks.serve.loadtest import CLIENTS, MOST_OPEN, REQUESTS, Load, read_key
     from lmworks.serve.loadtest import loadtest as run
+    from lmworks.verbs.load_comparing import compare_load
 
     ranges = (("clients", clients, 1, 10_000), ("requests", requests, 1, 10**9), ("rate", rate, 1e-3, 1e5),
               ("duration", duration, 0.1, 1e6), ("max-tokens", max_tokens, 1, 100_000), ("timeout", timeout, 0.01, 1e5),
@@ -54,10 +59,23 @@ def loadtest(
     for name, value, low, high in ranges:
         if value is not None and not low <= value <= high:
             raise InputError(f"--{name} is out of range", found=str(value), expected=f"{low:g} to {high:g}")
-    usual = MOST_OPEN if rate is not None else 1 if curve else CLIENTS
+    folders = bool(targets) and all(Path(target).is_dir() for target in targets)
+    if not folders and len(targets) != 1:
+        raise InputError("a load test takes one server, or model folders", found=", ".join(targets) or "nothing",
+                         expected="http://127.0.0.1:8000, or folders that are there")  # fmt: skip
+    if folders and (rate is not None or curve or model is not None or api_key_file is not None):
+        raise InputError("folders are loaded by more and more clients", found="--rate, --curve, --model or a key")
+    usual = MOST_OPEN if rate is not None else 1 if curve or folders else CLIENTS
     load = Load(clients=clients or usual, requests=requests or (None if duration else REQUESTS), rate=rate,
                 duration=duration, timeout=timeout, seed=seed)  # fmt: skip
-    report = run(url, load=load, curve=curve, route=route, model=model, data=data, column=column,
+    if folders:
+        report = compare_load(targets, load=load, route=route, data=data, column=column, max_tokens=max_tokens)
+        show(report, json=json)
+        if html is not None:
+            write_text(html, report.to_html())
+        firsts = [one["one"] for one in report.values["models"]]
+        return int(any(one["failed"] > allow_failed * one["requests"] for one in firsts))
+    report = run(targets[0], load=load, curve=curve, route=route, model=model, data=data, column=column,
                  max_tokens=max_tokens, key=read_key(api_key_file))  # fmt: skip
     show(report, json=json)
     if html is not None:

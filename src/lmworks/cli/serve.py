@@ -42,6 +42,10 @@ def serve(
         str | None,
         Parameter(help="Keep texts, answers and POST /feedback in FILE or postgresql://…; none: no text is kept."),
     ] = None,
+    challengers: Annotated[
+        Path | None, Parameter(help="A folder of folders, one of which `lmworks challenge` may put in a model's place.")
+    ] = None,
+    admin_key_file: Annotated[Path | None, Parameter(help="The keys, one a line, of who may do so.")] = None,
     lazy: Annotated[bool, Parameter(help="Load a model when it is first asked for.", negative="")] = False,
 ) -> int:
     """Serve model folders: every task, OpenAI's interface, metrics, and the page of the first."""
@@ -65,6 +69,7 @@ def serve(
     alert = None if alert_url is None else read_target(alert_url)
     watching = Watching(when_unsure, alert, drift_log, drift_window)
     app = make_app(specs, keys=keys, rate=rate, most=queue, seconds=timeout, watching=watching,
-                   exporter=open_exporter(telemetry), feedback=feedback)  # fmt: skip
+                   exporter=open_exporter(telemetry), feedback=feedback, challengers=challengers,
+                   admin=None if admin_key_file is None else read_keys(admin_key_file))  # fmt: skip
     run(app, host=host, port=port, grace=grace)
     return 0

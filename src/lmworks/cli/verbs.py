@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from lmworks.cli.verbs_serving import SERVING
+
 VERBS = {  # verb -> where it lives, what it does, two examples
     "clean": (
         "lmworks.cli.clean:clean",
@@ -251,88 +253,7 @@ VERBS = {  # verb -> where it lives, what it does, two examples
         "Look at the installation and the machine, and say how to mend what is broken.",
         ("lmworks doctor", "lmworks doctor --json"),
     ),
-    "serve": (
-        "lmworks.cli.serve:serve",
-        "Serve the page of a model folder, POST /v1/completions and GET /health/ready.",
-        ("lmworks serve my_model", "lmworks serve my_model --port 9000"),
-    ),
-    "deploy docker": (
-        "lmworks.cli.deploy:docker",
-        "Write what an image is built from: torch-free, without rights, on a read-only root.",
-        ("lmworks deploy docker my_classifier -o image", "lmworks deploy docker graphs --dtype int8 -o image"),
-    ),
-    "deploy kubernetes": (
-        "lmworks.cli.deploy:kubernetes",
-        "Write manifests for a cluster: probes, autoscaling by the queue, budgets, network policy, monitoring.",
-        (
-            "lmworks deploy kubernetes graphs -o cluster",
-            "lmworks deploy kubernetes graphs --image registry/intents:1 --secret intents-keys -o cluster",
-        ),
-    ),
-    "deploy serverless": (
-        "lmworks.cli.deploy:serverless",
-        "Write a function of an event, for AWS Lambda and what takes its images.",
-        ("lmworks deploy serverless graphs -o function", "lmworks deploy serverless graphs --dtype int8 -o function"),
-    ),
-    "pack": (
-        "lmworks.cli.deploy:pack",
-        "Write a bundle for a machine without a network: the model, all wheels, their sums, and a script.",
-        ("lmworks pack my_classifier -o bundle", "lmworks pack graphs --machine aarch64 --python 3.13 -o bundle"),
-    ),
-    "monitor fit": (
-        "lmworks.cli.monitor:fit",
-        "Teach a model its limits: confidence, what is strange to it, and what traffic it expects.",
-        (
-            "lmworks monitor fit my_classifier reviews.csv",
-            "lmworks monitor fit my_classifier data.json --split train,val --out-of-scope data.json:oos_val",
-        ),
-    ),
-    "monitor check": (
-        "lmworks.cli.monitor:check",
-        "Ask a server, or its log, whether the traffic has drifted; exit code 1 says that it has.",
-        (
-            "lmworks monitor check http://127.0.0.1:8000",
-            "lmworks monitor check http://127.0.0.1:8000 --data labelled.csv --html report.html",
-        ),
-    ),
-    "feedback list": (
-        "lmworks.cli.feedback:list_",
-        "Count what people said of a model's answers, and show what waits for a decision.",
-        ("lmworks feedback list feedback.db", "lmworks feedback list postgresql://lmworks@db/feedback --json"),
-    ),
-    "feedback review": (
-        "lmworks.cli.feedback:review",
-        "Accept or reject feedback by its ids, or one by one on a terminal.",
-        (
-            "lmworks feedback review feedback.db",
-            "lmworks feedback review feedback.db --reject 3f1c09a2b4d5e6f7 --accept all",
-        ),
-    ),
-    "feedback export": (
-        "lmworks.cli.feedback:export",
-        "Write accepted feedback as labelled examples.",
-        (
-            "lmworks feedback export feedback.db -o corrected.jsonl",
-            "lmworks feedback export feedback.db --model news --all -o corrected.jsonl",
-        ),
-    ),
-    "feedback copy": (
-        "lmworks.cli.feedback:copy",
-        "Copy a database of feedback to another one; it may be stopped and run again.",
-        (
-            "lmworks feedback copy feedback.db postgresql://lmworks@db/feedback",
-            "lmworks feedback copy postgresql://lmworks@db/feedback feedback.db --json",
-        ),
-    ),
-    "loadtest": (
-        "lmworks.cli.loadtest:loadtest",
-        "Load a server with real texts: latencies, throughput, errors, and where it saturates.",
-        (
-            "lmworks loadtest http://127.0.0.1:8000 --clients 16 --requests 1000",
-            "lmworks loadtest http://127.0.0.1:8000 --curve --duration 10 --html report.html",
-        ),
-    ),
-}
+} | SERVING
 GROUPS = {  # verbs of two words
     "add": "Add something of its own to a project.",
     "tokenizer": "Train, compare, extend and look into tokenizers.",

@@ -25,10 +25,10 @@ CLASSIFY, TAG, QA, WRITE = "text-classification", "token-classification", "quest
 MOST_TOKENS = 128
 
 
-def make_handler(folder: str | Path, *, dtype: str = "auto") -> Handler:
-    """Open the model in `folder` now, in ONNX Runtime, and return handler(event, context)."""
+def make_handler(folder: str | Path, *, dtype: str = "auto", name: str | None = None) -> Handler:
+    """Open the model in `folder` now, in ONNX Runtime, and return handler(event, context); `name` is its folder's."""
     predictor = load(folder, runtime="onnx", dtype=dtype)
-    task, name = predictor.task, Path(folder).resolve().name
+    task, name = predictor.task, name or Path(folder).resolve().name
 
     def answer(body: Any) -> dict[str, Any]:
         start = {"model": name, "task": task}

@@ -4,6 +4,7 @@
     GET  /metrics  /info  /openapi.json      for Prometheus; what is served; the description of every route
     GET  /drift                              the latest traffic beside the reference of a monitor
     POST /feedback                           what would have been right, where the server keeps it
+    GET  /challenger  POST … /switch /back   another folder in the shadow of a model, and in its place
     POST /predict … /v1/chat/completions     see task_routes, hub_routes, openai_routes and kserve_routes (/v2)
     GET  /                                   the page and the files of the first model, for the browser to run itself
     GET  /playground/                        a page that asks this server; / leads there where there is no page, or keys
@@ -53,14 +54,15 @@ CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 def make_app(
     specs: Sequence[Spec], *, keys: list[bytes] | None = None, rate: float | None = None, most: int = QUEUE,
     seconds: float = SECONDS, watching: Watching | None = None, exporter: Any = None,
-    feedback: str | Path | None = None,
+    feedback: str | Path | None = None, challengers: str | Path | None = None, admin: list[bytes] | None = None,
 ) -> FastAPI:  # fmt: skip
     """Return the application for some models (`lmworks.serve.service.describe`).
 
     `keys` are digests (`read_keys`); `rate` is the requests a second of each key or address; at most `most` requests
     wait; a request may take `seconds`. `watching` says what is done with strange inputs and with drift; `exporter`
-    is given OpenTelemetry's spans; answers and feedback are kept in the database `feedback`, else no text is. Raises
-    InputError for two models of one name, FormatError for a stale monitor.
+    is given OpenTelemetry's spans; answers and feedback are kept in the database `feedback`, else no text is. Who has
+    one of the keys `admin` may put a folder of `challengers` in a model's place. Raises InputError for two models of
+    one name, FormatError for a stale monitor.
     """
     names = [spec.name for spec in specs]
     if not names or len(set(names)) < len(names):
@@ -73,13 +75,25 @@ def make_app(
         service.recorder = Recorder(feedback, specs, service.metrics.registry)
     tracing = None if exporter is None else Tracing(exporter)
     service.supervisor.on_end = None if tracing is None else tracing.question
+    if (challengers is None) is not (admin is None):
+        raise InputError("--challengers and --admin-key-file need each other")
+    if challengers is not None:
+        from lmworks.serve.challenger_counts import Counts
+        from lmworks.serve.challengers import Challengers
+
+        counts = Counts(service.metrics.registry)
+        service.challengers = Challengers(challengers, service.supervisor, service.watches, counts)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         if service.recorder is not None:
             service.recorder.writer.start()
         await service.supervisor.start()
+        if service.challengers is not None:
+            await service.challengers.open()
         yield
+        if service.challengers is not None:
+            await service.challengers.close()
         await service.supervisor.close()
         if service.recorder is not None:
             await asyncio.to_thread(service.recorder.writer.close)
@@ -96,6 +110,11 @@ def make_app(
     app.include_router(kserve_routes.make_router(service))
     app.include_router(monitor_routes.make_router(service))
     app.include_router(feedback_routes.make_router(service))
+    if admin is not None:
+        from lmworks.serve import challenger_routes
+
+        app.include_router(challenger_routes.make_router(service, admin))
+        keys = None if keys is None else [*keys, *admin]
     add_own(app, service)
     add_playground(app)
     add_page(app, Path(specs[0].folder), locked=keys is not None)
@@ -104,7 +123,8 @@ def make_app(
     app.add_middleware(
         Guard, keys=keys, rates=rates, refuse=answer_refused, done=service.metrics.done,
         leaving=lambda: service.supervisor.leaving, public=PUBLIC, most=most,
-        waiting=lambda: len(service.supervisor.tickets), down=lambda: service.supervisor.down, headers=HEADERS,
+        waiting=lambda: sum(len(one.tickets) for one in service.engines),
+        down=lambda: any(one.down for one in service.engines), headers=HEADERS,
         trace=None if tracing is None else tracing.request,
     )  # fmt: skip
     return app
@@ -173,7 +193,7 @@ def add_own(app: FastAPI, service: Service) -> None:
     @app.get("/health/ready", tags=["operation"])
     async def ready() -> JSONResponse:
         """Say whether requests are answered now."""
-        problem = service.supervisor.problem
+        problem = service.problem
         if not problem:
             return JSONResponse({"status": "ready"})
         return JSONResponse({"status": "not ready", "reason": problem}, 503, {"Retry-After": "1"})
@@ -186,7 +206,7 @@ def add_own(app: FastAPI, service: Service) -> None:
     @app.get("/info", tags=["operation"])
     async def info() -> dict[str, Any]:
         """Say what is served, and its limits."""
-        models = service.supervisor.models
+        models = service.models
         first = next(iter(models.values()))
         return {
             "version": __version__, "model_id": first.spec.name, **first.facts,

@@ -299,8 +299,10 @@ def plain(error: BaseException) -> LmworksError:
     return LmworksError(f"the model failed: {type(error).__name__}")
 
 
-def main(pipe: Connection, specs: Sequence[Spec]) -> None:
+def main(pipe: Connection, specs: Sequence[Spec], nice: int = 0) -> None:
     """Run the engine in a process of its own; the server decides when it ends."""
+    if nice and hasattr(os, "nice"):
+        os.nice(nice)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     Engine(pipe, specs).run()

@@ -14,7 +14,7 @@ import hashlib
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from sqlalchemy import (  # noqa: E402
     Select,
     Table,
     Text,
+    delete,
     func,
     insert,
     inspect,
@@ -168,6 +169,25 @@ class Store:
         if not self.file.is_file():
             raise Away("the feedback store is away", where=self.name, found="the file is gone")
         self.prepare()
+
+    def forget(self, before: float, *, decided: bool, most: int) -> dict[str, int]:
+        """Delete answers asked before a time that nobody spoke of, with `decided` accepted and rejected feedback first.
+
+        At most `most` rows a transaction, so that a server that writes here waits for none. Return how many of each.
+        """
+        old = select(FEEDBACK.c.id).where(FEEDBACK.c.state != "new", FEEDBACK.c.received < before)
+        silent = select(ANSWERS.c.id).where(ANSWERS.c.asked < before, ANSWERS.c.id.not_in(select(FEEDBACK.c.answer)))
+        gone = {}
+        for table, chosen in ((FEEDBACK, old), (ANSWERS, silent)):
+            gone[table.name], found = 0, most if decided or table is ANSWERS else 0
+            while found == most:
+                with self.begin() as connection:
+                    found = connection.execute(delete(table).where(table.c.id.in_(chosen.limit(most)))).rowcount
+                gone[table.name] += found
+        if self.file is not None:  # the log holds what the file did
+            with closing(self.engine.raw_connection()) as connection:
+                connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return gone
 
     def put(self, connection: Connection, table: Table, rows: Sequence[Row], *, states: bool = False) -> None:
         """Insert rows that are not there yet; with `states` a decision replaces a "new" that is there."""

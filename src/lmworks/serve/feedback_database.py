@@ -70,7 +70,8 @@ def open_engine(url: URL, seconds: float | None, *, create: bool) -> Engine:
 
         @event.listens_for(engine, "connect")
         def set_up(connection: Any, _: Any) -> None:
-            for pragma in (*(("journal_mode=WAL",) if create else ()), "synchronous=FULL", "foreign_keys=ON"):
+            for pragma in (*(("journal_mode=WAL",) if create else ()), "synchronous=FULL", "foreign_keys=ON",
+                           "secure_delete=ON"):  # what is forgotten is overwritten  # fmt: skip
                 connection.execute(f"PRAGMA {pragma}")
 
         @event.listens_for(engine, "begin")

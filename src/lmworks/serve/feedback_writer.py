@@ -18,11 +18,11 @@ from prometheus_client import CollectorRegistry, Counter
 
 from lmworks.base.errors import InputError, LmworksError, did_you_mean
 from lmworks.base.optional import require
-from lmworks.models.families import read_config
 from lmworks.serve.engine import Spec
 from lmworks.serve.feedback import ANSWERS, Given, Row, Store, find_answer, make_answer, ping
 from lmworks.serve.feedback_database import SECONDS, Away, DiskFull, storable
 from lmworks.serve.refusals import Refused
+from lmworks.serve.service import labels_of
 
 require("sqlalchemy", extra="feedback")
 from sqlalchemy import Connection  # noqa: E402
@@ -207,12 +207,3 @@ class Recorder:
 
 
 AGREES = {True: "yes", False: "no", None: "unknown"}  # unknown: the model was not asked, or abstained
-
-
-def labels_of(spec: Spec) -> tuple[str, ...]:
-    """Return the labels of a classifier that gives each text one; of others none."""
-    if spec.task != "text-classification":
-        return ()
-    config = read_config(Path(spec.folder))
-    single = config.problem_type in (None, "single_label_classification")
-    return tuple(config.labels) if single and len(config.labels) > 1 else ()

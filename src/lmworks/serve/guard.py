@@ -13,7 +13,7 @@ import json
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = ("/health/live", "/health/ready")
+ADMIN = "/challenger"  # asks no engine: it must work while one is down, and it has a key of its own
 IN_ADDRESS = "/predict/"  # the one route that asks the engine without a body
 MOST_BYTES = 1_000_000  # of a request's body
 MOST_HEADERS = 64
@@ -59,6 +60,14 @@ def read_keys(path: str | Path) -> list[bytes]:
 def digest(key: str) -> bytes:
     """Return what is kept of a key."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def read_key(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Return the digest of the key that a request gives."""
+    given = {name: value for name, value in headers if name in (b"authorization", b"x-api-key")}
+    text = given.get(b"authorization", b"").decode("latin-1")
+    key = text[7:] if text[:7].lower() == "bearer " else given.get(b"x-api-key", b"").decode("latin-1")
+    return digest(key.strip())
 
 
 class Rates:
@@ -149,7 +158,8 @@ class Guard:
         except Refused as refused:
             await self.refuse(scope, receive, send, refused, {"Connection": "close"})
             return
-        asks = scope["method"] == "POST" or scope["path"].startswith(IN_ADDRESS)
+        asks = scope["method"] == "POST" and not scope["path"].startswith(ADMIN)
+        asks |= scope["path"].startswith(IN_ADDRESS)
         if asks and ((down := self.down()) or self.asking >= self.most or self.waiting() >= self.most):
             for message in (self.away if down else self.busy)[is_open_ended(scope)]:
                 await send(message)
@@ -165,10 +175,7 @@ class Guard:
         client = str((scope.get("client") or ("unknown",))[0])
         if self.keys is None or scope["path"] in OPEN or scope["path"] in self.public:
             return client
-        given = {name: value for name, value in scope["headers"] if name in (b"authorization", b"x-api-key")}
-        text = given.get(b"authorization", b"").decode("latin-1")
-        key = text[7:] if text[:7].lower() == "bearer " else given.get(b"x-api-key", b"").decode("latin-1")
-        found = digest(key.strip())
+        found = read_key(scope["headers"])
         right = [hmac.compare_digest(found, known) for known in self.keys]
         if not any(right):
             raise Refused(401, "this needs a key: Authorization: Bearer KEY", code="invalid_api_key")

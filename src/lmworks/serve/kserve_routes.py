@@ -108,7 +108,7 @@ def make_router(service: Service) -> APIRouter:
     @router.get("/health/ready")
     async def ready() -> JSONResponse:
         """Say whether requests are answered now."""
-        problem = service.supervisor.problem
+        problem = service.problem
         return JSONResponse({"ready": not problem}, 503 if problem else 200)
 
     async def infer(model: Model, request: Request) -> Response:
@@ -177,7 +177,7 @@ def make_router(service: Service) -> APIRouter:
         return JSONResponse(describe(model))
 
     async def model_ready(model: Model, _: Request) -> Response:
-        there = not service.supervisor.problem and model.state == "ready"
+        there = not service.problem and model.state == "ready"
         return JSONResponse({"name": model.spec.name, "ready": there}, 200 if there else 503)
 
     route("", "GET", metadata)

@@ -190,7 +190,8 @@ def read_texts(path: Path | None, task: str | None, column: str | None, *, chat:
     if path is None:
         return made(task)
     try:
-        read = read_labelled(path, CLASSIFY if task in (EMBED, FILL, None) else task, text_column=column)
+        kind = CLASSIFY if task in (EMBED, FILL, None) else task
+        read = read_labelled(path, kind, text_column=column, header=not (column or "").isdigit())
         examples = [plain(example, task, chat) for example in read.examples]
     except (InputError, FormatError):
         if task == QA:

@@ -101,8 +101,8 @@ def read_key(path: Path | None) -> str | None:
     return key
 
 
-async def climb(target: Target, plan: Plan, load: Load) -> list[dict[str, Any]]:
-    """Measure with twice as much each time, until that brings nothing."""
+async def climb(target: Target, plan: Plan, load: Load, *, least: int = 1) -> list[dict[str, Any]]:
+    """Measure with twice as much each time, `least` times and until that brings nothing."""
     steps: list[dict[str, Any]] = []
     best = 0.0
     for power in itertools.count():
@@ -112,7 +112,7 @@ async def climb(target: Target, plan: Plan, load: Load) -> list[dict[str, Any]]:
                     seed=load.seed + power)  # fmt: skip
         steps.append(await measure(target, plan, step))
         reached = steps[-1]["requests_per_second"]
-        if reached < GROWTH * best or (load.rate is None and clients == MOST_CLIENTS):
+        if (reached < GROWTH * best and len(steps) >= least) or (load.rate is None and clients == MOST_CLIENTS):
             break
         best = max(best, reached)
     return steps
@@ -232,7 +232,8 @@ def tell(watch: Watch) -> dict[str, Any] | None:
     batches = grown.get("lmworks_batches_total", 0.0)
     return {
         "waiting_mean": sum(watch.waiting) / len(watch.waiting), "waiting_most": max(watch.waiting),
-        "memory_bytes_most": watch.memory, "engine_restarts": grown.get("lmworks_engine_restarts_total", 0.0),
+        "memory_bytes_most": watch.memory, "processor_seconds": grown.get("lmworks_processor_seconds_total", 0.0),
+        "engine_restarts": grown.get("lmworks_engine_restarts_total", 0.0),
         "rows_a_batch": grown.get("lmworks_batch_rows_total", 0.0) / batches if batches else None,
         "prompt_tokens": grown.get("lmworks_prompt_tokens_total"),
         "prompt_tokens_reused": grown.get("lmworks_prompt_tokens_reused_total"),

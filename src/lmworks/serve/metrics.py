@@ -4,18 +4,22 @@ lmworks_request_duration_seconds{route, status}   lmworks_requests_waiting   lmw
 lmworks_working{model}   lmworks_slots_used{model}   lmworks_slots_total{model}   lmworks_kv_cache_usage_ratio{model}
 lmworks_batches_total, lmworks_batch_rows_total, lmworks_batch_tokens_total {model}
 lmworks_prompt_tokens_total, lmworks_prompt_tokens_reused_total, lmworks_generated_tokens_total {model}
-lmworks_memory_bytes{process}   lmworks_ready   lmworks_model_info{model, task, runtime, dtype}
+lmworks_memory_bytes, lmworks_processor_seconds_total {process}   lmworks_ready
+lmworks_model_info{model, task, runtime, dtype}
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmworks.base.optional import require
-from lmworks.serve.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from lmworks.serve.service import Service
 
 require("prometheus_client", extra="serve")
 from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest  # noqa: E402
@@ -35,7 +39,7 @@ COUNTERS = {  # the engine's name: ours, and what it is
 class Metrics:
     """The counts of one server."""
 
-    def __init__(self, supervisor: Supervisor) -> None:
+    def __init__(self, service: Service) -> None:
         self.registry = CollectorRegistry()
         self.seconds = Histogram(
             "lmworks_request_duration_seconds", "From the first byte to the last", ("route", "status"),
@@ -46,7 +50,7 @@ class Metrics:
             registry=self.registry,
         )  # fmt: skip
         self.active = Gauge("lmworks_working", "Requests being answered", ("model",), registry=self.registry)
-        self.registry.register(Engine(supervisor))
+        self.registry.register(Engine(service))
 
     @contextmanager
     def working(self, model: str) -> Iterator[None]:
@@ -68,48 +72,57 @@ class Metrics:
 
 
 class Engine:
-    """What the engine last told, as it is asked for."""
+    """What the engines last told, as it is asked for."""
 
-    def __init__(self, supervisor: Supervisor) -> None:
-        self.supervisor = supervisor
-        self.before: dict[tuple[str, str], float] = {}  # counts of engines that were replaced
-        self.latest: dict[tuple[str, str], float] = {}
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.seen: dict[tuple[str, str, str], tuple[float, float]] = {}  # of engines that were replaced; of the latest
+        self.used: dict[int | None, float] = {}  # processor seconds of each engine's process
 
-    def total(self, model: str, name: str, value: float) -> float:
-        """Return a count that never falls, though a new engine begins at 0."""
-        key = (model, name)
-        if value < self.latest.get(key, 0):
-            self.before[key] = self.before.get(key, 0) + self.latest[key]
-        self.latest[key] = value
-        return self.before.get(key, 0) + value
+    def totals(self) -> dict[tuple[str, str], float]:
+        """Return counts of all versions of a model that never fall, though a new engine begins at 0."""
+        for model in self.service.versions:
+            for key in COUNTERS.keys() & model.counts.keys():
+                place, value = (model.spec.name, key, model.spec.folder), model.counts[key]
+                before, last = self.seen.get(place, (0.0, 0.0))
+                self.seen[place] = (before + last if value < last else before, value)
+        found: dict[tuple[str, str], float] = {}
+        for (name, key, _), (before, last) in self.seen.items():
+            found[name, key] = found.get((name, key), 0) + before + last
+        return found
 
     def collect(self) -> Iterator[Any]:
         """Yield the families."""
-        one = self.supervisor
-        yield GaugeMetricFamily("lmworks_ready", "1 while requests are answered", value=float(one.ready))
-        yield GaugeMetricFamily("lmworks_requests_waiting", "Requests in the engine", value=float(len(one.tickets)))
-        yield CounterMetricFamily("lmworks_engine_restarts", "Engines that were replaced", value=float(one.restarts))
+        engines = self.service.engines
+        waiting, restarts = sum(len(one.tickets) for one in engines), sum(one.restarts for one in engines)
+        yield GaugeMetricFamily("lmworks_ready", "1 while requests are answered", value=float(not self.service.problem))
+        yield GaugeMetricFamily("lmworks_requests_waiting", "Requests in the engine", value=float(waiting))
+        yield CounterMetricFamily("lmworks_engine_restarts", "Engines that were replaced", value=float(restarts))
         memory = GaugeMetricFamily("lmworks_memory_bytes", "Memory held by a process", labels=("process",))
-        for process, number in (("server", "self"), ("engine", str(one.process.pid))):
-            memory.add_metric((process,), resident(number))
-        yield memory
+        memory.add_metric(("server",), resident("self"))
+        memory.add_metric(("engine",), sum(resident(str(one.process.pid)) for one in engines))
+        used = CounterMetricFamily("lmworks_processor_seconds", "Processor time of a process", labels=("process",))
+        used.add_metric(("server",), processor_seconds("self"))
+        for number in (one.process.pid for one in engines):
+            self.used[number] = max(self.used.get(number, 0.0), processor_seconds(str(number)))
+        used.add_metric(("engine",), sum(self.used.values()))
+        yield from (memory, used)
         info = GaugeMetricFamily("lmworks_model_info", "What is served", labels=("model", "task", "runtime", "dtype"))
         slots = GaugeMetricFamily("lmworks_slots_total", "Texts that are written at once", labels=("model",))
-        used = GaugeMetricFamily("lmworks_slots_used", "Texts being written", labels=("model",))
+        busy = GaugeMetricFamily("lmworks_slots_used", "Texts being written", labels=("model",))
         share = GaugeMetricFamily("lmworks_kv_cache_usage_ratio", "Share of the slots in use", labels=("model",))
         families = {name: CounterMetricFamily(f"lmworks_{ours}", what, labels=("model",))
                     for name, (ours, what) in COUNTERS.items()}  # fmt: skip
-        for name, model in one.models.items():
+        for name, model in self.service.models.items():
             facts, counts = model.facts, model.counts
             info.add_metric((name, str(model.spec.task), facts.get("runtime", ""), facts.get("dtype", "")), 1)
             if "slots" in counts:
                 slots.add_metric((name,), counts["slots"])
-                used.add_metric((name,), counts["active"])
+                busy.add_metric((name,), counts["active"])
                 share.add_metric((name,), counts["active"] / counts["slots"])
-            for key, family in families.items():
-                if key in counts:
-                    family.add_metric((name,), self.total(name, key, counts[key]))
-        yield from (info, slots, used, share, *families.values())
+        for (name, key), value in self.totals().items():
+            families[key].add_metric((name,), value)
+        yield from (info, slots, busy, share, *families.values())
 
 
 def resident(process: str) -> float:
@@ -121,3 +134,12 @@ def resident(process: str) -> float:
     except OSError:
         pass
     return 0.0
+
+
+def processor_seconds(process: str) -> float:
+    """Return the processor time that a process has used; 0 where the system does not tell."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text("utf-8").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # in the system and out of it
+    except (OSError, IndexError):
+        return 0.0

@@ -159,15 +159,28 @@ class Watches:
         for to in ("log", "alert"):
             self.undelivered.labels(to)
         self.turn = asyncio.Lock()  # one window after the other, as they came
-        for name, watch in self.watches.items():
-            for counter in (self.strange, self.drift, self.windows):
-                counter.labels(name)
-            if watch.labels:
-                self.confidence.labels(name)
+        for watch in self.watches.values():
+            self.begin(watch)
 
-    def add(self, name: str, seen: Sequence[Seen]) -> None:
+    def begin(self, watch: Watch) -> None:
+        """Show a watch in the metrics before anything has passed by."""
+        for counter in (self.strange, self.drift, self.windows):
+            counter.labels(watch.name)
+        if watch.labels:
+            self.confidence.labels(watch.name)
+
+    def follow(self, name: str, monitor: Monitor | None) -> None:
+        """Begin anew with another version of a model: what passed by before was compared with another reference."""
+        if monitor is None:
+            self.watches.pop(name, None)
+            return
+        self.watches[name] = Watch(name, monitor, self.how.window)
+        self.begin(self.watches[name])
+        self.drift.labels(name).set(0)
+
+    def add(self, watch: Watch, seen: Sequence[Seen]) -> None:
         """Count answers, and compare the windows that are full in the background."""
-        watch = self.watches[name]
+        name = watch.name
         for one in seen:
             if one.confidence is not None:
                 self.answers.labels(name, watch.labels[one.label]).inc()
@@ -184,6 +197,8 @@ class Watches:
         async with self.turn:
             before = watch.drifting
             found = await asyncio.to_thread(watch.compare, requests, rows)
+            if self.watches.get(watch.name) is not watch:
+                return  # another version answers by now
             self.count(watch, found)
             if self.how.log is not None:
                 self.lost("log", await asyncio.to_thread(append, self.how.log, json.dumps(found)))

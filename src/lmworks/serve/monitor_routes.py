@@ -29,10 +29,10 @@ def make_router(service: Service) -> APIRouter:
 
 async def look_at_prompt(service: Service, request: Request, model: Model, prompt: str) -> dict[str, Any]:
     """Return ood_score and ood of what a model that writes is to go on with; nothing where it has no monitor."""
-    if model.spec.name not in service.watches.watches:
+    if (watch := service.watches.watches.get(model.spec.name)) is None:
         return {}
     [seen] = await service.ask(request, model, "score", param="input_text", texts=[prompt])
-    service.watches.add(model.spec.name, [seen])
+    service.watches.add(watch, [seen])
     return {"ood_score": seen.ood_score, "ood": seen.ood}
 
 
@@ -46,10 +46,10 @@ async def classify(
     another model's, which is then named (`answered_by`).
     """
     watches = service.watches
-    if model.spec.name not in watches.watches:
+    if (watch := watches.watches.get(model.spec.name)) is None:  # looked up at once, as long as it is the model's
         return [shape(labels) for labels in await service.answers(request, model, examples, **options)]
     seen = await service.answers(request, model, examples, check=True, **options)
-    watches.add(model.spec.name, seen)
+    watches.add(watch, seen)
     answers = [
         {**shape(one.labels), "confidence": one.confidence, "ood_score": one.ood_score, "ood": one.ood} for one in seen
     ]

@@ -34,6 +34,40 @@ def most_connections() -> int:
 MOST_CONNECTIONS = most_connections()
 
 
+class Joined:
+    """A transport that sends an answer's head with the body that follows at once: who is killed sends both or neither.
+
+    Whoever asks for it, such as a proxy, may then ask another server; half an answer could not be taken back.
+    """
+
+    def __init__(self, transport: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self.transport, self.loop, self.head = transport, loop, b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Send, but for a head, which waits for the end of this turn of the loop."""
+        if self.head:
+            head, self.head = self.head, b""
+            self.transport.writelines((head, data))
+        elif data.startswith(b"HTTP/"):
+            self.head = data
+            self.loop.call_soon(self.flush)
+        else:
+            self.transport.write(data)
+
+    def flush(self) -> None:
+        """Send what waits."""
+        if self.head:
+            self.write(b"")
+
+    def close(self) -> None:
+        """Send what waits, and close."""
+        self.flush()
+        self.transport.close()
+
+
 class Protocol(HttpToolsProtocol):
     """One connection."""
 
@@ -43,7 +77,7 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         """Make room: a connection that waits for its next request goes first; where there is none, this one."""
-        super().connection_made(transport)
+        super().connection_made(Joined(transport, self.loop))  # type: ignore[arg-type]
         self.expect()
         if len(self.connections) > MOST_CONNECTIONS:
             others: Any = (one for one in self.connections if one is not self)

@@ -25,6 +25,7 @@ require("fastapi", extra="serve")
 from fastapi import Request  # noqa: E402
 
 if TYPE_CHECKING:
+    from lmworks.serve.challengers import Challengers
     from lmworks.serve.feedback_writer import Recorder
 
 T = TypeVar("T")
@@ -35,15 +36,44 @@ class Service:
 
     def __init__(self, specs: Sequence[Spec], *, most: int, seconds: float, watching: Watching | None = None) -> None:
         self.supervisor = Supervisor(specs, most=most, seconds=seconds)
-        self.metrics = Metrics(self.supervisor)
+        self.metrics = Metrics(self)
         self.watches = Watches(specs, watching or Watching(), self.metrics.registry)
         self.recorder: Recorder | None = None  # where answers and feedback are kept (`--feedback`)
+        self.challengers: Challengers | None = None  # what may take a model's place (`--challengers`)
         self.started = int(time.time())
+
+    @property
+    def models(self) -> dict[str, Model]:
+        """The version of each model that answers now."""
+        models = self.supervisor.models
+        return models if self.challengers is None else {
+            name: self.challengers.current(model) for name, model in models.items()
+        }  # fmt: skip
+
+    @property
+    def versions(self) -> list[Model]:
+        """All that answers, or can at once."""
+        found = [*self.models.values(), *(self.challengers.standing if self.challengers is not None else ())]
+        return list({id(model): model for model in found}.values())
+
+    @property
+    def engines(self) -> list[Supervisor]:
+        """Whoever answers now."""
+        found = {id(model.home): model.home for model in self.models.values()}
+        return [one for one in found.values() if one is not None]
+
+    @property
+    def problem(self) -> str:
+        """Return why requests are not answered now, or nothing."""
+        ending = self.supervisor.leaving or self.supervisor.closing
+        first = [self.supervisor] if ending else self.engines
+        return next((found for one in first if (found := one.problem)), "")
 
     def find(self, name: str | None, *tasks: str) -> Model:
         """Return the model that was named, or the first that does one of the tasks. Raises Refused (404)."""
         try:
-            return self.supervisor.find(name, tasks)
+            found = self.supervisor.find(name, tasks)
+            return found if self.challengers is None else self.challengers.current(found)
         except InputError as error:
             code = "model_not_found" if name is not None else "task_not_served"
             raise Refused(404, refusal(error).message, param="model", code=code) from None
@@ -52,15 +82,18 @@ class Service:
         """Return the engine's answer; give up when the client goes away. Raises Refused."""
         with self.metrics.working(model.spec.name):
             try:
-                return await while_connected(request, self.supervisor.get(model, kind, payload))
+                return await while_connected(request, (model.home or self.supervisor).get(model, kind, payload))
             except LmworksError as error:
                 raise refusal(error, param) from None
 
     async def answers(self, request: Request, model: Model, examples: Sequence[Any], **options: Any) -> list[Any]:
         """Return the answers of a task, one an example; options that are None are left to the model."""
         given = {name: value for name, value in options.items() if value is not None}
-        found = await self.ask(request, model, "answer", examples=list(examples), options=given)
-        return list(found)
+        began = time.perf_counter()
+        found = list(await self.ask(request, model, "answer", examples=list(examples), options=given))
+        if self.challengers is not None:
+            self.challengers.shadow(model, examples, given, found, time.perf_counter() - began)
+        return found
 
     def tokenizer(self, model: Model) -> Tokenizer:
         """Return the tokenizer of a model, for its chat template."""
@@ -84,6 +117,15 @@ def describe(folder: str | Path, task: str | None = None, **settings: Any) -> Sp
         find_graph(folder, settings["dtype"])
     runtime = {"runtime": "onnx" if exported else "torch"}  # a server measures nothing: it answers as it did yesterday
     return Spec(folder.resolve().name, str(folder), doing, **{**runtime, **settings})
+
+
+def labels_of(spec: Spec) -> tuple[str, ...]:
+    """Return the labels of a classifier that gives each text one; of others none."""
+    if spec.task != "text-classification":
+        return ()
+    config = read_config(Path(spec.folder))
+    single = config.problem_type in (None, "single_label_classification")
+    return tuple(config.labels) if single and len(config.labels) > 1 else ()
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

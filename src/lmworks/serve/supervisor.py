@@ -51,6 +51,7 @@ class Model:
     facts: dict[str, Any] = field(default_factory=dict)
     problem: LmworksError | None = None  # why it cannot be loaded
     counts: dict[str, float] = field(default_factory=dict)
+    home: Supervisor | None = field(default=None, repr=False)  # whose engine holds it
 
 
 @dataclass
@@ -78,9 +79,12 @@ def wants_processor(pid: int | None) -> bool:
 class Supervisor:
     """One engine, whichever process it is just now."""
 
-    def __init__(self, specs: Sequence[Spec], *, most: int = QUEUE, seconds: float = SECONDS) -> None:
-        self.models = {spec.name: Model(spec) for spec in specs}
-        self.most, self.seconds = most, seconds
+    def __init__(
+        self, specs: Sequence[Spec], *, most: int = QUEUE, seconds: float = SECONDS, nice: int = 0
+    ) -> None:  # fmt: skip
+        """`nice` 1 to 19: the engine gives way to other processes."""
+        self.models = {spec.name: Model(spec, home=self) for spec in specs}
+        self.most, self.seconds, self.nice = most, seconds, nice
         self.tickets: dict[int, Ticket] = {}
         self.numbers = itertools.count(1)
         self.heard = 0.0  # when the engine last gave a sign of life
@@ -104,7 +108,7 @@ class Supervisor:
         here, there = context.Pipe()
         self.pipe = here
         specs = [model.spec for model in self.models.values()]
-        self.process = context.Process(target=main, args=(there, specs), name="lmworks-engine", daemon=True)
+        self.process = context.Process(target=main, args=(there, specs, self.nice), name="lmworks-engine", daemon=True)
         self.process.start()
         there.close()
         self.started, self.heard = time.monotonic(), 0.0

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from lmworks.base.optional import require
 from lmworks.base.report import Cell, Report, Table
 from lmworks.models.families import TASKS, read_config, read_kind
 from lmworks.tasks.registry import find_task
-from lmworks.text.labelled import Labelled
+from lmworks.text.labelled import Labelled, check_labels
 from lmworks.verbs.compress_knobs import Pruning, Quantizing
 from lmworks.verbs.compress_trial import folder_bytes, judge
 from lmworks.verbs.finetune_data import fingerprint, read_data
@@ -68,7 +68,8 @@ def open_source(
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise InputError("an adapter is merged before it is made smaller", where=str(folder),
                          fix=f"lmworks merge {folder} -o MERGED")  # fmt: skip
-    task = find_task(read_kind(read_config(folder)))
+    config = read_config(folder)
+    task = find_task(read_kind(config))
     if data is None:
         if validation is not None:
             raise InputError("--validation is held out beside --data", fix="give --data as well")
@@ -78,6 +79,9 @@ def open_source(
     columns = {"header": True, **columns}
     split = columns.pop("split", None)
     train, held_out = read_data(Path(data), validation, task, split, seed, columns)
+    if train.labels:
+        known = replace(train, labels=config.labels, where=str(folder))
+        train, held_out = check_labels(known, train), check_labels(known, held_out)
     return Source(str(model), folder, task, train, held_out, problem_type(train))
 
 

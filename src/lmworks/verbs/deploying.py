@@ -18,53 +18,72 @@ from lmworks.export.receipt import write_receipt
 
 MIB = 2**20
 SECRET = "api-keys"  # the volume of --secret, and where its file `keys` is mounted
+KEPT = """    command: ["--feedback", "/feedback/feedback.db"]
+    volumes: ["./feedback:/feedback"]  # mkdir feedback && sudo chown 10001 feedback
+"""
+EGRESS = """
+    - ports:  # PostgreSQL, and the names of machines
+        - {port: 5432, protocol: TCP}
+        - {port: 53, protocol: UDP}
+        - {port: 53, protocol: TCP}"""
+RAY = "ray[serve]==2.60.0"  # that the application was tried with
 Values = dict[str, str]
 
 
 def deploy_docker(
     model: str | Path, out: str | Path, *, dtype: str = "auto", name: str | None = None, port: int = 8000,
-    overwrite: bool = False,
+    feedback: bool = False, overwrite: bool = False,
 ) -> Report:  # fmt: skip
     """Write the build folder of an image that serves a model, without torch, as a user without rights.
 
-    `out` gets Dockerfile, compose.yaml, requirements.txt with the versions installed here, lmworks' own wheel, and the
-    model. Raises InputError for a model without graphs where torch is not installed, a port or name out of bounds.
+    `out` gets Dockerfile, compose.yaml (feedback, if wanted, is kept in a folder beside it), replicas.yaml and
+    haproxy.cfg for two servers, requirements.txt with the versions installed here, lmworks' own wheel, and the model.
+    Raises InputError for a model without graphs where torch is not installed, a port or name out of bounds.
     """
     check_port(port)
-    return write("docker", model, out, dtype, name, overwrite, lambda folder, values: write_image(folder, values, port))
+
+    def image(folder: Path, values: Values) -> None:
+        write_image(folder, values | {"kept": KEPT if feedback else ""}, port, feedback=feedback)
+
+    return write("docker", model, out, dtype, name, overwrite, image)
 
 
 def deploy_kubernetes(
     model: str | Path, out: str | Path, *, dtype: str = "auto", name: str | None = None, image: str | None = None,
     namespace: str = "models", replicas: int = 2, most: int = 10, cpus: int = 2, port: int = 8000,
-    secret: str | None = None, overwrite: bool = False,
+    secret: str | None = None, feedback: str | None = None, overwrite: bool = False,
 ) -> Report:  # fmt: skip
     """Write manifests for Kustomize, and in `image/` what the image is built from.
 
-    `replicas` to `most` pods of `cpus` processors each; `secret` names a Secret whose `keys` holds API keys.
+    `replicas` to `most` pods of `cpus` processors each; `secret` names a Secret whose `keys` holds API keys, `feedback`
+    one whose `url` (postgresql://USER@HOST/DATABASE) and `password` say where feedback is kept.
     """
     check_port(port)
-    if not 1 <= replicas <= most <= 1000:
-        raise InputError("--replicas and --most do not fit together", found=f"{replicas} and {most}",
-                         expected="1 <= replicas <= most <= 1000")  # fmt: skip
+    check_replicas(replicas, most)
     if not 1 <= cpus <= 256:
         raise InputError("--cpus is out of range", found=str(cpus), expected="1 to 256")
-    for option, given in (("--namespace", namespace), ("--secret", secret)):
+    for option, given in (("--namespace", namespace), ("--secret", secret), ("--feedback", feedback)):
         if given is not None and name_of(Path(), given) != given:
             raise InputError(f"{option} is no name")
 
     def manifests(folder: Path, values: Values) -> None:
         if image is not None:
             values["image"] = image
-        keys = () if secret is None else ("--api-key-file", f"/run/secrets/{SECRET}/keys")
+        words = [] if secret is None else ["--api-key-file", f"/run/secrets/{SECRET}/keys"]
+        words += [] if feedback is None else ["--feedback", "$(LMWORKS_FEEDBACK)"]  # which Kubernetes fills in
+        variables = "".join(
+            f"            - {{name: {name}, valueFrom: {{secretKeyRef: {{name: {feedback}, key: {key}}}}}}}\n"
+            for name, key in (("LMWORKS_FEEDBACK", "url"), ("PGPASSWORD", "password"))
+        )
         mount = f"            - {{name: {SECRET}, mountPath: /run/secrets/{SECRET}, readOnly: true}}\n"
         volume = f"        - name: {SECRET}\n          secret: {{secretName: {secret}, defaultMode: 0444}}\n"
         values |= {
             "namespace": namespace, "replicas": str(replicas), "most": str(most), "cpus": str(cpus),
-            "arguments": ", ".join(json.dumps(word) for word in keys), "mounts": mount if secret else "",
-            "volumes": volume.rstrip("\n") if secret else "",
+            "arguments": ", ".join(json.dumps(word) for word in words), "mounts": mount if secret else "",
+            "volumes": volume.rstrip("\n") if secret else "", "egress": EGRESS if feedback else " []",
+            "environment": f"          env:\n{variables}" if feedback else "", "kept": "",
         }  # fmt: skip
-        write_image(folder / "image", values, port)
+        write_image(folder / "image", values, port, feedback=feedback is not None)
         (folder / "model").rename(folder / "image" / "model")
         fill("kubernetes", folder, values)
 
@@ -81,6 +100,23 @@ def deploy_serverless(
         fill("serverless", folder, values)
 
     return write("serverless", model, out, dtype, name, overwrite, function)
+
+
+def deploy_ray(
+    model: str | Path, out: str | Path, *, dtype: str = "auto", name: str | None = None, replicas: int = 1,
+    most: int = 10, port: int = 8000, overwrite: bool = False,
+) -> Report:  # fmt: skip
+    """Write a Ray Serve application of `replicas` to `most` replicas, its configuration, the model, and the pins."""
+    check_port(port)
+    check_replicas(replicas, most)
+
+    def application(folder: Path, values: Values) -> None:
+        add_package(folder, values, "text", "onnx")
+        with (folder / "requirements.txt").open("a") as file:
+            file.write(f"{RAY}\n")
+        fill("ray", folder, values | {"replicas": str(replicas), "most": str(most), "port": str(port)})
+
+    return write("ray", model, out, dtype, name, overwrite, application)
 
 
 def write(
@@ -109,11 +145,11 @@ def write(
     return Report(f"{out}: {named} for {kind}", facts, notes=notes)
 
 
-def write_image(folder: Path, values: Values, port: int) -> None:
+def write_image(folder: Path, values: Values, port: int, *, feedback: bool) -> None:
     """Write what an image is built from, but for the model."""
     folder.mkdir(exist_ok=True)
     values["port"] = str(port)
-    add_package(folder, values, "serve")
+    add_package(folder, values, "serve", *(["feedback"] if feedback else []))
     fill("docker", folder, values)
 
 
@@ -121,6 +157,13 @@ def add_package(folder: Path, values: Values, *extras: str) -> None:
     """Write lmworks' wheel, and the versions of what it needs."""
     values["wheel"] = write_wheel(folder).name
     write_text(folder / "requirements.txt", "\n".join([*pin(*extras), ""]))
+
+
+def check_replicas(replicas: int, most: int) -> None:
+    """Raise InputError for numbers of replicas that cannot be."""
+    if not 1 <= replicas <= most <= 1000:
+        raise InputError("--replicas and --most do not fit together", found=f"{replicas} and {most}",
+                         expected="1 <= replicas <= most <= 1000")  # fmt: skip
 
 
 def check_port(port: int) -> None:

@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -244,6 +245,28 @@ def copy_feedback(source: str | Path, target: str | Path) -> Report:
     shown_rows = tuple((shown, copied[name], held[name]) for name, shown in names.items())
     tables = (Table("Rows", ("what", "copied", "in the other database now"), shown_rows),)
     return Report(f"{one.name} → {two.name}", values, tables=tables, notes=notes)
+
+
+def forget_feedback(url: str | Path, before: str, *, decided: bool = False) -> Report:
+    """Delete answers asked before a day (UTC) that nobody spoke of, with `decided` also feedback that was decided.
+
+    Feedback that waits for a decision stays, and so does its answer. Raises InputError for no day, or one to come.
+    """
+    from lmworks.serve.feedback import ANSWERS, FEEDBACK
+
+    try:
+        day = datetime.fromisoformat(before)
+    except ValueError:
+        raise InputError("this is no day", found=before, expected="such as 2026-10-31") from None
+    day = day if day.tzinfo else day.replace(tzinfo=UTC)
+    if day > datetime.now(UTC):
+        raise InputError("this day is still to come", found=before, expected="a day that is past")
+    with opened(url) as store:
+        gone = store.forget(day.timestamp(), decided=decided, most=PART)
+        values = {"store": store.name, "before": day.isoformat(), "answers": gone[ANSWERS.name],
+                  "feedback": gone[FEEDBACK.name]}  # fmt: skip
+    what = f"{counted(gone[ANSWERS.name], 'answer')} and {gone[FEEDBACK.name]:,} of feedback forgotten"
+    return Report(f"{store.name}: {what}", values)
 
 
 def compare(row: Row, there: Row | None, name: str) -> None:

@@ -54,13 +54,13 @@ def check_monitor(
     return make_report(values)
 
 
-def ask(url: str, body: Any = None, *, key: str | None = None) -> dict[str, Any]:
+def ask(url: str, body: Any = None, *, key: str | None = None, seconds: float = SECONDS) -> dict[str, Any]:
     """Return the JSON that a server answers. Raises InputError with what it says."""
     headers = {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
     data = None if body is None else json.dumps(body).encode()
     try:
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with direct.open(urllib.request.Request(url, data, headers), timeout=SECONDS) as answer:
+        with direct.open(urllib.request.Request(url, data, headers), timeout=seconds) as answer:
             found = json.load(answer)
     except urllib.error.HTTPError as error:
         said = error.read(2000).decode("utf-8", "replace")

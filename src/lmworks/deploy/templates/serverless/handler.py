@@ -4,4 +4,4 @@ from pathlib import Path
 
 from lmworks.deploy.function import make_handler
 
-handler = make_handler(Path(__file__).parent / "model", dtype="$dtype")
+handler = make_handler(Path(__file__).parent / "model", dtype="$dtype", name="$name")
