@@ -350,7 +350,7 @@ def test_an_engine_that_is_killed_during_a_switch(one: Running, texts: list[str]
     with Clients(one, texts) as clients:  # the one that is to take over dies while it is loaded
         switching = threading.Thread(target=lambda: answers.append(admin(one, "/switch")))
         switching.start()
-        until(lambda: engines[-1] is not before and hasattr(engines[-1], "process"))
+        until(lambda: engines[-1] is not before and hasattr(engines[-1], "process") and engines[-1].process.pid)
         os.kill(engines[-1].process.pid, signal.SIGKILL)
         switching.join(60)
     assert answers[0].status_code == 400 and "cannot be loaded" in answers[0].text
