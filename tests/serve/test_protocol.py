@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import httpx
 import pytest
@@ -196,13 +197,35 @@ def test_while_the_engine_is_away_nobody_is_read(narrow: Running) -> None:
     assert narrow.post("/tokenize", {"inputs": "a"}).status_code == 200
 
 
-def test_an_answer_comes_in_one_piece(narrow: Running) -> None:
+def test_an_answer_comes_in_one_piece(narrow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that is killed has sent all of it or nothing: a proxy may ask another one, half an answer is lost."""
+    sent: list[bytes] = []
+
+    class Noted:
+        """The true transport, and what it was given at once."""
+
+        def __init__(self, transport: Any) -> None:
+            self.transport = transport
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.transport, name)
+
+        def write(self, data: bytes) -> None:
+            sent.append(data)
+            self.transport.write(data)
+
+        def writelines(self, parts: tuple[bytes, ...]) -> None:
+            self.write(b"".join(parts))
+
+    joined = protocol.Joined
+    monkeypatch.setattr(protocol, "Joined", lambda transport, loop: joined(Noted(transport), loop))
     with connect(narrow) as wire:
-        for _ in range(200):
+        for _ in range(20):
             wire.sendall(LIVE)
-            head, blank, body = wire.recv(65536).partition(b"\r\n\r\n")
-            assert head.startswith(b"HTTP/1.1 200") and blank and json.loads(body) == {"status": "live"}
+            assert wire.recv(65536).startswith(b"HTTP/1.1 200")
+    assert len(sent) == 20
+    for answer in sent:
+        assert json.loads(answer.partition(b"\r\n\r\n")[2]) == {"status": "live"}
 
 
 class Told:
