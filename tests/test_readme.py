@@ -85,7 +85,6 @@ def test_command(line: str, place: Path) -> None:
         assert "It snows." in out.splitlines()[0]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_fine_tuning(place: Path, data_folder: Path) -> None:
     """Real sentences, real weights: better than the majority; the merged adapter answers like the adapter."""
