@@ -19,8 +19,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from encode import copy_tokenizer
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
 # tokenizers asks for huggingface_hub: only flavors without texts lack what could reach a network
 NETWORK = "huggingface_hub httpx httpcore requests urllib3 aiohttp websockets anyio".split()
 SERVER, GRAPHS, TEXTS = ["fastapi", "uvicorn"], ["onnx", "onnxruntime"], ["tokenizers", "regex"]
@@ -187,7 +188,6 @@ def make_models(place: Path) -> Path:
     """Write the wheel, and a small classifier, its pickle, its graph, a classifier of pictures and a decoder."""
     import torch
     import transformers
-    from minilm_heads import MINILM
     from PIL import Image
 
     from lmworks.deploy import wheel
@@ -199,7 +199,7 @@ def make_models(place: Path) -> Path:
     sizes: dict[str, Any] = {**body, "num_labels": 3}
     model = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes)).eval()
     model.save_pretrained(place / "classifier")
-    transformers.AutoTokenizer.from_pretrained(MINILM).save_pretrained(place / "classifier")
+    copy_tokenizer(place / "classifier")
     export_graphs(place / "classifier", place / "graph", dtypes=["fp32"])
     (place / "classifier-pickled").mkdir()
     torch.save(model.state_dict(), place / "classifier-pickled" / "pytorch_model.bin")
