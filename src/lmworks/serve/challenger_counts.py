@@ -7,7 +7,6 @@ lmworks_shadow_out_of_domain_total{model, version}                        texts 
 
 from __future__ import annotations
 
-import math
 from collections import Counter as Numbers
 from collections import deque
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from lmworks.base.optional import require
 from lmworks.evaluation.monitor import Seen
+from lmworks.serve.loadtest import percentiles
 
 require("prometheus_client", extra="serve")
 from prometheus_client import CollectorRegistry, Counter, Histogram  # noqa: E402
@@ -42,16 +42,10 @@ class Tally:
         return {
             "texts": compared, **{name: self.numbers[name] for name in RESULTS},
             "agreement": self.numbers["agrees"] / compared if compared else None,
-            "seconds": {name: {"p50": quantile(times, 0.5), "p95": quantile(times, 0.95)}
-                        for name, times in self.seconds.items()},
+            "seconds": {name: percentiles(times) for name, times in self.seconds.items()},
             "out_of_domain": {name: self.strange[name] / self.judged[name] if self.judged[name] else None
                               for name in VERSIONS},
         }  # fmt: skip
-
-
-def quantile(values: Sequence[float], share: float) -> float | None:
-    """Return the nearest-rank quantile, None of nothing."""
-    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)] if values else None
 
 
 def read(answer: Any) -> tuple[str, bool | None]:

@@ -34,8 +34,8 @@ def challenge(
         seen = one["shadow"]
         if seen["texts"] or seen["dropped"] or seen["failed"]:
             for which in ("current", "challenger"):
-                times = seen["seconds"][which]
-                shadows.append((name, which, times["p50"], times["p95"], seen["out_of_domain"][which]))
+                times = seen["seconds"][which] or {}
+                shadows.append((name, which, times.get("p50"), times.get("p95"), seen["out_of_domain"][which]))
     tables = [Table("Versions", ("model", "answers", "beside it", "", "share"), tuple(rows))]
     if shadows:
         tables.append(Table("In the shadow", ("model", "", "p50, s", "p95, s", "strange"), tuple(shadows)))
