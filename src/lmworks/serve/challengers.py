@@ -177,8 +177,7 @@ class Challengers:
             await asyncio.sleep(LOOK)
         if version.engine in self.engines:
             self.engines.remove(version.engine)
-            if hasattr(version.engine, "process"):
-                await version.engine.close()
+            await version.engine.close()
 
     async def open(self) -> None:
         """Start what is current; a challenger is loaded again meanwhile."""
@@ -208,7 +207,7 @@ class Challengers:
         for task in list(self.tasks):
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
-        await asyncio.gather(*(engine.close() for engine in self.engines if hasattr(engine, "process")))
+        await asyncio.gather(*(engine.close() for engine in self.engines))
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Do something meanwhile."""

@@ -276,10 +276,11 @@ class Supervisor:
         raise AssertionError("an answer ends with its last part")
 
     async def close(self) -> None:
-        """End the engine."""
+        """End the engine, if it was started."""
         self.closing = True
-        if self.watching is not None:
-            self.watching.cancel()
+        if self.watching is None:
+            return
+        self.watching.cancel()
         self.say(("end",))
         self.outbox.put(None)
         await asyncio.to_thread(self.process.join, 2)
