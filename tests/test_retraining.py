@@ -331,8 +331,13 @@ def test_a_run_that_is_stopped_goes_on_and_one_that_loses_says_so(
     keep(tmp_path / "feedback.db", [(text, TOPICS[i % 4]) for i, text in enumerate(texts[20:])])  # most of it is wrong
     knobs = {"tuning": retraining.Tuning(epochs=2, lr=1e-3, batch_size=8)}
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(retraining, "fit_monitor", stop)
+        patch.setattr(retraining, "write_state", stop)
         retrain(*given, **words, **knobs, force=True)  # type: ignore[arg-type]
+    assert not read_state(tmp_path / "pool", "news").holding
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(retraining, "fit_monitor", stop)
+        retrain(*given, **words, **knobs, resume=True)  # type: ignore[arg-type]  # it had been told to train
+    assert read_state(tmp_path / "pool", "news").holding
     assert not (tmp_path / "pool/worse").exists()
     with pytest.raises(InputError, match="interrupted retraining"):
         retrain(*given, **words, **knobs, force=True)  # type: ignore[arg-type]

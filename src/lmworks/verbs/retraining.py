@@ -63,8 +63,10 @@ def retrain(
             write_state(out.parent, model, state)
             return Report(f"{model}: {values['verdict']}", values, notes=told(values, rule))
         values |= write_texts(work, folder, train, held, feedback, model, columns)
-        write_state(out.parent, model, state)
         write_json(work / "begun.json", {"model": model, "values": values})
+    fired = State(**values["trigger"])
+    if (read_state(out.parent, model).fired or 0) < (fired.fired or 0):  # also where a run ended before it was written
+        write_state(out.parent, model, fired)
     if not (work / "weights").is_dir():
         finetune(folder, work / "known.jsonl", work / "weights", tuning=tuning,
                  resume=(work / "weights.partial").is_dir())  # fmt: skip
