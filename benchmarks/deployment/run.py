@@ -174,8 +174,8 @@ def main() -> None:
 TEXT = """# One model in four places
 
 A fine-tuned MiniLM (6 layers, 22.7 million numbers, two labels) on {day}: {processor},
-onnxruntime {onnxruntime}. Others used the machine as well (load average {load:.1f}): **compare rows with each other,
-not with your machine**. Made by `python benchmarks/deployment/run.py CHECKPOINT TEXTS`.
+onnxruntime {onnxruntime}, load average {load:.1f} before the start: **compare rows with each other, not with your
+machine**. Made by `python benchmarks/deployment/run.py CHECKPOINT TEXTS`.
 
 {table}
 
