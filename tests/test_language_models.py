@@ -97,6 +97,10 @@ def test_the_dial_knows_the_networks() -> None:
     assert (lstm.layers, lstm.embedding_size, lstm.heads, lstm.dtype) == (2, 24, None, "fp32")
     assert settings("feedforward").window == 8
     assert Settings().resolve(10**6).heads == 3
+    widths = {64: 1, 128: 2, 100: 2, 192: 3, 24: 1, 4096: 64}
+    assert {w: Settings(hidden_size=w).resolve(10**6).heads for w in widths} == widths
+    with pytest.raises(InputError, match="even multiple of --heads"):
+        Settings(hidden_size=65).resolve(10**6)
     book = make_network(Settings(arch="lstm", hidden_size=100, embedding_size=50, layers=1, context=16), vocab_size=20)
     numbers = sum(p.numel() for p in CausalLM(book).parameters())
     assert numbers == 20 * 50 + 4 * 100 * (50 + 100 + 2) + 20 * 100

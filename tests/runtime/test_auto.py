@@ -112,6 +112,9 @@ def test_a_new_head_must_be_asked_for(tmp_path: Path) -> None:
     reference = save(tmp_path, "BertModel")
     with pytest.raises(InputError, match="no head for TokenClassification"):
         lmworks.AutoModelForTokenClassification.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no head for SequenceClassification") as caught:  # MiniLM has its pooler
+        lmworks.AutoModelForSequenceClassification.from_pretrained(MINILM)
+    assert f"lmworks finetune {MINILM} DATA" in caught.value.fix
     names = ["O", "B-PER", "I-PER"]
     model = lmworks.AutoModelForTokenClassification.from_pretrained(tmp_path, new_head=True, labels=names)
     assert model.config.labels == tuple(names)

@@ -164,7 +164,7 @@ def wrong_head(model: Model, where: str | Path, stated: str) -> InputError:
         where=str(where),
         found=architecture(c.model_type, stated),
         expected=architecture(c.model_type, model.kind),
-        fix="use it for its own task, or ask for a new head and train it",
+        fix=f"use it for its own task, or train a head for this one: lmworks finetune {where} DATA --task …",
     )
 
 
@@ -293,7 +293,7 @@ def from_hf(file: State, model: Model, *, where: str = "", new_head: bool = Fals
         if twin in given and original in state and not torch.equal(file[given[twin]], state[original]):
             problems.append(f"{given[twin]} differs from its twin although they are one tensor (tie_word_embeddings)")
     problems += [f"unused: {key}" for bare, key in given.items() if not is_known(bare, model)]
-    if of_head and of_head <= set(absent) and len(problems) == len(absent):
+    if absent and of_head.issuperset(absent) and len(problems) == len(absent):  # a body alone; its pooler may be there
         stated = read_kind(model.config)
         if stated != model.kind:
             raise wrong_head(model, where, stated)

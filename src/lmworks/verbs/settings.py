@@ -53,7 +53,7 @@ class Settings:
     layers
         Blocks of a Transformer, or layers of what came before it.
     heads
-        Attention heads.
+        Attention heads; by default of 64 numbers each, or as near to it as hidden_size allows.
     context
         Tokens the model sees at once.
     batch_size
@@ -150,6 +150,8 @@ class Settings:
             chosen["family"] = "modernbert" if self.is_masked else "llama"
         chosen["vocab_size"] = max(512, min(cap, corpus_bytes // 500 // 64 * 64))
         given = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.arch == "transformer" and self.hidden_size:
+            chosen["heads"] = count_heads(self.hidden_size)
         full = {**chosen, **given}
         if self.arch != "transformer" and self.dtype == "auto":
             full["dtype"] = "fp32"  # a state is summed over hundreds of steps
@@ -225,6 +227,12 @@ class Settings:
             if name not in names:
                 raise InputError(f"unknown setting {name}", fix=did_you_mean(name, names).strip() or "remove it")
         return replace(Settings(), **values)
+
+
+def count_heads(hidden_size: int) -> int:
+    """Return how many heads of an even width divide hidden_size into parts of nearly 64; 1 where none do."""
+    fitting = [heads for heads in range(1, 257) if hidden_size % (2 * heads) == 0]
+    return min(fitting, key=lambda heads: abs(hidden_size / heads - 64), default=1)
 
 
 SIZES: dict[str, dict[str, Any]] = {
