@@ -2,7 +2,7 @@
 
     play                one script with the named commands; it needs nothing but Python
     examples/*.py       one file each, to be read and changed
-    requirements.txt    this version of lmworks, and wheels/, which has it
+    requirements.txt    the versions of lmworks and torch that made it; wheels/ has lmworks itself
     Dockerfile          where the commands are to run in a container
 
 Nothing is written outside the new folder, and nothing is downloaded.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from string import Template
 
@@ -81,7 +82,15 @@ def on_terminal(question: str) -> str:
 def write_file(source: Path, path: Path, name: str, engine: str) -> None:
     """Write a file of the template, filled in; the script may be run."""
     path.parent.mkdir(exist_ok=True)
-    values = {"name": name, "engine": engine, "version": __version__}
+    values = {"name": name, "engine": engine, "version": __version__, "pins": find_pins()}
     write_text(path, Template(source.read_text("utf-8")).substitute(values))
     if path.name == "play":
         path.chmod(0o755)
+
+
+def find_pins() -> str:
+    """Return the line of requirements for the torch that is installed, without its build (+cpu), or ""."""
+    try:
+        return f"torch=={version('torch').partition('+')[0]}\n"
+    except PackageNotFoundError:
+        return ""
