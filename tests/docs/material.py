@@ -9,11 +9,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import transformers
 from minilm_heads import MINILM, make_head
+from monitored import make_news_classifier, news, write_table
 from PIL import Image
 
 EXAMPLES = Path(__file__).parents[2] / "docs/examples"
@@ -35,6 +38,26 @@ def reviews(first: int, last: int, *, named: bool = False) -> Maker:
             csv.writer(file).writerows([("text", "label"), *rows])
 
     return write
+
+
+def some_news(old: tuple[int, int], new: tuple[int, int]) -> Maker:
+    """Make a table of news: of World, Sports and Business so many, and of Sci/Tech; one of each in turn."""
+
+    def write(place: Path, data: Path, environment: dict[str, str]) -> None:
+        rows = [row for row in dict(news(data)).items() if len(row[0]) < 200]
+        parts = [[row for row in rows if (row[1] == "Sci/Tech") is late] for late in (False, True)]
+        pairs = zip_longest(parts[0][slice(*old)], parts[1][slice(*new)])
+        write_table(place, [row for pair in pairs for row in pair if row])
+
+    return write
+
+
+def encoder(place: Path, data: Path, environment: dict[str, str]) -> None:
+    """Save MiniLM's word vectors under one layer that has learnt nothing."""
+    with TemporaryDirectory() as folder:
+        made = make_news_classifier(data, Path(folder) / "news")
+        transformers.AutoModel.from_pretrained(made).save_pretrained(place)
+        transformers.AutoTokenizer.from_pretrained(made).save_pretrained(place)
 
 
 def head(task: str) -> Maker:
@@ -197,6 +220,15 @@ MAKERS: dict[str, Maker] = {
     "my_graph": by("lmworks export my_model --to onnx", "my_model"),
     "classifier_graph": by("lmworks export my_classifier --to onnx", "my_classifier"),
     "classifier_int8": by("lmworks export my_classifier --to onnx --dtype int8", "my_classifier"),
+    "encoder": encoder,
+    "train.csv": some_news((0, 400), (0, 6)),
+    "held_news.csv": some_news((400, 700), (6, 12)),
+    "yesterday.csv": some_news((700, 900), (0, 0)),
+    "week.csv": some_news((900, 960), (20, 260)),
+    "today.csv": some_news((1000, 1150), (300, 450)),
+    "news_weights": by("lmworks finetune encoder train.csv --task text-classification --epochs 3 --lr 3e-3 "
+                       "--dtype fp32 --seed 1", "encoder", "train.csv"),
+    "news": by("lmworks export news_weights --to onnx --dtype fp32", "news_weights"),
     "faq.txt": lambda place, data, environment: place.write_text("It snows.\nThe shop opens at nine.\n"),
 }  # fmt: skip
 COMMANDS = {name: COMMAND_OF[maker] for name, maker in MAKERS.items() if maker in COMMAND_OF}

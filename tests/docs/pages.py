@@ -6,8 +6,11 @@ test are comments before a block, which no reader sees:
     <!-- run: no REASON -->       it cannot run here, and why
     <!-- run: file NAME -->       it is the content of a file
     <!-- run: exit N -->          it ends with this exit code, and prints on standard error too
+    <!-- run: typed KEYS -->      at a terminal, where each question is answered by the next of these letters; the block
+                                  after it is what is seen there
     <!-- run: made NAME -->       it made the folder NAME, which pages share (tests/docs/material.py)
-    <!-- run: server -->          it goes on in the background; port 8000 stands for any free one
+    <!-- run: server -->          it goes on in the background; port 8000 stands for any free one, db.internal for a
+                                  PostgreSQL that the test started
     <!-- run: unlike REASON -->   what it prints is not the same each time
     <!-- page: needs NAME … -->   models and files that the page takes for granted (tests/docs/material.py);
                                   MODEL=my_model is one under another name
@@ -25,6 +28,7 @@ from markdown_it import MarkdownIt
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 RUN = {"sh", "bash", "python"}
+REMARKS = ("", "no", "file", "exit", "typed", "made", "server", "unlike")
 SHOWN = {"text", "json", "yaml", "toml", "sql", "html", "javascript", "http", "dockerfile", "diff", "jinja"}
 
 
@@ -35,7 +39,7 @@ class Block:
     line: int
     language: str
     text: str
-    remark: str = ""  # "no", "file", "exit", "made", "server", "unlike"
+    remark: str = ""  # one of REMARKS
     value: str = ""
     output: str | None = None
     shown: tuple[int, int] = (0, 0)  # the lines of the output, from one fence to the next
@@ -94,9 +98,8 @@ NUMBER = re.compile(r"\d+\.\d+")
 
 def is_like(printed: str, shown: str) -> bool:
     """Compare line by line: `…` stands for anything, a line of it for any lines, and decimals may differ a little."""
-    want = [line.rstrip() for line in shown.strip("\n").splitlines()]
-    have = [line.rstrip() for line in printed.strip("\n").splitlines()]
-    return rest_is_like(have, want)
+    want, have = ("\n".join(line.rstrip() for line in text.splitlines()).strip("\n") for text in (shown, printed))
+    return rest_is_like(have.splitlines(), want.splitlines())
 
 
 def rest_is_like(have: list[str], want: list[str]) -> bool:

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
 import re
 import socket
 import subprocess
@@ -14,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -21,12 +24,11 @@ from fork_server import CLIENT
 from hub_server import HubServer
 from material import COMMANDS, MAKERS, make
 from minilm_heads import MINILM
-from pages import RUN, SHOWN, Block, Page, all_pages, is_like
+from pages import REMARKS, RUN, SHOWN, Block, Page, all_pages, is_like
 
 PAGES = {page.name: page for page in all_pages()}
 ELSEWHERE = {"docs/tour"}  # tests/test_readme.py runs it, and looks at more than what is printed
-# each is one long story of ids, keys and schedules; tests/test_feedback_verbs.py and tests/serve tell it
-NOT_YET = {"docs/feedback", "docs/retraining"}
+DATABASE = "postgresql://lmworks@db.internal/feedback"  # what pages call a PostgreSQL of the reader's
 SECONDS = 300
 
 
@@ -67,8 +69,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Reader:
     """Somebody who types a page's commands."""
 
-    def __init__(self, page: Page, place: Path, environment: dict[str, str]) -> None:
-        self.page, self.place, self.environment = page, place, environment
+    def __init__(self, page: Page, place: Path, environment: dict[str, str], database: str) -> None:
+        self.page, self.place, self.environment, self.database = page, place, environment, database
         self.server: subprocess.Popen[bytes] | None = None
         self.port = "8000"
         self.pins: list[tuple[tuple[int, int], str]] = []
@@ -97,20 +99,23 @@ class Reader:
 
     def type(self, block: Block, at: str) -> None:
         """Run a block, and compare what it prints."""
-        text = block.text.replace(":8000", f":{self.port}")
+        text = block.text.replace(":8000", f":{self.port}").replace(DATABASE, self.database)
         if block.language == "python":
             (self.place / ".block.py").write_text(text)
             text = "python .block.py"
-        done = subprocess.run(
-            ["bash", "-eo", "pipefail", "-c", text], cwd=self.place, env=self.environment, capture_output=True,
-            text=True, timeout=SECONDS, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+        words = ["bash", "-eo", "pipefail", "-c", text]
+        if block.remark == "typed":
+            done = at_a_terminal(words, block.value, self.place, self.environment)
+        else:
+            done = subprocess.run(words, cwd=self.place, env=self.environment, capture_output=True, text=True,
+                                  timeout=SECONDS, stdin=subprocess.DEVNULL)  # fmt: skip
         expected = int(block.value) if block.remark == "exit" else 0
         said = done.stdout[-2000:] + done.stderr[-4000:]
         assert done.returncode == expected, f"{at} ended with {done.returncode}:\n{said}"
         if block.output is not None:
             printed = done.stdout + (done.stderr if expected else "")
             printed = printed.replace(f":{self.port}", ":8000").replace(str(self.place.parent), "…")
+            printed = printed.replace(self.database, DATABASE)
             if "LMWORKS_PIN" in os.environ and not is_like(printed, block.output):
                 self.pins.append((block.shown, "\n".join(line.rstrip() for line in printed.splitlines())))
                 return
@@ -130,7 +135,7 @@ class Reader:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = str(free.getsockname()[1])
-        command = re.sub(r" --port \d+", "", command) + f" --port {self.port}"
+        command = re.sub(r" --port \d+", "", command).replace(DATABASE, self.database) + f" --port {self.port}"
         real = {**self.environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         with (self.place / ".server.log").open("wb") as log:
             self.server = subprocess.Popen(["bash", "-c", f"exec {command}"], cwd=self.place, env=real, stdout=log,
@@ -154,17 +159,37 @@ class Reader:
         self.server = None
 
 
+def at_a_terminal(words: list[str], keys: str, place: Path, environment: dict[str, str]) -> Any:
+    """Run a command at a terminal of its own, and answer each question (`… ? `) by the next key."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(words, cwd=place, env=environment, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        said, left = b"", list(keys)
+        with contextlib.suppress(OSError):  # the other end is closed
+            while part := os.read(ours, 1 << 16):
+                said += part
+                if said.endswith(b"? ") and left:
+                    os.write(ours, f"{left.pop(0)}\n".encode())
+    os.close(ours)
+    plain = re.sub(r"\x1b\[[\d;]*m", "", said.decode().replace("\r\n", "\n"))
+    return subprocess.CompletedProcess(words, process.returncode, plain, "")
+
+
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "name",
     [
         pytest.param(name, marks=pytest.mark.slow) if page.slow else name
         for name, page in PAGES.items()
-        if name not in NOT_YET | ELSEWHERE and page.blocks
+        if name not in ELSEWHERE and page.blocks
     ],
 )
-def test_page(name: str, programs: Path, hub: str, store: Path, data_folder: Path, tmp_path: Path) -> None:
-    page = PAGES[name]
+def test_page(
+    name: str, programs: Path, hub: str, store: Path, data_folder: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    page, database = PAGES[name], DATABASE
+    if any(DATABASE in block.text for block in page.blocks):
+        database = request.getfixturevalue("postgres").make().url
     environment = {
         **os.environ, "PATH": f"{programs}:{os.environ['PATH']}", "HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0",
         "HF_HOME": str(tmp_path / ".hub"), "LMWORKS_CACHE": str(store / "choices"), "OMP_NUM_THREADS": "1",
@@ -174,7 +199,7 @@ def test_page(name: str, programs: Path, hub: str, store: Path, data_folder: Pat
     place.mkdir()
     for need in page.needs:
         make(need, store, data_folder, place, environment)
-    Reader(page, place, environment).follow()
+    Reader(page, place, environment, database).follow()
 
 
 def test_blocks_are_of_a_known_kind() -> None:
@@ -182,8 +207,8 @@ def test_blocks_are_of_a_known_kind() -> None:
     for page in PAGES.values():
         for block in page.blocks:
             at = f"{page.name}.md:{block.line}"
-            assert block.language in RUN | SHOWN or page.name in NOT_YET, f"{at}: a block in {block.language!r}"
-            assert block.remark in ("", "no", "file", "exit", "made", "server", "unlike"), f"{at}: {block.remark}"
+            assert block.language in RUN | SHOWN, f"{at}: a block in {block.language!r}"
+            assert block.remark in REMARKS, f"{at}: {block.remark}"
             if block.remark == "made":
                 command = " ".join(block.text.replace("\\\n", " ").splitlines()[-1].split())
                 made = COMMANDS[block.value].replace(" minilm ", " sentence-transformers/all-MiniLM-L6-v2 ")
@@ -196,9 +221,9 @@ def test_blocks_are_of_a_known_kind() -> None:
 def test_few_blocks_are_left_out() -> None:
     """Those that need what a test has not: Docker, a cluster, other programs."""
     left_out = [f"{p.name}.md:{b.line}: {b.value}" for p in PAGES.values() for b in p.blocks if b.remark == "no"]
-    print("\n".join(["not run:", *left_out, *sorted(NOT_YET)]))
+    print("\n".join(["not run:", *left_out]))
     run = sum(b.language in RUN and b.remark not in ("no", "file") for p in PAGES.values()
-              for b in p.blocks if p.name not in NOT_YET)  # fmt: skip
+              for b in p.blocks)  # fmt: skip
     assert len(left_out) <= 28 < run / 4
 
 

@@ -65,7 +65,7 @@ def forget(
     url: Url,
     /,
     *,
-    before: Annotated[str, Parameter(help="The day (UTC), as 2026-10-31; what is younger stays.")],
+    before: Annotated[str, Parameter(help="The day or time (UTC), as 2026-10-31; what is younger stays.")],
     all: Annotated[
         bool, Parameter(help="Accepted and rejected feedback as well; what nobody decided stays.", negative="")
     ] = False,

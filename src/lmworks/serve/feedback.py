@@ -98,7 +98,7 @@ class Store:
     def __init__(self, place: str | Path, *, create: bool = False, seconds: float | None = None) -> None:
         """`seconds` bounds what a statement may take. Raises InputError for a database that cannot be opened."""
         self.url = read_url(place)
-        self.name = self.url.render_as_string(hide_password=True)
+        self.name = self.url.set(drivername=self.url.get_backend_name()).render_as_string(hide_password=True)
         self.file = Path(str(self.url.database)) if self.url.get_backend_name() == "sqlite" else None
         self.create, self.identity = create, None if self.file is None else identity_of(self.file)
         if self.file is not None and self.identity is None and not create:

@@ -51,7 +51,9 @@ def list_feedback(url: str | Path, *, model: str | None = None) -> Report:
              for state in ("new", "accepted", "rejected")}  # fmt: skip
     values = {"store": store.name, **total, "counts": counts, "waiting": waiting}
     columns = ("model", "label", "state", "count", "agree")
-    tables = [Table("Feedback", columns, tuple(tuple(row[name] for name in columns) for row in counts))]
+    tables = []
+    if counts:
+        tables.append(Table("Feedback", columns, tuple(tuple(row[name] for name in columns) for row in counts)))
     if waiting:
         rows = tuple((row["id"], row["model"], short(row), row["said"], row["label"]) for row in waiting)
         tables.append(Table(f"New, the first {len(rows)}", ("id", "model", "text", "the model said", "feedback"), rows))
@@ -265,7 +267,7 @@ def forget_feedback(url: str | Path, before: str, *, decided: bool = False) -> R
         gone = store.forget(day.timestamp(), decided=decided, most=PART)
         values = {"store": store.name, "before": day.isoformat(), "answers": gone[ANSWERS.name],
                   "feedback": gone[FEEDBACK.name]}  # fmt: skip
-    what = f"{counted(gone[ANSWERS.name], 'answer')} and {gone[FEEDBACK.name]:,} of feedback forgotten"
+    what = f"{counted(gone[ANSWERS.name], 'answer')} and {counted(gone[FEEDBACK.name], 'piece')} of feedback forgotten"
     return Report(f"{store.name}: {what}", values)
 
 

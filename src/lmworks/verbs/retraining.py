@@ -46,7 +46,7 @@ def retrain(
     chance explains (McNemar, p < 0.05). `sample` is a labelled file that the server answers for this check. `resume`
     goes on with a run that was interrupted, without a check. Raises InputError for what cannot be used.
     """
-    out, rule, tuning = Path(out).absolute(), (rule or Rule()).check(), (tuning or Tuning()).check()
+    shown, out, rule, tuning = Path(out), Path(out).absolute(), (rule or Rule()).check(), (tuning or Tuning()).check()
     check_output(out)
     if tuning.method in ADAPTERS:
         raise InputError("a challenger is a whole model", found=f"--method {tuning.method}", expected="full or head")
@@ -72,7 +72,7 @@ def retrain(
                  resume=(work / "weights.partial").is_dir())  # fmt: skip
     values |= make_challenger(work, folder, out, str(model), dtype, tuning.seed)
     shutil.rmtree(work)
-    return make_report(values, out, rule)
+    return make_report(values, shown, rule)
 
 
 def look(
