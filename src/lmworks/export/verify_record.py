@@ -14,7 +14,8 @@ from lmworks.runtime.base import Runtime
 from lmworks.tokens.tokenizer import Tokenizer
 
 WRITES = "text-generation"  # the task of records that name none
-SHORT_ITEMS, SHORT_TOKENS = 2, 4  # of a check on a slow device
+SHORT_TOKENS = 4  # of a check on a slow device
+LONG = 32  # tokens that are read at once, from which the attention of onnxruntime-web's WebGPU is another one
 Cell = dict[str, Any]
 Given = dict[str, Any]  # what came back from JavaScript for one dtype: answers, texts, or error
 
@@ -49,11 +50,13 @@ class Record:
         return {"task": self.task, **{name: self.values[name] for name in (*names, "texts")}}
 
     def shorten(self) -> Record:
-        """Return the same record with little to do."""
-        if not self.writes:
-            return replace(self, values={**self.values, "items": self.values["items"][:SHORT_ITEMS], "texts": []})
-        prompts = [{**p, "tokens": p["tokens"][:SHORT_TOKENS]} for p in self.values["prompts"][:SHORT_ITEMS]]
-        return replace(self, values={**self.values, "prompts": prompts, "texts": []})
+        """Return the same record with little to do: the first of it, and the first of the rest that is long."""
+        name = "prompts" if self.writes else "items"
+        first, *rest = self.values[name]
+        few = [first, *([one for one in rest if len(one.get("ids", ())) >= LONG] or rest)[:1]]
+        if self.writes:
+            few = [{**prompt, "tokens": prompt["tokens"][:SHORT_TOKENS]} for prompt in few]
+        return replace(self, values={**self.values, name: few, "texts": []})
 
     def run(self, runtime: Runtime, dtype: str) -> Cell:
         """Ask a Python runtime, of a model that writes its cache included, and judge what it gives."""
