@@ -76,6 +76,7 @@ def test_transformers_opens_the_folder(built: tuple[Path, dict[str, Any]]) -> No
     theirs, ours = AutoModelForCausalLM.from_pretrained(out), lmworks.AutoModelForCausalLM.from_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
     recorded = json.loads((out / "selftest.json").read_text())["prompts"]
+    assert max(len(prompt["ids"]) for prompt in recorded) == 32  # half of the context, and so many are read otherwise
     for prompt in recorded:
         ids = tokenizer(prompt["text"])["input_ids"]
         assert ids == prompt["ids"]

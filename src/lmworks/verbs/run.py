@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 FIXED_BYTES = 60_000_000  # the page's library and WASM, reports
 RUN_FILE = "run.json"  # the settings and the corpus of a run, checked on resume
+LONG_PROMPT = 48  # tokens of the self-test's long prompt, where there is room
 FRAME = "[CLS],[SEP],[MASK]"  # special tokens of a model that reads both sides
 DISK_FACTOR = 44  # bytes on disk for one parameter: weights, two checkpoints with optimizer, graphs
 
@@ -278,7 +279,10 @@ def sample(runtime: Runtime, tokenizer: Tokenizer, corpus: Corpus, settings: Set
 
 
 def make_prompts(corpus: Corpus, tokenizer: Tokenizer, longest: int, *, count: int) -> list[str]:
-    """Return `count` beginnings of different held-out lines, of at most `longest` tokens."""
+    """Return `count` beginnings of different held-out lines, of at most `longest` tokens; the second is a long one.
+
+    From 32 tokens on a graphics card reads a prompt in another way.
+    """
     lines = [line.strip() for document in corpus.validation for line in document.text.splitlines()]
     lines = [line for line in dict.fromkeys(lines) if len(line) >= 12]
     lines = lines or [corpus.validation[0].text.strip() or corpus.train[0].text.strip()]
@@ -286,7 +290,9 @@ def make_prompts(corpus: Corpus, tokenizer: Tokenizer, longest: int, *, count: i
     prompts = []
     for i in range(count):
         line = lines[i * step % len(lines)]
-        ids = tokenizer.encode(line)[: max(1, min(12 + i % 5, longest))]
+        if i == 1:
+            line = "\n".join(lines[i * step % len(lines) :][:LONG_PROMPT])  # a line has one token and more
+        ids = tokenizer.encode(line)[: max(1, min(LONG_PROMPT if i == 1 else 12 + i % 5, longest))]
         prompts.append(tokenizer.decode(ids).rstrip("\ufffd") or line[:8])
     return prompts
 
