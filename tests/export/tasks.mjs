@@ -1,5 +1,7 @@
 // Ask the page's engine (web/tasks.js) in Node. One JSON object in on stdin, one out on stdout:
-// { modules, jobs: [{ folder, task, dtype, calls: [{ input, options }] }] } -> [[answer | { error, name }]]
+// { modules, jobs: [{ folder, task, dtype, calls: [{ input, options, choice }] }] } -> [[answer | { error, name }]]; with a
+// `choice` the answer is where the tokens look
+// { modules, folder, layers: [heads, …] } -> what a graph is asked, and made of it, whose n-th layer gives n + 1 everywhere
 // { modules, folders: [{ folder, texts, pairs, windows: [[before, text, length, overlap]] }] } -> [{ texts, pairs, windows, decoded }]
 // { modules, pictures: [{ image, steps }] } -> [[number of pixel_values]]
 // { modules, comparisons: [[task, answers, items, options]] } -> [what compareTask says]
@@ -31,10 +33,43 @@ async function runJobs() {
     const session = { intraOpNumThreads: 1, interOpNumThreads: 1 };
     const model = await openTask(library, folder, { task, dtype, device: "cpu", session });
     const answers = [];
-    for (const { input, options } of calls) answers.push(await tryTo(() => model.run(input, options)));
+    for (const { input, options, choice } of calls) {
+      answers.push(await tryTo(() => (choice ? attend(model, input, options, choice) : model.run(input, options))));
+    }
     found.push(answers);
   }
   return found;
+}
+
+async function attend(model, ...asked) {
+  const found = await model.attend(...asked);
+  return { ...found, weights: Array.from(found.weights) };
+}
+
+// A graph that only says how often, and for what, it is asked.
+async function attendLayers() {
+  const { openTask } = await load("tasks");
+  const groups = [];
+  const session = {
+    inputNames: ["input_ids"],
+    outputNames: ["last_hidden_state", ...work.layers.map((_, i) => `attentions.${i}`)],
+    async run({ input_ids }, names) {
+      const size = input_ids.dims[1];
+      if (names.join() === "last_hidden_state") return { last_hidden_state: { dims: [1, size, 1], getData: async () => new Float32Array(size) } };
+      groups.push(names.length);
+      const make = (name) => {
+        const i = Number(name.split(".")[1]);
+        const dims = [1, work.layers[i], size, size];
+        return { dims, getData: async () => new Float32Array(work.layers[i] * size * size).fill(i + 1) };
+      };
+      return Object.fromEntries(names.map((name) => [name, make(name)]));
+    },
+  };
+  const fake = { ...library, PreTrainedModel: { from_pretrained: async () => ({ sessions: { model: session } }) } };
+  const model = await openTask(fake, work.folder, { task: "feature-extraction", dtype: "fp32", device: "cpu" });
+  await model.run({ texts: ["a"] });
+  const { heads, weights, tokens } = await model.attend({ texts: ["a ".repeat(2000)] }, { long: "truncate" });
+  return { groups, heads, tokens: tokens.length, weights: [...new Set(weights)], length: weights.length };
 }
 
 async function encode() {
@@ -72,6 +107,6 @@ async function converse() {
     tryTo(() => ({ text: renderChat(tokenizer, messages, how), ...engine.converse(messages, how) }))));
 }
 
-const run = work.chats ? converse : work.jobs ? runJobs : work.folders ? encode : work.pictures ? preparePictures : compareAll;
+const run = work.chats ? converse : work.layers ? attendLayers : work.jobs ? runJobs : work.folders ? encode : work.pictures ? preparePictures : compareAll;
 const result = await run().catch((error) => ({ error: error?.stack ?? String(error) }));
 process.stdout.write(JSON.stringify(result), () => process.exit(0));

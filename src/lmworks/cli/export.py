@@ -43,6 +43,14 @@ def export(
     single_file: Annotated[
         bool, Parameter(help="web: also write page.html, the whole page in one file that opens from disk.", negative="")
     ] = False,
+    attentions: Annotated[
+        bool,
+        Parameter(
+            help="onnx and web: the graphs of an encoder also give out where each layer looks (attentions.0 and so "
+            "on), and the page shows it.",
+            negative="",
+        ),
+    ] = False,
     overwrite: Overwrite = False,
     revision: Revision = None,
     json: Json = False,
@@ -56,7 +64,10 @@ def export(
 
     folder = find_folder(model, revision=revision)
     if to in ("hf", "gguf"):
-        given = {"--external": external, "--data": data is not None, "--single-file": single_file}
+        given = {
+            "--external": external, "--data": data is not None, "--single-file": single_file,
+            "--attentions": attentions,
+        }  # fmt: skip
         if any(given.values()):
             found = " ".join(name for name, value in given.items() if value)
             raise InputError("this option is for graphs and pages", found=found, fix="add --to onnx or --to web")
@@ -74,6 +85,6 @@ def export(
     dtypes = [name.strip() for name in (dtype or "fp32,int8").split(",")]
     report = export_graphs(
         folder, out, to=to, dtypes=dtypes, external=external or None, data=data, single_file=single_file,
-        overwrite=overwrite,
+        attentions=attentions, overwrite=overwrite,
     )  # fmt: skip
     return show(report, json=json)

@@ -16,7 +16,7 @@ from lmworks.compress.rounding import Precision
 from lmworks.export.arithmetic import ARITHMETIC
 from lmworks.export.emit_decoder import LAST, declare_generation, emit_causal_attention
 from lmworks.export.emit_disentangled import emit_disentangled_attention, emit_neighbour_block, emit_neighbours
-from lmworks.export.emit_encoder import declare_whole, emit_encoder_attention, emit_patch_embeddings
+from lmworks.export.emit_encoder import check_attends, declare_whole, emit_encoder_attention, emit_patch_embeddings
 from lmworks.export.emit_head import declare_outputs, emit_head, finish
 from lmworks.export.emit_recurrent import declare_states, emit_feed_forward, emit_recurrent
 from lmworks.export.graph import Graph
@@ -31,11 +31,14 @@ from lmworks.models.recurrent import Recurrent, Sequential
 from lmworks.models.transformer import PatchEmbeddings, TokenEmbeddings, Transformer
 
 
-def make_graph(model: Model, *, dtype: str = "fp32", precision: Precision | None = None) -> Graph:
+def make_graph(
+    model: Model, *, dtype: str = "fp32", precision: Precision | None = None, attentions: bool = False
+) -> Graph:
     """Return the graph of a model with its head, with the inputs and outputs that transformers.js reads.
 
     A model that writes text goes on from a cache: past_key_values and present. All others read whole sequences.
-    `precision` is what calibration found for this dtype. Raises InputError for what the exporter does not know.
+    `precision` is what calibration found for this dtype. `attentions` adds attentions.0 (B, H, T, T) and so on, one
+    for each layer of an encoder. Raises InputError for what the exporter does not know.
     """
     if model.parts:
         found = ", ".join(sorted({part.code for part in model.parts}))
@@ -44,6 +47,9 @@ def make_graph(model: Model, *, dtype: str = "fp32", precision: Precision | None
     chosen = arithmetic()
     chosen.precision = precision or chosen.precision
     walk = Walk(model, chosen, EMITTERS)
+    if attentions:
+        check_attends(model)
+    walk.attends = attentions
     outputs = declare_outputs(walk)
     if isinstance(model.transformer, Sequential):
         if half or not walk.writes:

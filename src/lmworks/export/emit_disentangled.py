@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from lmworks.export.emit_encoder import declare_weights, split_heads
 from lmworks.export.walk import Stream, Walk
 from lmworks.models.blocks import NeighbourBlock, PostNormBlock
 from lmworks.models.disentangled import DisentangledAttention, Neighbours, RelativeEmbeddings
@@ -26,8 +27,7 @@ def emit_disentangled_attention(
     parts = {}
     for name, turn in turns.items():
         y = walk.affine(getattr(attention, f"{name}_proj"), f"{path}.{name}_proj", x)
-        y = add("Reshape", [y, graph.constant([0, 0, heads, -1])], name=f"{path}.{name}_heads")
-        parts[name] = add("Transpose", [y], name=f"{path}.{name}", perm=turn)
+        parts[name] = split_heads(walk, y, f"{path}.{name}", heads, turn)
     parts["q"] = add("Mul", [parts["q"], graph.number(attention.scale)], name=f"{path}.q_scaled")
     score = add("MatMul", [parts["q"], parts["k"]], name=f"{path}.score")  # (B, H, T, T)
     pk, pq = distances_of(walk, attention, path)
@@ -44,6 +44,8 @@ def emit_disentangled_attention(
         score = add("Add", [score, near], name=f"{path}.p2c_sum")
     score = add("Add", [score, walk.shared["bias"]], name=f"{path}.masked")
     weights = add("Softmax", [score], name=f"{path}.weights", axis=-1)
+    if walk.attends:
+        add("Identity", [weights], name=f"{path}.look", outputs=[declare_weights(walk, heads)])
     mixed = add("MatMul", [weights, parts["v"]], name=f"{path}.mixed")  # (B, H, T, E)
     mixed = add("Transpose", [mixed], name=f"{path}.tokens", perm=[0, 2, 1, 3])
     mixed = add("Reshape", [mixed, graph.constant([0, 0, -1])], name=f"{path}.joined")  # (B, T, H * E)

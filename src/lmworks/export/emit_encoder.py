@@ -13,7 +13,11 @@ from lmworks.export.emit_decoder import HIDDEN, share_causal_mask, share_rope
 from lmworks.export.graph import Shape
 from lmworks.export.walk import Stream, Walk
 from lmworks.models.attention import Attention
+from lmworks.models.heads import Model
+from lmworks.models.recurrent import Sequential
 from lmworks.models.transformer import PatchEmbeddings
+
+ATTENTIONS = "attentions."  # of the outputs, one for each run of a layer; transformers calls the tuple so
 
 
 def declare_whole(walk: Walk) -> str:
@@ -33,6 +37,16 @@ def declare_whole(walk: Walk) -> str:
         walk.shared["bias"] = hide_padding(walk, ids, mask)
     share_positions(walk, mask)
     return ids
+
+
+def check_attends(model: Model) -> None:
+    """Raise InputError for a model whose graph cannot give out where its layers look."""
+    if model.config.causal or isinstance(model.transformer, Sequential):
+        raise InputError(
+            "the graph of this model cannot give its attention", found=model.config.model_type,
+            expected="an encoder: BERT, RoBERTa, XLM-RoBERTa, DistilBERT, ALBERT, ModernBERT, DeBERTa or ViT",
+            fix="export without --attentions",
+        )  # fmt: skip
 
 
 def share_positions(walk: Walk, mask: str) -> None:
@@ -92,13 +106,47 @@ def emit_encoder_attention(walk: Walk, attention: Attention, path: str, x: str, 
         joined = np.concatenate([walk.read(part.bias) for part in parts.values()])
         bias = graph.weight(f"{path}.qkv_proj.bias", joined)
     windowed = local and walk.config.window is not None
-    inputs = [*values, bias, "", share_window(walk) if windowed else walk.shared.get("bias", "")]
+    hidden = share_window(walk) if windowed else walk.shared.get("bias", "")
+    if walk.attends:
+        q = walk.plus(values[0], f"{path}.look.q", attention.q_proj.bias if bias else None)
+        emit_weights(walk, attention, path, q, values[1], hidden)
+    inputs = [*values, bias, "", hidden]
     while not inputs[-1]:
         inputs.pop()
     return graph.add(
         "com.microsoft.MultiHeadAttention", inputs, name=path, num_heads=attention.heads,
         scale=attention.head_dim**-0.5,
     )  # fmt: skip
+
+
+def emit_weights(walk: Walk, attention: Attention, path: str, q: str, k: str, hidden: str) -> None:
+    """Give out softmax(q k^T / sqrt(E)) (B, H, T, T) beside the node that computes it and keeps it.
+
+    `q` and `k` are (B, T, H * E). The keys may be without their bias: it adds the same to all scores of a query, which
+    the softmax takes away again.
+    """
+    add = walk.graph.add
+    q = add("Mul", [q, walk.graph.number(attention.head_dim**-0.5)], name=f"{path}.look.q_scaled")
+    q = split_heads(walk, q, f"{path}.look.q", attention.heads, [0, 2, 1, 3])  # (B, H, T, E)
+    k = split_heads(walk, k, f"{path}.look.k", attention.heads, [0, 2, 3, 1])  # (B, H, E, T)
+    score = add("MatMul", [q, k], name=f"{path}.look.score")  # (B, H, T, T)
+    if hidden:
+        score = add("Add", [score, hidden], name=f"{path}.look.masked")
+    add("Softmax", [score], name=f"{path}.look", outputs=[declare_weights(walk, attention.heads)], axis=-1)
+
+
+def split_heads(walk: Walk, x: str, path: str, heads: int, turn: list[int]) -> str:
+    """Return (B, T, H * E) as (B, T, H, E) with its axes in another order."""
+    x = walk.graph.add("Reshape", [x, walk.graph.constant([0, 0, heads, -1])], name=f"{path}_heads")
+    return walk.graph.add("Transpose", [x], name=path, perm=turn)
+
+
+def declare_weights(walk: Walk, heads: int) -> str:
+    """Declare where the layer that runs next looks, (B, H, T, T)."""
+    c, graph = walk.config, walk.graph
+    tokens: int | str = "sequence_length" if c.vision is None else c.max_position_embeddings
+    number = sum(item.name.startswith(ATTENTIONS) for item in graph.outputs)
+    return graph.output(f"{ATTENTIONS}{number}", np.float32, ["batch_size", heads, tokens, tokens])
 
 
 def rotate(walk: Walk, path: str, x: str, attention: Attention, cos: str, sin: str) -> str:

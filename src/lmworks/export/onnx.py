@@ -20,20 +20,21 @@ ALIASES = {"q8": "int8"}  # transformers.js's name of model_quantized.onnx
 def export_onnx(
     model: Model | str | Path, out_folder: str | Path, *, dtypes: Sequence[str] = ("fp32", "int8"),
     external: bool | None = None, most: int | None = None, precisions: Mapping[str, Precision] | None = None,
+    attentions: bool = False,
 ) -> dict[str, Path]:  # fmt: skip
     """Write `out_folder/onnx/model*.onnx`, one file a dtype, each whole or not at all; return their paths.
 
     `model` is a loaded model or its folder. The same weights give the same bytes. `external` puts the weights beside
     the graph, in model*.onnx_data; None: where they are more than `most` bytes, by default as many as one file can
-    hold. `precisions` are what calibration found for some dtypes. Raises InputError for a dtype or a module that the
-    exporter does not know.
+    hold. `precisions` are what calibration found for some dtypes. `attentions` adds outputs that say where each
+    layer of an encoder looks. Raises InputError for a dtype or a module that the exporter does not know.
     """
     dtypes = check_dtypes(dtypes)
     found = model if isinstance(model, Model) else load_model(model)
     folder = Path(out_folder) / "onnx"
     made = {}
     for dtype in dtypes:
-        graph = make_graph(found, dtype=dtype, precision=(precisions or {}).get(dtype))
+        graph = make_graph(found, dtype=dtype, precision=(precisions or {}).get(dtype), attentions=attentions)
         files = graph.to_files(FILES[dtype], external=external, most=most)
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in reversed(files.items()):  # the graph last: what it names is there

@@ -24,6 +24,7 @@ from lmworks.base.report import Report, Table
 from lmworks.base.types import Batch
 from lmworks.evaluation.monitor import carry
 from lmworks.export.calibration import find_precisions
+from lmworks.export.emit_encoder import check_attends
 from lmworks.export.merge import merge
 from lmworks.export.onnx import check_dtypes, export_onnx
 from lmworks.export.parity import answer, differ, hash_weights
@@ -48,22 +49,24 @@ PARTS = {"fp32": 1.1}  # of the weights' bytes that a graph takes at most; a sma
 def export_graphs(
     folder: str | Path, out: str | Path, *, to: str = "onnx", dtypes: Sequence[str] = ("fp32", "int8"),
     external: bool | None = None, data: str | Path | None = None, single_file: bool = False,
-    batches: Sequence[Batch] = (), overwrite: bool = False,
+    attentions: bool = False, batches: Sequence[Batch] = (), overwrite: bool = False,
 ) -> Report:  # fmt: skip
     """Write the graphs of the checkpoint in `folder` to the new folder `out`, which is whole or absent.
 
     An adapter is merged into its base first. `to`: "onnx", or "web" with the page beside them. `external` puts weights
     beside the graphs; None: above 64 MB, which are then mapped and not read, and in a page above 2 GB. `data` is a file
     of real examples that torch answers for selftest.json, in place of the built-in ones; a head that no task has gets
-    none. `single_file` puts the whole page into page.html as well. `batches` are real inputs that matrices are rounded
-    for, else built-in texts. Raises InputError for what cannot be exported, CheckFailed for a graph that does not give
-    torch's answers.
+    none. `single_file` puts the whole page into page.html as well. `attentions` lets an encoder's graphs also give out
+    where each layer looks. `batches` are real inputs that matrices are rounded for, else built-in texts. Raises
+    InputError for what cannot be exported, CheckFailed for a graph that does not give torch's answers.
     """
     folder, out, dtypes = Path(folder), Path(out), check_dtypes(dtypes)
     if single_file and to != "web":
         raise InputError("only a page can be a single file", found=f"--to {to}", fix="add --to web")
     with merged(folder) as source:
         model = load_model(source).eval()
+        if attentions:
+            check_attends(model)
         if to == "web":
             check_page(model, source, dtypes)
         size = sum(p.numel() for p in model.parameters()) * 4
@@ -80,7 +83,9 @@ def export_graphs(
             limit_texts(staged, model.config.turn)
             chosen = find_precisions(model, source, dtypes, batches=batches)
             most = None if to == "web" else LARGE
-            export_onnx(model, staged, dtypes=dtypes, external=external, most=most, precisions=chosen)
+            export_onnx(
+                model, staged, dtypes=dtypes, external=external, most=most, precisions=chosen, attentions=attentions
+            )
             announce(staged)
             graphs, limit = check_graphs(model, source, staged, dtypes)
             for dtype, precision in chosen.items():
@@ -101,6 +106,7 @@ def export_graphs(
                 "out": str(out), "to": to, "head": model.kind, "task": task, "graphs": graphs, "limit": limit,
                 "merged": source != folder, "source_sha": hash_weights(source),
             }  # fmt: skip
+            values |= {"attentions": True} if attentions else {}
             made_by = {"made_by": f"lmworks {__version__}", "source": folder.resolve().name}
             receipt = write_receipt(staged, {**made_by, **recall(folder), "export": values})
     values["files"] = sorted([*receipt["files"], RECEIPT])

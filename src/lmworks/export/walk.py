@@ -47,6 +47,7 @@ class Walk:
         self.exact = Fp32()  # for the small matrices, which cost nothing and decide much
         self.parameters = {id(p): name for name, p in model.named_parameters()}
         self.shared: dict[str, str] = {}  # what every attention reads: masks, lengths, cos, sin
+        self.attends = False  # whether the graph also gives out where every layer looks
 
     @property
     def config(self) -> Config:

@@ -5,6 +5,7 @@ const { $, megabytes, sum } = await import(`./dom.js${version}`);
 const { readJson, single } = await import(`./source.js${version}`);
 const { Choices } = await import(`./choices.js${version}`);
 const { Session } = await import(`./session.js${version}`);
+const { Attention } = await import(`./attention.js${version}`);
 const { showAbout } = await import(`./about.js${version}`);
 const { makeView } = await import(`./views.js${version}`);
 
@@ -18,6 +19,7 @@ const view = await makeView(page);
 let busy = false;
 let known = null; // what the view was told of the loaded model
 
+view.attention = new Attention(session, attempt);
 $("fields").innerHTML = view.fields;
 $("options").innerHTML = view.settings;
 $("settings").hidden = view.settings === "";

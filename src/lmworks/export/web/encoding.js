@@ -117,6 +117,19 @@ export class Encoder {
     return this.own.model.vocab[id];
   }
 
+  // Tokens to be read: "##ing" -> "ing", "Ġdog" -> "dog". Of the pieces of one character the last has it, the others a dot.
+  show(tokens) {
+    const { prefix = "" } = this.json.decoder ?? {};
+    let pieces = [];
+    return tokens.map(({ token, special }) => {
+      pieces.push(token);
+      const text = special ? token : this.write(pieces).trim();
+      if (text.endsWith("\ufffd")) return "·";
+      pieces = [];
+      return (prefix && text.startsWith(prefix) ? text.slice(prefix.length) : text) || token;
+    });
+  }
+
   decode(ids, { skip = true } = {}) {
     return this.write(ids.filter((id) => !(skip && this.specials.has(id)) && this.spell(id) !== undefined).map((id) => this.spell(id)));
   }

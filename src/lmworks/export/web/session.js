@@ -19,7 +19,7 @@ export class Session {
     Object.assign(this, { page, selftest, choices, onChange });
     this.task = page.task ?? WRITES;
     this.client = null;
-    this.info = null; // { threads, context, labels, mask } of the loaded model
+    this.info = null; // { threads, context, labels, mask, attentions } of the loaded model
   }
 
   get loaded() {
@@ -86,6 +86,10 @@ export class Session {
 
   async run(input, options) {
     return this.client.call("run", { input, options });
+  }
+
+  async attend(input, options, choice) {
+    return this.client.call("attend", { input, options, choice });
   }
 
   // How many tokens each text has, special tokens included.

@@ -18,6 +18,9 @@ const { readSteps } = await import(`./pictures.js${version}`);
 
 export { InputError };
 
+const ATTENTIONS = "attentions."; // outputs that say where each layer looks
+const AT_ONCE = 2e6; // pairs of tokens, over layers, whose weights are fetched together: 100 MB with 12 heads
+const EXCERPT = 12; // tokens
 const STATES = ["last_hidden_state", "token_embeddings"]; // what bodies call their answer
 const OFFSETS = ["roberta", "xlm-roberta", "camembert"]; // families that count positions from pad_token_id + 1
 const POOLINGS = { cls: "cls", mean: "mean", max: "max", lasttoken: "last" };
@@ -57,6 +60,7 @@ class TaskModel {
     this.labels = parts.facts.labels;
     this.context = parts.encoder ? parts.facts.length : null; // tokens of one window
     this.mask = task === "fill-mask" ? this.reader({}).mask : null;
+    this.attentions = parts.encoder ? graph.attentions.length : 0; // layers whose weights the graph gives out
   }
 
   reader(options) {
@@ -70,6 +74,25 @@ class TaskModel {
   // Answer one input; `options` are those of Python's task.
   async run(input, options = {}) {
     return (await this.compute(input, options)).output;
+  }
+
+  // Where the tokens of one window look: { tokens: [{ text, special, joined }, …], heads, weights (H, T, T) } and the
+  // beginnings of all windows in `parts`; of one layer, or the mean of all. No tokens where there is no window.
+  async attend(input, options = {}, { layer = null, part = 0 } = {}) {
+    const { encoder } = this.parts;
+    const features = await this.reader(options).encode(input);
+    if (!features.length) return { tokens: [], parts: [], heads: 0, weights: new Float32Array() };
+    const parts = features.map(({ tokens }) => {
+      const last = Math.max(...tokens.map((token) => token.sequence ?? 0));
+      const ids = tokens.filter(({ sequence }) => sequence === last).map(({ id }) => id);
+      return encoder.decode(ids.slice(0, EXCERPT)).replace(/\ufffd+$/, "").trim() + (ids.length > EXCERPT ? " …" : "");
+    });
+    const { tokens } = features[part];
+    const joined = (a, b) => Boolean(a) && !a.special && !b.special && a.sequence === b.sequence && a.word === b.word && a.end >= b.start;
+    const texts = encoder.show(tokens);
+    const shown = tokens.map((token, i) => ({ text: texts[i], special: token.special, joined: joined(tokens[i - 1], token) }));
+    const weights = await this.graph.attend(features[part], layer);
+    return { tokens: shown, parts, heads: weights.length / tokens.length ** 2, weights };
   }
 
   // Answer recorded items. `enough()` true stops between them; `limit` bounds their number.
@@ -101,20 +124,36 @@ class Graph {
     this.session = session;
     this.types = (config.type_vocab_size ?? 2) > 1;
     this.pause = pause;
+    const names = session.outputNames;
+    this.attentions = names.filter((name) => name.startsWith(ATTENTIONS));
+    this.outputs = names.includes("start_logits") ? ["start_logits", "end_logits"] : ["logits", ...STATES].filter((name) => names.includes(name)).slice(0, 1);
+    if (!this.outputs.length) throw new Error(`The graph gives nothing that a task reads: ${names.join(", ")}.`);
   }
 
   // { tokens } or { pixels } -> { data, dims }: logits, hidden states, or (1, T, 2) where an answer starts and ends.
   async run(feature) {
     await this.pause?.();
-    const found = await this.session.run(this.feed(feature));
-    const names = Object.keys(found);
-    const parts = names.includes("start_logits") ? ["start_logits", "end_logits"] : [["logits", ...STATES].find((name) => names.includes(name))];
-    if (parts[0] === undefined) throw new Error(`The graph gives nothing that a task reads: ${names.join(", ")}.`);
+    const parts = this.outputs;
+    const found = await this.session.run(this.feed(feature), parts);
     const data = await Promise.all(parts.map((name) => found[name].getData()));
     if (!data.every((numbers) => numbers.every(Number.isFinite))) throw new Error("The model's answers are not numbers.");
     const { dims } = found[parts[0]];
     if (parts.length === 1) return { data: data[0], dims };
     return { data: Float32Array.from({ length: 2 * data[0].length }, (_, i) => data[i % 2][i >> 1]), dims: [...dims, 2] };
+  }
+
+  // The weights (H, T, T) of a layer, or the mean of all. Nothing else is fetched.
+  async attend(feature, layer = null) {
+    const names = layer === null ? this.attentions : [this.attentions[layer]];
+    const size = feature.tokens.length ** 2;
+    const group = Math.max(1, Math.floor(AT_ONCE / size));
+    let sum = null;
+    for (let at = 0; at < names.length; at += group) {
+      await this.pause?.();
+      const found = await this.session.run(this.feed(feature), names.slice(at, at + group));
+      for (const tensor of Object.values(found)) sum = add(sum, await tensor.getData(), size);
+    }
+    return sum.map((x) => x / names.length);
   }
 
   feed({ tokens, pixels }) {
@@ -137,6 +176,22 @@ class Graph {
     }
     return feed;
   }
+}
+
+// Layers that were pruned may have fewer heads than others: then only the means of heads can be added.
+function add(sum, weights, size) {
+  if (sum === null) return Float32Array.from(weights);
+  if (sum.length !== weights.length) [sum, weights] = [sum, weights].map((all) => meanOfHeads(all, size));
+  return sum.map((x, i) => x + weights[i]);
+}
+
+export function meanOfHeads(weights, size) {
+  const heads = weights.length / size;
+  return Float32Array.from({ length: size }, (_, i) => {
+    let sum = 0;
+    for (let at = i; at < weights.length; at += size) sum += weights[at];
+    return sum / heads;
+  });
 }
 
 // What a task must know about a model.

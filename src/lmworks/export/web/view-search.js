@@ -81,6 +81,7 @@ export class Search extends View {
     const long = await this.describeLength(session, input, options);
     $("ending").textContent = [cut, long].filter(Boolean).join(" ");
     document.documentElement.dataset.output = JSON.stringify(ranked);
+    await this.attention?.offer({ texts: [query, ...ranked.slice(0, MOST).map(({ text }) => text)] }, options);
   }
 
   show(ranked) {

@@ -13,6 +13,8 @@ export class View {
   fields = ""; // HTML of the inputs
   settings = ""; // HTML of the options
 
+  attention = null; // the panel below the answer (attention.js), where the page has one
+
   constructor(page) {
     this.page = page;
   }
@@ -75,6 +77,7 @@ export class View {
     $("speed").textContent = `${seconds.toFixed(seconds < 0.1 ? 3 : 2)} s`;
     $("ending").textContent = await this.describeLength(session, input, options);
     document.documentElement.dataset.output = JSON.stringify(output);
+    await this.attention?.offer(input, options);
   }
 
   show() {}
@@ -83,6 +86,7 @@ export class View {
     $("result").replaceChildren();
     $("ending").textContent = $("speed").textContent = $("spoken").textContent = "";
     delete document.documentElement.dataset.output;
+    this.attention?.hide();
   }
 
   // A text that the model did not read at once says so.

@@ -1,11 +1,12 @@
 // A module Worker that holds one loaded model. The page ends the Worker on a switch, an error and when it is left:
 // that is the only way to give WebAssembly memory back, and after a failed load or run nothing else recovers.
 //
-//   { id, type: "load", task, dtype, device, files, threads } -> { variant, threads, context, labels, mask, seconds },
+//   { id, type: "load", task, dtype, device, files, threads } -> { variant, threads, context, labels, mask, attentions, seconds },
 //                                                     notes { loaded, total }
 //   { id, type: "generate", text | messages, chat, options } -> what Engine.generate returns and { cut, dropped, prompt },
 //                                                     notes { piece, count }
 //   { id, type: "run", input, options }               -> the answer of any other task (tasks.js)
+//   { id, type: "attend", input, options, choice }   -> where the text's tokens look (tasks.js)
 //   { id, type: "check", prompts | items, texts, options, limit, budget } -> { answers, texts } (ids of each text)
 //   { type: "stop" }                                  ends the writing after the current token, any other task after the
 //                                                     current window: its answer is the error "Stopped."
@@ -17,6 +18,7 @@ const version = self.location.search; // "?v=…", so that a new page never meet
 
 const PREFIX = "/lmworks/model/"; // transformers.js asks for PREFIX + file; nothing is ever fetched from there
 const MANY_THREADS = 16e6; // bytes of a graph from which threads pay
+const SUBGROUP = 8; // threads of a graphics card that the library's attention counts on to be together
 let library = null;
 let answer = null;
 let engine = null; // an Engine (engine.js) or a TaskModel (tasks.js)
@@ -58,12 +60,14 @@ const VERBS = {
       wasmPaths: { mjs, wasm },
       wasmBinary: await download(`${pair}.wasm`, files[`${pair}.wasm`], progress),
     });
+    if (device === "webgpu") leaveSmallSubgroups();
     const options = { task, dtype, device, pause: writes ? nextMessage : checkStopped };
     engine = await (writes ? parts.Engine.open(library, "model", options) : openTask(library, "model", options)).catch((error) => {
       throw failure ?? error;
     });
     const seconds = (performance.now() - started) / 1000;
-    return { variant, threads, context: engine.context, labels: engine.labels ?? [], mask: engine.mask ?? null, seconds };
+    const { context, labels = [], mask = null, attentions = 0 } = engine;
+    return { variant, threads, context, labels, mask, attentions, seconds };
   },
 
   async generate({ text, messages = null, chat = {}, options }, note) {
@@ -76,6 +80,10 @@ const VERBS = {
 
   async run({ input, options }) {
     return engine.run(input, options);
+  },
+
+  async attend({ input, options, choice }) {
+    return engine.attend(input, options, choice);
   },
 
   async check({ prompts = null, items = [], texts = [], options = {}, limit = Infinity, budget = Infinity }) {
@@ -110,6 +118,18 @@ function chooseVariant(device, files) {
   if (device !== "webgpu") return "";
   if (has(".asyncify")) return ".asyncify";
   throw new Error("This browser cannot run the WebGPU build that came with this page; choose WebAssembly.");
+}
+
+// The library's attention reads the keys of 32 tokens and more eight at a time, each by another member of a subgroup: where
+// a subgroup may have fewer, as on software adapters, it is wrong. A device without subgroups takes another way.
+function leaveSmallSubgroups() {
+  const { prototype } = self.GPUAdapter;
+  const { requestDevice } = prototype;
+  prototype.requestDevice = function (wanted = {}) {
+    const small = (this.info?.subgroupMinSize ?? SUBGROUP) < SUBGROUP;
+    const features = [...(wanted.requiredFeatures ?? [])].filter((name) => !(small && name.startsWith("subgroup")));
+    return requestDevice.call(this, { ...wanted, requiredFeatures: features });
+  };
 }
 
 // In a small graph threads wait for each other longer than they work, and half of the logical processors do the work.
