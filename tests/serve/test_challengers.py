@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -387,6 +388,88 @@ def test_a_full_disk_changes_nothing(one: Running, texts: list[str], monkeypatch
             assert admin(one, what).status_code == 507
     assert state(one)["state"] == "shadow" and ask(one, texts[:5]) == first
     assert admin(one, "/stop").status_code == 200
+
+
+def test_the_way_back_needs_no_disk(
+    one: Running, made: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = ask(one, texts[:5])
+    assert admin(one, folder="other", share=0).status_code == 200 and admin(one, "/switch").status_code == 200
+    monkeypatch.setattr(challengers, "AGAIN", 0.2)
+
+    def kept() -> Any:
+        return read_json(made / "pool/challengers.json")["models"]["news"]["current"]
+
+    (made / "pool").rename(made / "pool.away")
+    try:
+        assert state(one)["folders"] == [] and admin(one, folder="limitless").status_code == 400
+        assert admin(one, "/back").status_code == 200 and ask(one, texts[:5]) == first
+        assert "challengers.json cannot be written" in state(one)["problem"]
+    finally:
+        (made / "pool.away").rename(made / "pool")
+    assert kept() == "other"
+    until(lambda: not state(one)["problem"])
+    assert kept() == "" and admin(one, "/stop").status_code == 200
+
+
+def test_only_what_was_checked_answers(made: Path, texts: list[str], tmp_path: Path) -> None:
+    pool = pool_of(made, tmp_path)
+
+    def put(source: Path) -> None:
+        shutil.rmtree(pool / "other")
+        shutil.copytree(source, pool / "other")
+
+    with server(made / "news", challengers=pool, admin=[digest(ADMIN)]) as one:
+        first = ask(one, texts[:5])
+        assert admin(one, folder="other", share=0).status_code == 200
+        put(made / "news")  # whole and usable, and not what was shadowed
+        for doing in ("shadow", "failed"):
+            assert state(one)["state"] == doing
+            answer = admin(one, "/switch")
+            assert answer.status_code == 400 and "not those that were checked" in answer.text, answer.text
+            if doing == "shadow":
+                os.kill(one.service.challengers.engines[-1].process.pid, signal.SIGKILL)
+                until(lambda: state(one)["state"] == "failed")
+        put(made / "pool/other")
+        assert admin(one, "/switch").status_code == 200
+        write_receipt(pool / "other", {"certificate": "of verify"})  # that is no other model
+        os.kill(one.service.challengers.engines[-1].process.pid, signal.SIGKILL)
+        one.wait(ready=False)
+        one.wait()
+        assert ask(one, texts[:5]) == [AFTER[label] for label in first]
+        put(made / "pool/labels")
+        os.kill(one.service.challengers.engines[-1].process.pid, signal.SIGKILL)
+        until(lambda: state(one)["current"] == "news")
+        assert "other cannot be served, news answers: the challenger's files are not" in state(one)["problem"]
+        assert ask(one, texts[:5]) == first
+
+
+def test_nobody_waits_for_a_shadow_after_a_restart(
+    made: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = pool_of(made, tmp_path)
+    kept = {"current": "", "other": "gone", "switched": False, "share": 0.5}
+    write_json(pool / "challengers.json", {"format": 1, "models": {"news": kept}})
+    with server(made / "news", challengers=pool, admin=[digest(ADMIN)]) as one:
+        until(lambda: state(one)["state"] == "failed")
+        assert "gone" in state(one)["problem"]
+    write_json(pool / "challengers.json", {"format": 1, "models": {"news": {**kept, "other": "other"}}})
+    loading, load = threading.Event(), challengers.Challengers.load
+
+    async def slow(*given: Any, **more: Any) -> Any:
+        version = await load(*given, **more)
+        while not loading.is_set():
+            await asyncio.sleep(0.02)
+        return version
+
+    monkeypatch.setattr(challengers.Challengers, "load", slow)
+    with server(made / "news", challengers=pool, admin=[digest(ADMIN)]) as one:
+        engines = one.service.challengers.engines
+        until(lambda: engines and state(one)["state"] == "loading")
+        assert admin(one, "/stop").status_code == 200 and state(one)["state"] == "none"
+        loading.set()
+        until(lambda: not engines)  # it comes too late
+        assert state(one)["state"] == "none" and ask(one, texts[:1])
 
 
 def test_a_restart_keeps_the_switch(made: Path, texts: list[str], tmp_path: Path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lmworks.export.onnx_folder import export_graphs
 from lmworks.runtime.predictor import load
 from lmworks.serve.service import describe
-from lmworks.serve.supervisor import SILENT, STARVED, Supervisor, wants_processor
+from lmworks.serve.supervisor import SILENT, STARVED, Down, Supervisor, wants_processor
 from lmworks.tokens.tokenizer import Tokenizer
 
 LONG = {"prompt": "Who", "max_tokens": 900, "temperature": 0, "stream": True}
@@ -70,6 +73,46 @@ def test_an_engine_that_is_killed_or_frozen_is_replaced() -> None:
             assert again.json()["text"] == expected
         metrics = httpx.get(f"{one.base}/metrics").text
         assert "lmworks_engine_restarts_total 2.0" in metrics
+
+
+def test_where_no_engine_can_be_started_it_is_tried_again() -> None:
+    """As where no file can be opened any more: who waits is told, and the watch goes on."""
+
+    async def live() -> None:
+        supervisor = Supervisor([replace(describe(made_folder()), warm=False)])
+        await supervisor.start()
+        engine, limits = supervisor.process.pid, resource.getrlimit(resource.RLIMIT_NOFILE)
+
+        async def until(true: Callable[[], bool]) -> None:
+            async with asyncio.timeout(60):
+                while not true():
+                    await asyncio.sleep(0.02)
+
+        assert engine is not None
+        await until(lambda: supervisor.ready)
+        os.kill(engine, signal.SIGSTOP)
+        model = supervisor.find(None, ())
+        waiting = asyncio.create_task(supervisor.get(model, "tokenize", {"texts": ["Who"]}))
+        await until(lambda: bool(supervisor.tickets))
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+        try:
+            os.kill(engine, signal.SIGKILL)
+            with pytest.raises(Down, match="no engine can be started"):
+                async with asyncio.timeout(20):
+                    await waiting
+            await asyncio.sleep(0.3)
+            assert not supervisor.ready and "replaced" in supervisor.problem
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        await until(lambda: supervisor.ready)
+        assert await supervisor.get(model, "tokenize", {"texts": ["Who"]})
+        assert supervisor.process.pid != engine
+        await supervisor.close()
+        assert not supervisor.process.is_alive()
+
+    asyncio.run(live())
 
 
 def test_a_request_in_the_engine_that_dies_is_asked_again_and_a_stream_ends_in_an_error(one: Running) -> None:
@@ -177,7 +220,7 @@ def test_more_than_may_wait_is_told_to_come_back(slow: Path) -> None:
 def test_a_request_that_takes_too_long_ends(slow: Path) -> None:
     with server(slow, seconds=0.5) as one:
         answer = one.post("/v1/completions", {**LONG, "stream": False})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "timeout")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
 
 
 def test_a_long_text_does_not_hold_up_a_short_one(one: Running) -> None:

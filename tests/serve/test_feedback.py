@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import re
 import signal
 import sqlite3
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from databases import Server, Sqlite, small_disk
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from serving import Running, server, start
 
 from lmworks.base.errors import FormatError, InputError
+from lmworks.serve import feedback_writer
 from lmworks.serve.app import make_app
-from lmworks.serve.feedback import Store
+from lmworks.serve.feedback import Store, make_answer
 from lmworks.serve.feedback_database import read_url
+from lmworks.serve.feedback_writer import Recorder
+from lmworks.serve.refusals import Refused
 from lmworks.serve.service import describe
 
 WRITERS = 200
@@ -115,6 +120,19 @@ def test_what_is_no_feedback(recording: Running, database: Any, body: Any, statu
     assert database.ask("SELECT count(*) FROM lmworks_answers") == before
 
 
+def test_a_text_that_is_sent_again_is_kept_once(recording: Running, database: Any) -> None:
+    """As by a client that has not heard of the answer."""
+    body = {"text": "sent\0again", "label": "positive"}
+    before = kept(database)
+    told = [recording.post("/feedback", body).json() for _ in range(3)]
+    other = recording.post("/feedback", {**body, "label": "negative"}).json()
+    pair = recording.post("/feedback", {**body, "pair": "of two"}).json()
+    assert told[0] == told[1] == told[2] and other["answer"] == told[0]["answer"] != pair["answer"]
+    assert kept(database) - before == {told[0]["id"], other["id"], pair["id"]}
+    [(rows,)] = database.ask("SELECT count(*) FROM lmworks_answers WHERE text = 'sent\ufffdagain'")
+    assert rows == 2 and len(told[0]["answer"]) == 32
+
+
 def test_a_crowd_of_writers_loses_nothing(recording: Running, database: Any) -> None:
     before = kept(database)
 
@@ -167,6 +185,81 @@ def test_a_database_that_goes_away_comes_back(recording: Running, database: Any)
     assert back.status_code == 201 and kept(database) == before | {back.json()["id"]}
     [answer] = recording.post("/classify", {"text": "good"}).json()["answers"]
     assert recording.post("/feedback", {"id": answer["id"], "label": "positive"}).status_code == 201
+
+
+@contextlib.asynccontextmanager
+async def recorder_of(classifier: Path, place: str | Path) -> AsyncIterator[Recorder]:
+    """Yield what a server keeps feedback with."""
+    recorder = Recorder(place, [describe(classifier)], CollectorRegistry())
+    recorder.writer.start()
+    try:
+        yield recorder
+    finally:
+        await asyncio.to_thread(recorder.writer.close)
+
+
+async def keep(recorder: Recorder) -> str | None:
+    """Return the id that an answer gets."""
+    answers: list[dict[str, Any]] = [{"label": "positive", "score": 0.5}]
+    await recorder.record("sentiment", ["good"], answers)
+    return answers[0]["id"]  # type: ignore[no-any-return]
+
+
+def test_a_file_that_may_not_be_looked_at_is_away(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feedback_writer, "AGAIN", 0.1)
+    look, place = Path.stat, tmp_path / "a.db"
+
+    def denied(path: Path, **more: Any) -> Any:
+        if path == place:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return look(path, **more)
+
+    async def live() -> None:
+        async with recorder_of(classifier, place) as recorder:
+            assert await keep(recorder)
+            with monkeypatch.context() as patch:
+                patch.setattr(Path, "stat", denied)
+                assert await keep(recorder) is None
+                await asyncio.sleep(0.3)  # whoever looks whether it is back goes on
+                assert await keep(recorder) is None
+            async with asyncio.timeout(20):
+                while not await keep(recorder):
+                    await asyncio.sleep(0.05)
+
+    asyncio.run(live())
+
+
+def test_a_server_starts_without_its_database(classifier: Path, postgres: Server, monkeypatch: Any) -> None:
+    monkeypatch.setattr(feedback_writer, "AGAIN", 0.1)
+    database = postgres.make()
+    database.stop()
+
+    async def live() -> None:
+        async with recorder_of(classifier, database.url) as recorder:
+            assert await keep(recorder) is None
+            with pytest.raises(Refused, match="away"):
+                await recorder.accept("positive", answer=make_answer("sentiment", "good"))
+            await asyncio.sleep(0.3)
+            database.start()
+            async with asyncio.timeout(20):
+                while not await keep(recorder):
+                    await asyncio.sleep(0.05)
+            assert (await recorder.accept("positive", answer=make_answer("sentiment", "good")))["label"] == "positive"
+
+    try:
+        asyncio.run(live())
+    finally:
+        if postgres.process is None or postgres.process.poll() is not None:
+            database.start()
+    assert len(kept(database)) == 1
+    for wrong in (
+        database.url + "_of_nobody",
+        database.url.replace("lmworks@", "stranger@"),
+    ):  # it answers, and refuses
+        with pytest.raises(InputError, match="cannot be opened"):
+            Recorder(wrong, [describe(classifier)], CollectorRegistry())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -268,6 +361,11 @@ def test_without_a_database_no_text_is_kept(classifier: Path, tagger: Path, tmp_
     ("mysql://a:secret@b/c", "no such database|such a database"), ("sqlite://", "in a file"), ("://", "no URL"),
     ("sqlite:///{}/missing/a.db", "cannot be opened"), ("{}/text", "cannot be opened"),
     ("postgresql://lmworks:secret@127.0.0.1:9/none", "cannot be opened"),
+    ("postgresql://lmworks@127.0.0.1:9/none?password=secret&sslpassword=secret", "cannot be opened"),
+    ("postgresql://lmworks:secret@127.0.0.1:9x/none", "no URL"), ("postgresql://a/b?port=secret", "no URL"),
+    ("postgresql://127.0.0.1:9/b?unknown=1", "cannot be opened"), ("sqlite://a/b", "no file"),
+    ("sqlite:///{}/a.db?timeout=abc", "no options"), ("sqlite:///{}/a.db?mode=ro", "no options"),
+    ("sqlite:///{}/a%00b.db", "no file"),
 ])  # fmt: skip
 def test_what_is_no_database(url: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no database, but a text of some length\n" * 100)

@@ -17,16 +17,16 @@ import random
 import sys
 import time
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lmworks.base.errors import FormatError, InputError, LmworksError
+from lmworks.base.errors import FormatError, InputError, LmworksError, from_os_error
 from lmworks.base.files import read_json, write_json
-from lmworks.evaluation.monitor import Monitor
 from lmworks.serve.challenger_counts import Counts, Tally, read
-from lmworks.serve.challenger_folders import check, names
+from lmworks.serve.challenger_folders import check, check_again, names
+from lmworks.serve.challenger_versions import OWN, Contest, Version
 from lmworks.serve.monitor import Watches
 from lmworks.serve.refusals import Refused, refusal
 from lmworks.serve.service import labels_of
@@ -35,47 +35,12 @@ from lmworks.serve.supervisor import Model, Supervisor
 STATE, FORMAT = "challengers.json", 1
 LOADING = 300.0  # seconds that a challenger may take until it is ready
 LOOK = 0.02
+AGAIN = 2.0  # seconds until what could not be written down is written again
 BUSY = 4  # requests in the champion's engine beside which the shadow is not asked
 PATIENCE = 60.0  # seconds that the shadow's answer is waited for
 BACKLOG = 4  # requests in the shadow's
 LINGER = 1.0  # seconds that an engine out of use lives on at least, for requests that had found it
 LOW = 19  # how much the shadow's engine gives way
-OWN = ""  # the folder that the server was started with
-
-
-@dataclass
-class Version:
-    """A folder that can answer for a model; `low`: in the shadow only."""
-
-    name: str
-    model: Model
-    monitor: Monitor | None
-    low: bool = False
-
-    @property
-    def engine(self) -> Supervisor:
-        """Whose engine holds it."""
-        assert self.model.home is not None
-        return self.model.home
-
-
-@dataclass
-class Contest:
-    """The versions of one model. `other` is the challenger, or once `switched` the one to go back to."""
-
-    own: Version
-    current: Version
-    other: str | None = None
-    loaded: Version | None = None  # `other`, where it is
-    switched: bool = False
-    share: float = 0.0
-    problem: str = ""
-    tally: Tally = field(default_factory=Tally)
-
-    def kept(self, **now: Any) -> dict[str, Any]:
-        """Return what is written down."""
-        kept = {"current": self.current.name, "other": self.other, "switched": self.switched, "share": self.share}
-        return kept | now
 
 
 class Challengers:
@@ -89,6 +54,7 @@ class Challengers:
         self.counts, self.turn, self.tasks = counts, asyncio.Lock(), set[asyncio.Task[None]]()
         self.engines: list[Supervisor] = []  # ours, to be closed at the end
         self.contests: dict[str, Contest] = {}
+        self.unwritten = ""  # why STATE does not say what is current
         for name, model in supervisor.models.items():
             if labels_of(model.spec):
                 watch = watches.watches.get(name)
@@ -125,28 +91,40 @@ class Challengers:
         """Let the folder of the command line answer, as the current one cannot."""
         contest.problem = f"{name} cannot be served, {Path(contest.own.model.spec.folder).name} answers: {why}"
         contest.current, contest.other, contest.loaded, contest.switched = contest.own, None, None, False
+        contest.seal = ""
         self.watches.follow(contest.own.model.spec.name, contest.own.monitor)
         sys.stderr.write(f"challenger: {contest.problem}\n")
 
-    def broken(self, contest: Contest, version: Version) -> None:
-        """Do without a version whose folder its engine could not read again."""
+    def broken(self, contest: Contest, version: Version, why: str = "") -> None:
+        """Do without a version whose folder its engine could not read again, or whose files are others by now."""
+        why = version.model.problem.what if version.model.problem else why
         if contest.current is version and contest.current is not contest.own:
-            self.fall_back(contest, version.name, version.model.problem.what if version.model.problem else "")
-            self.spawn(self.retire(version))
+            self.fall_back(contest, version.name, why)
+        elif contest.loaded is version:
+            contest.loaded, contest.problem = None, f"{version.name}: {why}"
+        else:
+            return
+        self.spawn(self.retire(version))
 
-    def prepare(self, contest: Contest, name: str, *, low: bool) -> Version:
+    def prepare(self, contest: Contest, name: str, *, low: bool, seal: str = "") -> Version:
         """Return a version whose engine is not started yet. Raises InputError for one that cannot take over."""
-        spec, monitor = check(self.folder, name, contest.own.model.spec, contest.own.monitor)
+        try:
+            if seal:
+                check_again(self.folder, name, seal)
+            spec, monitor, seal = check(self.folder, name, contest.own.model.spec, contest.own.monitor)
+        except OSError as error:
+            raise from_os_error(error, "the challenger's folder cannot be read") from None
         engine = Supervisor([spec], most=self.supervisor.most, seconds=self.supervisor.seconds, nice=LOW if low else 0)
         engine.on_end = None if low else self.supervisor.on_end
         self.engines.append(engine)
-        version = Version(name, engine.models[spec.name], monitor, low)
+        engine.recheck = partial(check_again, self.folder, name, seal)
+        version = Version(name, engine.models[spec.name], monitor, low, seal)
         engine.on_failure = partial(self.broken, contest, version)
         return version
 
-    async def load(self, contest: Contest, name: str, *, low: bool) -> Version:
-        """Return a version that answers. Raises InputError; then nothing is left of it."""
-        version = await asyncio.to_thread(self.prepare, contest, name, low=low)
+    async def load(self, contest: Contest, name: str, *, low: bool, seal: str = "") -> Version:
+        """Return a version that answers, of these files. Raises InputError; then nothing is left of it."""
+        version = await asyncio.to_thread(self.prepare, contest, name, low=low, seal=seal)
         try:
             await version.engine.start()
             await self.wait(contest, version)
@@ -188,19 +166,22 @@ class Challengers:
 
     async def go_on(self, name: str, contest: Contest) -> None:
         """See the current version come up, and load the one in its shadow."""
-        async with self.turn:
-            if (version := contest.current) is not contest.own:
-                try:
-                    await self.wait(contest, version)
-                except LmworksError as error:
-                    if contest.current is version:
-                        self.fall_back(contest, version.name, error.found or error.what)
-                        self.spawn(self.retire(version))
-            if contest.other is not None and contest.loaded is None and not contest.switched:
-                try:
-                    contest.loaded = await self.load(contest, contest.other, low=True)
-                except LmworksError as error:
-                    contest.problem = error.found or error.what
+        if (version := contest.current) is not contest.own:
+            try:
+                await self.wait(contest, version)
+            except LmworksError as error:
+                self.broken(contest, version, error.found or error.what)
+        if (other := contest.other) is None or contest.loaded is not None or contest.switched:
+            return
+        found, problem = None, ""
+        try:
+            found = await self.load(contest, other, low=True)
+        except LmworksError as error:
+            problem = error.found or error.what
+        if (contest.other, contest.loaded, contest.switched) != (other, None, False):
+            await self.retire(found, 0)  # an administrator has decided otherwise meanwhile
+        else:
+            contest.loaded, contest.problem, contest.seal = found, problem, "" if found is None else found.seal
 
     async def close(self) -> None:
         """End every engine of ours."""
@@ -235,6 +216,16 @@ class Challengers:
             await asyncio.to_thread(write_json, self.folder / STATE, {"format": FORMAT, "models": models})
         except OSError as error:
             raise Refused(507, f"{STATE} cannot be written: {error.strerror}", type="server_error") from None
+        self.unwritten = ""
+
+    async def keep_later(self) -> None:
+        """Write down what is current once the disk takes it."""
+        while self.unwritten:
+            await asyncio.sleep(AGAIN)
+            async with self.turn:
+                if self.unwritten:
+                    with suppress(Refused):
+                        await self.keep("")
 
     async def challenge(self, name: str, folder: str, share: float) -> None:
         """Load a challenger and let it shadow the current version. Raises Refused; then all is as it was."""
@@ -250,32 +241,39 @@ class Challengers:
                 raise
             self.spawn(self.retire(contest.loaded))
             contest.other, contest.loaded, contest.switched, contest.share = folder, version, False, share
-            contest.tally, contest.problem = Tally(), ""
+            contest.tally, contest.problem, contest.seal = Tally(), "", version.seal
 
     async def exchange(self, name: str, *, back: bool) -> None:
-        """Let the other version answer from now on. Raises Refused; then the current one goes on."""
+        """Let the other version answer from now on. Raises Refused; then the current one goes on.
+
+        The way back needs no disk: what cannot be written down is, later.
+        """
         contest = self.contests[name]
         async with self.alone():
             if contest.other is None or contest.switched is not back:
                 raise Refused(409, "there is nothing to go back to" if back else "there is no challenger to switch to",
                               code="nothing_to_switch")  # fmt: skip
-            version, before = contest.loaded, contest.loaded
-            if version is None or version.low:
-                version = await self.refused(self.load(contest, contest.other, low=False))
+            version = contest.loaded
+            if fresh := version is None or version.low:
+                version = await self.refused(self.load(contest, contest.other, low=False, seal=contest.seal))
             elif not version.engine.ready:
                 raise Refused(503, version.engine.problem, code="not_ready", type="server_error")
             former = contest.current
             try:
                 await self.keep(name, current=version.name, other=former.name, switched=not back)
-            except Refused:
-                if version is not before:
-                    await self.retire(version, 0)
-                raise
+            except Refused as refused:
+                if not back:
+                    if fresh:
+                        await self.retire(version, 0)
+                    raise
+                if not self.unwritten:
+                    self.spawn(self.keep_later())
+                self.unwritten = f"{refused.message}: a restart goes on with what it says"
+            if fresh:
+                self.spawn(self.retire(contest.loaded))
             contest.current, contest.loaded, contest.other = version, former, former.name
-            contest.switched = not back
+            contest.switched, contest.problem, contest.seal = not back, "", former.seal
             self.watches.follow(name, version.monitor)
-            if before is not version:
-                self.spawn(self.retire(before))
 
     async def stop(self, name: str) -> None:
         """Let go of the version that does not answer."""
@@ -283,7 +281,7 @@ class Challengers:
         async with self.alone():
             await self.keep(name, other=None, switched=False)
             self.spawn(self.retire(contest.loaded))
-            contest.other, contest.loaded, contest.switched, contest.problem = None, None, False, ""
+            contest.other, contest.loaded, contest.switched, contest.problem, contest.seal = None, None, False, "", ""
 
     def alone(self) -> asyncio.Lock:
         """Return what keeps others out. Raises Refused (409) while something is under way."""
@@ -302,11 +300,13 @@ class Challengers:
         """Return what is told of a model."""
         one = self.contests[name]
         own = Path(one.own.model.spec.folder).name
-        doing = "none" if one.other is None else "switched" if one.switched else "loading" if one.loaded is None else (
+        missing = "failed" if one.problem else "loading"
+        doing = "none" if one.other is None else "switched" if one.switched else missing if one.loaded is None else (
             "shadow" if one.loaded.low else "standby")  # fmt: skip
         return {
             "state": doing, "current": one.current.name or own, "own": own,
-            "other": own if one.other == OWN else one.other, "share": one.share, "problem": one.problem,
+            "other": own if one.other == OWN else one.other, "share": one.share,
+            "problem": "; ".join(filter(None, (one.problem, self.unwritten))),
             "folders": names(self.folder), "shadow": one.tally.state(),
         }  # fmt: skip
 

@@ -4,13 +4,15 @@
     lmworks_feedback    id, answer, label, received, state           what is right: new, accepted or rejected
     lmworks_schema      version
 
-Times are seconds since 1970. An answer's id cannot be guessed; that of feedback is made of the answer's and the label:
-who sends the same twice, as after an answer that was lost, changes nothing. Both databases hold the same rows.
+Times are seconds since 1970. An answer's id cannot be guessed; that of feedback is made of the answer's and the label,
+and of a text that nobody asked it is made of the text: who sends the same twice, as after an answer that was lost,
+changes nothing. Both databases hold the same rows.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,9 +27,11 @@ from lmworks.serve.feedback_database import (
     Away,
     DiskFull,
     identity_of,
+    is_silent,
     make_private,
     open_engine,
     read_url,
+    show_url,
     storable,
     translate,
 )
@@ -95,10 +99,15 @@ class Given:
 class Store:
     """One database. With `create` its tables are made where they are missing; else it must be there."""
 
-    def __init__(self, place: str | Path, *, create: bool = False, seconds: float | None = None) -> None:
-        """`seconds` bounds what a statement may take. Raises InputError for a database that cannot be opened."""
+    def __init__(
+        self, place: str | Path, *, create: bool = False, seconds: float | None = None, later: bool = False
+    ) -> None:  # fmt: skip
+        """`seconds` bounds what a statement may take. Raises InputError for a database that cannot be opened.
+
+        With `later` it may be opened later (`made` says whether it is) where no PostgreSQL answers.
+        """
         self.url = read_url(place)
-        self.name = self.url.set(drivername=self.url.get_backend_name()).render_as_string(hide_password=True)
+        self.name, self.made = show_url(self.url), False
         self.file = Path(str(self.url.database)) if self.url.get_backend_name() == "sqlite" else None
         self.create, self.identity = create, None if self.file is None else identity_of(self.file)
         if self.file is not None and self.identity is None and not create:
@@ -109,6 +118,8 @@ class Store:
                 make_private(self.file)
             self.prepare()
         except LmworksError as error:
+            if later and isinstance(error, Away) and is_silent(self.engine):
+                return
             self.close()
             if not isinstance(error, Away | DiskFull):
                 raise
@@ -135,7 +146,7 @@ class Store:
             if version != VERSION:
                 raise FormatError("another version of lmworks made this feedback store", where=self.name,
                                   found=f"version {version}", expected=f"version {VERSION}")  # fmt: skip
-        self.identity = None if self.file is None else identity_of(self.file)
+        self.identity, self.made = None if self.file is None else identity_of(self.file), True
 
     @contextmanager
     def begin(self, *, reads: bool = False) -> Iterator[Connection]:
@@ -163,11 +174,12 @@ class Store:
 
     def look(self) -> None:
         """Let go of a SQLite file that was taken away or replaced: what is written to it would be lost."""
-        if self.file is None or identity_of(self.file) == self.identity:
+        found = None if self.file is None else identity_of(self.file)
+        if self.made and found == self.identity:
             return
         self.engine.dispose()
-        if not self.file.is_file():
-            raise Away("the feedback store is away", where=self.name, found="the file is gone")
+        if self.file is not None and found is None:
+            raise Away("the feedback store is away", where=self.name, found="the file is gone, or cannot be looked at")
         self.prepare()
 
     def forget(self, before: float, *, decided: bool, most: int) -> dict[str, int]:
@@ -184,10 +196,18 @@ class Store:
                 with self.begin() as connection:
                     found = connection.execute(delete(table).where(table.c.id.in_(chosen.limit(most)))).rowcount
                 gone[table.name] += found
-        if self.file is not None:  # the log holds what the file did
-            with closing(self.engine.raw_connection()) as connection:
-                connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return gone
+
+    def empty_log(self) -> bool:
+        """Bring SQLite's log into the file, and empty it; say whether it could be: not while somebody reads there.
+
+        Until then either may hold what was deleted.
+        """
+        if self.file is None:
+            return True
+        with closing(self.engine.raw_connection()) as connection:
+            [busy, *_] = connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        return not busy
 
     def put(self, connection: Connection, table: Table, rows: Sequence[Row], *, states: bool = False) -> None:
         """Insert rows that are not there yet; with `states` a decision replaces a "new" that is there."""
@@ -212,13 +232,15 @@ class Store:
         return Given(id, answer, label, there is None)
 
 
-def make_answer(model: str, given: str | tuple[str, str], label: str | None = None, score: float | None = None) -> Row:
-    """Return the row of an answer, with an id that nobody can guess."""
+def make_answer(
+    model: str, given: str | tuple[str, str], label: str | None = None, score: float | None = None, *,
+    asked: bool = True,
+) -> Row:  # fmt: skip
+    """Return the row of an answer, with an id that nobody can guess; of what nobody `asked` each text has one."""
     first, second = (given, None) if isinstance(given, str) else given
-    return {
-        "id": secrets.token_hex(16), "model": model, "asked": time.time(), "text": storable(first),
-        "pair": None if second is None else storable(second), "label": label, "score": score,
-    }  # fmt: skip
+    text, pair = storable(first), None if second is None else storable(second)
+    id = secrets.token_hex(16) if asked else hashlib.sha256(json.dumps([model, text, pair]).encode()).hexdigest()[:32]
+    return {"id": id, "model": model, "asked": time.time(), "text": text, "pair": pair, "label": label, "score": score}
 
 
 def find_answer(connection: Connection, id: str) -> Row | None:

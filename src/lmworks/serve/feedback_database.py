@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ require("sqlalchemy", extra="feedback")
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url  # noqa: E402
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, SQLAlchemyError  # noqa: E402
 
+EXPECTED = "FILE, sqlite:///FILE or postgresql://USER@HOST/DATABASE"
 SECONDS = 5.0  # that a connection, a lock or a statement of the server may take
 FULL = ("SQLITE_FULL", "53100")  # and what a disk that takes no more looks like to SQLite:
 UNWRITTEN = ("SQLITE_IOERR_WRITE", "SQLITE_IOERR_FSYNC", "SQLITE_IOERR_SHMSIZE", "SQLITE_IOERR_TRUNCATE")
@@ -28,21 +31,37 @@ class DiskFull(LmworksError):
 
 def read_url(place: str | Path) -> URL:
     """Return the URL of a store: a file's path, sqlite:///FILE, or postgresql://…. Raises InputError."""
-    expected = "FILE, sqlite:///FILE or postgresql://USER@HOST/DATABASE"
     if "://" not in str(place):
         return URL.create("sqlite", database=str(place))
-    try:
+    with no_url():
         url = make_url(str(place))
-    except ArgumentError:
-        raise InputError("this is no URL of a database", expected=expected) from None  # it may hold a password
     if url.drivername in ("postgres", "postgresql", "postgresql+psycopg"):
         require("psycopg", extra="feedback")
         return url.set(drivername="postgresql+psycopg")
     if url.drivername != "sqlite":
-        raise InputError("feedback is not kept in such a database", found=url.drivername, expected=expected)
+        raise InputError("feedback is not kept in such a database", found=url.drivername, expected=EXPECTED)
     if url.database in (None, "", ":memory:"):
-        raise InputError("feedback is kept in a file", found="a database in memory", expected=expected)
+        raise InputError("feedback is kept in a file", found="a database in memory", expected=EXPECTED)
+    if url.host or "\0" in str(url.database):
+        raise InputError("this names no file of feedback", expected=EXPECTED)
+    if url.query:
+        raise InputError("a file of feedback has no options", found=", ".join(url.query), expected=EXPECTED)
     return url
+
+
+@contextmanager
+def no_url() -> Iterator[None]:
+    """Raise InputError for what is no URL; it is not shown, as it may hold a password."""
+    try:
+        yield
+    except (ArgumentError, ValueError):
+        raise InputError("this is no URL of a database", expected=EXPECTED) from None
+
+
+def show_url(url: URL) -> str:
+    """Return a URL for people, without a password, and without options, which may be one."""
+    query = {name: value for name, value in url.query.items() if name in ("host", "port")}
+    return url.set(drivername=url.get_backend_name(), query=query).render_as_string(hide_password=True)
 
 
 def identity_of(file: Path) -> tuple[int, int] | None:
@@ -81,11 +100,10 @@ def open_engine(url: URL, seconds: float | None, *, create: bool) -> Engine:
 
         return engine
     limit = int(wait * 1000)
-    engine = create_engine(
-        url, pool_pre_ping=True, hide_parameters=True,
-        connect_args={"connect_timeout": max(2, int(min(wait, SECONDS))), "tcp_user_timeout": limit,
-                      "prepare_threshold": None} | dict(url.query),
-    )  # fmt: skip
+    ours = {"connect_timeout": max(2, int(min(wait, SECONDS))), "tcp_user_timeout": limit, "prepare_threshold": None}
+    ours = {name: value for name, value in ours.items() if name not in url.query}
+    with no_url():
+        engine = create_engine(url, pool_pre_ping=True, hide_parameters=True, connect_args=ours)
 
     @event.listens_for(engine, "connect")
     def bound(connection: Any, _: Any) -> None:
@@ -94,6 +112,20 @@ def open_engine(url: URL, seconds: float | None, *, create: bool) -> Engine:
         connection.commit()
 
     return engine
+
+
+def is_silent(engine: Engine) -> bool:
+    """Whether no PostgreSQL answers, or one that takes nobody yet; one that refuses us, as for a password, does."""
+    if engine.dialect.name != "postgresql":
+        return False
+    from psycopg import Error, conninfo, pq
+
+    words = {"connect_timeout": int(SECONDS), **engine.dialect.create_connect_args(engine.url)[1], "context": None}
+    try:
+        found = pq.PGconn.ping(conninfo.make_conninfo(**words).encode())
+    except Error:
+        return False
+    return found in (pq.Ping.NO_RESPONSE, pq.Ping.REJECT)
 
 
 def translate(error: SQLAlchemyError, name: str) -> LmworksError:

@@ -59,7 +59,7 @@ def make_router(service: Service) -> APIRouter:
         assert wanted.text is not None
         name = service.find(wanted.model, "text-classification").spec.name
         given = wanted.text if wanted.pair is None else (wanted.text, wanted.pair)
-        return await recorder.accept(wanted.label, answer=make_answer(name, given))
+        return await recorder.accept(wanted.label, answer=make_answer(name, given, asked=False))
 
     return router
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -49,7 +50,8 @@ class Writer:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self.problem: Away | None = None  # why the database is away
+        # why the database is away
+        self.problem = None if store.made else Away("the feedback store is away", where=store.name)
         self.thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -99,7 +101,7 @@ class Writer:
             with self.store.begin(reads=True) as connection:
                 ping(connection)
             self.problem = None
-        except LmworksError:
+        except Exception:  # whatever it is, it is looked at again
             pass
 
     def commit(self, jobs: Sequence[Job]) -> None:
@@ -140,7 +142,10 @@ class Recorder:
         if not self.labels:
             raise InputError("--feedback needs a classifier that gives each text one of several labels",
                              found=", ".join(spec.name for spec in specs))  # fmt: skip
-        self.writer = Writer(Store(place, create=True, seconds=SECONDS))
+        store = Store(place, create=True, seconds=SECONDS, later=True)
+        if not store.made:
+            sys.stderr.write(f"feedback: nobody answers at {store.name}, which is asked every second\n")
+        self.writer = Writer(store)
         self.given = Counter(
             "lmworks_feedback", "Feedback by what is right, and whether the model had said so",
             ("model", "label", "agrees"), registry=registry,
@@ -162,7 +167,7 @@ class Recorder:
         ]
         try:
             await self.writer.do(lambda connection: self.writer.store.put(connection, ANSWERS, rows), HURRY)
-        except LmworksError:
+        except Exception:
             self.unkept.labels(model).inc(len(rows))
             rows = [{**row, "id": None} for row in rows]
         for row, answer in zip(rows, answers, strict=True):

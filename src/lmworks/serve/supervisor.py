@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lmworks.base.errors import InputError, LmworksError
+from lmworks.base.errors import InputError, LmworksError, from_os_error
 from lmworks.serve.engine import Spec, main
 from lmworks.serve.slots import Took
 
@@ -69,11 +69,18 @@ class Ticket:
 
 def wants_processor(pid: int | None) -> bool:
     """Whether a thread of a process could run, or waits for a disk; False where the system does not tell."""
-    for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
-        with suppress(OSError):
-            if stat.read_text("utf-8", "replace").rpartition(")")[2].split()[0] in "RD":
-                return True
+    with suppress(OSError):  # no file can be opened just now
+        for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
+            with suppress(OSError):
+                if stat.read_text("utf-8", "replace").rpartition(")")[2].split()[0] in "RD":
+                    return True
     return False
+
+
+def log(line: str) -> None:
+    """Write a line for people; nobody may be there to read it."""
+    with suppress(OSError, ValueError):
+        sys.stderr.write(f"{line}\n")
 
 
 class Supervisor:
@@ -88,8 +95,9 @@ class Supervisor:
         self.tickets: dict[int, Ticket] = {}
         self.numbers = itertools.count(1)
         self.heard = 0.0  # when the engine last gave a sign of life
-        self.restarts = -1
+        self.restarts = 0
         self.on_failure: Callable[[], None] = lambda: None  # a model that is loaded at the start cannot be
+        self.recheck: Callable[[], None] = lambda: None  # raises LmworksError where nothing may be loaded again
         self.on_end: Callable[[Ticket, str, str], None] | None = None  # a request's, with its model and kind
         self.down = False  # silent for too long, at the last look: whoever asks is turned away at once
         self.leaving = False  # told to end: no longer ready, though it still answers
@@ -97,22 +105,24 @@ class Supervisor:
         self.watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Start the engine and watch it."""
+        """Start the engine and watch it. Raises InputError where no process is to be had."""
         self.loop = asyncio.get_running_loop()
-        self.spawn()
+        try:
+            self.spawn()
+        except OSError as error:
+            raise from_os_error(error, "the engine cannot be started") from None
         self.watching = asyncio.create_task(self.watch())
 
     def spawn(self) -> None:
         """Start an engine process and the thread that listens to it."""
+        self.started, self.heard = time.monotonic(), 0.0
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe()
-        self.pipe = here
         specs = [model.spec for model in self.models.values()]
-        self.process = context.Process(target=main, args=(there, specs, self.nice), name="lmworks-engine", daemon=True)
-        self.process.start()
+        process = context.Process(target=main, args=(there, specs, self.nice), name="lmworks-engine", daemon=True)
+        process.start()
         there.close()
-        self.started, self.heard = time.monotonic(), 0.0
-        self.restarts += 1
+        self.pipe, self.process = here, process  # one that was not started would be nobody's to end
         self.outbox: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
         threading.Thread(target=self.listen, args=(here,), daemon=True).start()
         threading.Thread(target=self.send, args=(here, self.outbox), daemon=True).start()
@@ -197,25 +207,45 @@ class Supervisor:
             spent = now - self.started
             slow = spent > STARTING and not (spent < SLOWEST and wants_processor(self.process.pid))
             if not self.process.is_alive() or (slow if not self.heard else not self.spoke(GONE)):
-                await self.replace()
+                try:
+                    await self.replace()
+                except LmworksError as error:
+                    self.give_up(error)
+                    return
+                except Exception as error:  # no file, process or memory is to be had: there may be, a moment later
+                    log(f"The engine cannot be started: {error}")
+                    self.let_down("no engine can be started")
+
+    def give_up(self, problem: LmworksError) -> None:
+        """Do without an engine, as what it would load is not what it was."""
+        self.let_down(problem.what)
+        for model in self.models.values():
+            model.state, model.problem = "failed", problem
+        self.on_failure()
+
+    def let_down(self, why: str, *tickets: Ticket) -> None:
+        """Answer requests, or all of them, that no engine works on."""
+        for ticket in tickets or self.tickets.values():
+            ticket.answers.put_nowait(("error", Down(why, fix="try again")))
 
     async def replace(self) -> None:
-        """Kill the engine, start another, and ask again what was not answered in part."""
+        """Kill the engine, start another, and ask again what was not answered in part. Raises what `recheck` does."""
         self.heard = 0.0
+        self.restarts += 1
         process = self.process
         self.outbox.put(None)
         process.kill()
         await asyncio.to_thread(process.join, 5)
-        if self.restarts >= 0 and time.monotonic() - self.started < 1:
+        if time.monotonic() - self.started < 1:
             await asyncio.sleep(1)  # one that dies at once is not started in a tight circle
-        sys.stderr.write("The engine stopped and is started again.\n")
+        await asyncio.to_thread(self.recheck)
+        log("The engine stopped and is started again.")
         for model in self.models.values():
             model.state, model.counts = "cold", {}
         self.spawn()
-        stopped = Down("the engine stopped while it worked on this", fix="try again")
         for ticket in list(self.tickets.values()):
             if ticket.begun or ticket.asked > RETRIES:
-                ticket.answers.put_nowait(("error", stopped))
+                self.let_down("the engine stopped while it worked on this", ticket)
             else:
                 ticket.asked += 1
                 self.say(ticket.message)

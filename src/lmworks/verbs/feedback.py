@@ -266,14 +266,16 @@ def forget_feedback(url: str | Path, before: str, *, decided: bool = False) -> R
     with opened(url) as store:
         gone = store.forget(day.timestamp(), decided=decided, most=PART)
         values = {"store": store.name, "before": day.isoformat(), "answers": gone[ANSWERS.name],
-                  "feedback": gone[FEEDBACK.name]}  # fmt: skip
+                  "feedback": gone[FEEDBACK.name], "waits_for_reader": not store.empty_log()}  # fmt: skip
     what = f"{counted(gone[ANSWERS.name], 'answer')} and {counted(gone[FEEDBACK.name], 'piece')} of feedback forgotten"
-    return Report(f"{store.name}: {what}", values)
+    left = f"Their texts are still in {store.file} or its log, as somebody reads there: run it again later."
+    return Report(f"{store.name}: {what}", values, notes=(left,) if values["waits_for_reader"] else ())
 
 
 def compare(row: Row, there: Row | None, name: str) -> None:
-    """Raise FormatError where a row did not arrive as it was; a decision may differ."""
-    if there is None or any(there[key] != value for key, value in row.items() if key != "state"):
+    """Raise FormatError where a row did not arrive as it was; a decision may differ, and when the same came to each."""
+    kept = row.keys() - {"state", "asked", "received"}
+    if there is None or any(there[key] != row[key] for key in kept):
         raise FormatError("a row of the other database differs", where=name, found=row["id"],
                           fix="copy to an empty database")  # fmt: skip
 
