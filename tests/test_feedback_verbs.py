@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import sys
 from collections.abc import Callable
+from contextlib import closing
+from datetime import UTC, datetime
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -20,8 +24,9 @@ from lmworks.base.errors import FormatError, InputError, Interrupted
 from lmworks.base.files import read_json
 from lmworks.cli import main
 from lmworks.serve.feedback import ANSWERS, FEEDBACK, Store, make_answer, set_state
+from lmworks.serve.feedback_database import open_engine
 from lmworks.text.labelled import read_labelled
-from lmworks.verbs.feedback import copy_feedback, review_feedback, take_feedback
+from lmworks.verbs.feedback import copy_feedback, forget_feedback, review_feedback, take_feedback
 from lmworks.verbs.finetuning import finetune
 
 Filled = tuple[str, list[str]]
@@ -149,6 +154,32 @@ def test_what_is_old_is_forgotten_but_for_what_waits(
     store.close()
 
 
+def test_what_a_reader_holds_is_not_said_to_be_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite keeps what somebody may still read."""
+    url = str(tmp_path / "feedback.db")
+    review_feedback(url, accept=fill(url))
+    monkeypatch.setattr("lmworks.serve.feedback.open_engine", partial(hurried, open_engine))
+    now = datetime.now(UTC).isoformat()
+
+    def there() -> bool:
+        return any(b"a goal" in path.read_bytes() for path in tmp_path.iterdir())
+
+    with closing(sqlite3.connect(url, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        assert reader.execute("SELECT count(*) FROM lmworks_answers").fetchone() == (6,)
+        told = forget_feedback(url, now, decided=True)
+        assert told.values["answers"] == 6 and told.values["waits_for_reader"] is True and there()
+        assert "as somebody reads there" in told.notes[0]
+        reader.execute("COMMIT")
+        told = forget_feedback(url, now, decided=True)
+        assert told.values["waits_for_reader"] is False and told.notes == () and not there()
+
+
+def hurried(make: Callable[..., Any], *given: Any, **more: Any) -> Any:
+    """Wait a moment only."""
+    return make(given[0], 0.2, **more)
+
+
 def test_a_person_decides_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     url = str(tmp_path / "feedback.db")
     fill(url)
@@ -199,7 +230,11 @@ def test_both_databases_hold_the_same_after_a_copy(tmp_path: Path, postgres: Ser
     states = dict(second.ask("SELECT id, state FROM lmworks_feedback"))
     assert [states[id] for id in ids[:4]] == ["accepted", "rejected", "accepted", "new"], "no decision is lost"
 
+    sent = ("UPDATE lmworks_feedback SET received = received + 5", "UPDATE lmworks_answers SET asked = asked - 5")
     with second.server.connect(second.name) as connection:
+        for order in sent:  # the same was sent to both
+            connection.execute(order)  # type: ignore[arg-type]
+        assert copy_feedback(first.url, second.url).values["feedback"] == 6
         connection.execute("UPDATE lmworks_answers SET text = 'changed' WHERE model = 'mood'")
     with pytest.raises(FormatError, match="differs"):
         copy_feedback(first.url, second.url)

@@ -7,11 +7,13 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
 import transformers
 from monitored import TOPICS, german, make_news_classifier
+from serving import server
 from sklearn.metrics import roc_auc_score
 from tiny_page import copy_folder
 
@@ -154,6 +156,15 @@ def test_the_command_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFix
     ):  # fmt: skip
         assert main([*words[:4], *more]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_kserve_names_what_a_model_with_a_monitor_returns(place: Path) -> None:
+    with server(place / "graphs") as one:
+        named = httpx.get(f"{one.base}/v2/models/graphs").json()["outputs"]
+        text = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a team won"]}
+        found = one.post("/v2/models/graphs/infer", {"inputs": [text]}).json()["outputs"]
+    assert {"confidence", "ood_score", "ood"} <= {row["name"] for row in found}
+    assert [(row["name"], row["datatype"]) for row in named] == [(row["name"], row["datatype"]) for row in found]
 
 
 def test_a_graph_without_features_has_scores_of_its_logits_alone(place: Path, tmp_path: Path) -> None:

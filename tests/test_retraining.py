@@ -1,4 +1,4 @@
-"""When to train again, and the whole way back: drift, feedback, training, a challenger that wins and takes over."""
+"""The whole way back: drift, feedback, training, a challenger that wins and takes over."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest
 
@@ -24,21 +22,16 @@ from lmworks.cli import main
 from lmworks.evaluation.monitor import read_monitor
 from lmworks.export.onnx_folder import export_graphs
 from lmworks.export.receipt import check_receipt
-from lmworks.serve.feedback import ANSWERS, Store, make_answer, set_state
+from lmworks.serve.feedback import ANSWERS, FEEDBACK, Store, make_answer, set_state
 from lmworks.serve.guard import digest
 from lmworks.serve.monitor import Watching
 from lmworks.verbs.finetuning import evaluate_task, finetune
 from lmworks.verbs.monitoring import fit_monitor
 from lmworks.verbs.retraining import retrain
 from lmworks.verbs.retraining_trigger import (
-    HOUR,
-    Evidence,
     Rule,
     State,
-    find_evidence,
-    is_more,
     read_state,
-    step,
     write_state,
 )
 
@@ -47,111 +40,7 @@ from monitored import TOPICS, make_news_classifier, news, write_table
 from serving import Running, server
 
 ADMIN = "the-key-of-the-admin"
-BAD = ("drift",)
 NEW = "Sci/Tech"  # the topic that comes up
-
-
-def run(rule: Rule, checks: list[tuple[bool, int, float]]) -> list[str]:
-    """Return the verdicts of checks, each (bad, accepted feedback, hours since the last one)."""
-    state, now, said = State(), 0.0, []
-    for number, (bad, accepted, hours) in enumerate(checks):
-        now += hours * HOUR
-        state, verdict = step(state, Evidence(number, BAD if bad else (), accepted), rule, now)
-        said.append(verdict)
-    return said
-
-
-def test_the_trigger_waits_fires_once_and_holds() -> None:
-    rule = Rule(checks=3, calm=2, cooldown=24, least=10)
-    one = [(True, 99, 0.0)]
-    assert run(rule, one * 4) == ["watching", "watching", "fire", "holding"]
-    assert run(rule, [(False, 99, 0), *one * 2, (False, 99, 0), *one * 3]) == [
-        "normal", "watching", "watching", "normal", "watching", "watching", "fire"
-    ], "a normal check begins the count anew"  # fmt: skip
-    assert run(rule, [(True, 9, 0), (True, 9, 0), (True, 9, 0), (True, 10, 0)])[2:] == ["feedback", "fire"]
-    calm = [*one * 3, (False, 99, 0), (True, 99, 0), (False, 99, 0), (False, 99, 0)]
-    assert run(rule, calm)[3:] == ["holding", "holding", "holding", "normal"], "normal twice in a row"
-    assert run(rule, [*calm, *[(True, 108, 0)] * 3])[-1] == "feedback", "nothing has been learnt since"
-    assert run(rule, [*calm, *[(True, 109, 0)] * 3])[-1] == "fire"
-    later = [*one * 3, (True, 200, 23), (True, 200, 2), (True, 200, 0), (True, 200, 0)]
-    assert run(rule, later)[3:] == ["holding", "watching", "watching", "fire"], "a day has passed"
-
-
-def test_a_window_counts_once() -> None:
-    rule, state = Rule(checks=2, least=1), State()
-    for _ in range(9):
-        state, verdict = step(state, Evidence(7.0, BAD, 5), rule, 0)
-        assert verdict == "watching"
-    assert step(State(), Evidence(None, (), 5), rule, 0) == (State(), "normal"), "nothing was compared yet"
-    state, verdict = step(state, Evidence(8.0, BAD, 0), rule, 0)
-    assert verdict == "feedback"
-    assert step(state, Evidence(8.0, BAD, 1), rule, 0)[1] == "fire", "feedback that comes later is enough"
-    fired = State(holding=True, fired=100.0, used=50, window=8.0)
-    assert step(fired, Evidence(8.0, (), 3), rule, 90)[0].used == 3, "some was deleted; a clock that goes back"
-
-
-FEW = st.integers(1, 4)
-
-
-@given(
-    st.builds(Rule, checks=FEW, calm=FEW, cooldown=st.floats(1, 50), least=st.integers(1, 9)),
-    st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(0, 3), st.floats(0, 3)), max_size=12),
-)  # fmt: skip
-def test_it_never_flaps(rule: Rule, moves: list[tuple[int, int, int, float]]) -> None:
-    """Between two trainings: enough normal checks in a row, or hours; then enough bad ones; and new feedback."""
-    total, checks = 0, []
-    for bad, normal, more, hours in moves:
-        for is_bad in [True] * bad + [False] * normal:
-            total += more
-            checks.append((is_bad, total, hours))
-    verdicts, last, time_ = run(rule, checks), None, [0.0]
-    for _, _, hours in checks:
-        time_.append(time_[-1] + hours)
-    for i in [i for i, said in enumerate(verdicts) if said == "fire"]:
-        assert all(bad for bad, _, _ in checks[i - rule.checks + 1 : i + 1]) and i + 1 >= rule.checks
-        before = 0 if last is None else checks[last][1]
-        assert checks[i][1] - before >= rule.least
-        if last is not None:
-            between = "".join("x" if bad else "." for bad, _, _ in checks[last + 1 : i + 1])
-            assert len(between) >= rule.checks
-            rested = time_[i + 1] - time_[last + 1] >= rule.cooldown * (1 - 1e-9)
-            assert rested or "." * rule.calm in between, between
-        last = i
-
-
-def watched(**more: Any) -> dict[str, Any]:
-    """Return what GET /drift says of a model."""
-    last = {"time": 5.0, "window": 200, "drift": [], "tests": {"score": {"p": 1e-9}}, "out_of_domain": 0.05,
-            "level": 1e-5} | more  # fmt: skip
-    return {"comparisons": [last], "reference": {"false_alarms": 0.05}}
-
-
-def test_what_counts_as_evidence() -> None:
-    assert find_evidence(watched(), None, 3) == Evidence(5.0, (), 3)
-    assert find_evidence({"comparisons": []}, None, 3) == Evidence(None, (), 3)
-    assert find_evidence(watched(drift=["score"]), None, 3).reasons == ("drift: score p=1.0e-09",)
-    assert find_evidence(watched(out_of_domain=0.15), None, 3).reasons == (
-        "strange: 15.0% of the last 200, 5.0% are expected",
-    )
-    assert not find_evidence({"comparisons": watched(out_of_domain=0.9)["comparisons"]}, None, 0).reasons, "a log"
-    accuracy = {"fallen": True, "accuracy": 0.6, "texts": 50, "expected": 0.9}
-    assert find_evidence(watched(), accuracy, 3).reasons == ("accuracy: 60.0% of 50 texts, it was 90.0%",)
-    for found in range(0, 201, 10):
-        theirs = binomtest(found, 200, 0.05, alternative="greater").pvalue
-        assert is_more(found, 200, 0.05, 1e-5) is bool(theirs <= 1e-5), found
-
-
-def test_what_the_trigger_remembers(tmp_path: Path) -> None:
-    state = State(bad=2, fired=7.5, used=3, window=9.0)
-    write_state(tmp_path / "new", "news", state)
-    write_state(tmp_path / "new", "mood", State(calm=1))
-    assert read_state(tmp_path / "new", "news") == state and read_state(tmp_path / "new", "other") == State()
-    (tmp_path / "new/retraining.json").write_text('{"models": 3}')
-    with pytest.raises(FormatError, match="not what retrain wrote"):
-        read_state(tmp_path / "new", "news")
-    for bad in ({"checks": 0}, {"cooldown": 0}, {"least": 0}, {"calm": -1}):
-        with pytest.raises(InputError, match="out of range"):
-            Rule(**bad).check()  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -218,25 +107,9 @@ def test_from_a_new_topic_to_a_new_model(
     place: Path, served: Running, capsys: pytest.CaptureFixture[str], one_thread: None
 ) -> None:
     old, new, db = read(place / "old.csv"), read(place / "new.csv"), str(place / "feedback.db")
-    words = [
-        "retrain",
-        served.base,
-        str(place / "weights"),
-        str(place / "train.csv"),
-        "--feedback",
-        db,
-        "--json",
-        "--held-out",
-        str(place / "held.csv"),
-        "--checks",
-        "2",
-        "--least",
-        "80",
-        "--epochs",
-        "3",
-        "--lr",
-        "3e-3",
-    ]
+    words = ["retrain", served.base, str(place / "weights"), str(place / "train.csv"), "--feedback", db, "--json",
+             "--held-out", str(place / "held.csv"), "--checks", "2", "--least", "80", "--epochs", "3",
+             "--lr", "3e-3"]  # fmt: skip
 
     def check(name: str = "better") -> tuple[int, dict[str, Any]]:
         capsys.readouterr()
@@ -255,8 +128,8 @@ def test_from_a_new_topic_to_a_new_model(
     assert drift(served, 350)["drift"], "the window is full of the new topic"
     assert main(["feedback", "review", db, "--accept", "all"]) == 0
     assert [check()[1]["verdict"] for _ in range(3)] == ["watching"] * 3, "the same window is no new evidence"
-    ask(served, new[150:200])
-    drift(served, 400)
+    ask(served, new[150:250])
+    drift(served, 450)
     assert not (place / "pool/better").exists()
     code, said = check()
     assert (code, said["verdict"], said["won"]) == (0, "fire", True), said
@@ -370,6 +243,11 @@ def test_what_retrain_refuses(place: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be asked"):
         retrain("http://127.0.0.1:9", *given, **words)
     assert not (tmp_path / "pool").exists(), "nothing was written"
+    row = json.loads(Path(source).read_text())
+    for gone in ("window", "level", "out_of_domain", "requests", "tests"):
+        (tmp_path / "old.jsonl").write_text(json.dumps({key: value for key, value in row.items() if key != gone}))
+        with pytest.raises(InputError, match="this line is no comparison"):
+            retrain(str(tmp_path / "old.jsonl"), *given, **words)
     two = Path(source).read_text() + Path(source).read_text().replace('"news"', '"mood"')
     (tmp_path / "two.jsonl").write_text(two)
     with pytest.raises(InputError, match="several models"):
@@ -382,6 +260,65 @@ def test_what_retrain_refuses(place: Path, tmp_path: Path) -> None:
         words |= {"held_out": few}
         retrain(source, place / "weights", place / "train.csv", tmp_path / "pool/few", **words, force=True)
     assert not (tmp_path / "pool").exists(), "nothing was written, the trigger's memory neither"
+
+
+def test_runs_that_meet_and_runs_that_come_after(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every hour again: the last challenger may lie there, and another run may be at work."""
+    from lmworks.verbs import retraining
+
+    pool = tmp_path / "pool"
+    keep(tmp_path / "feedback.db", read(place / "new.csv")[:60])
+    words: dict[str, Any] = {"feedback": str(tmp_path / "feedback.db"), "held_out": place / "held.csv"}
+    given = (str(log(tmp_path / "drift.jsonl", True, [1.0])), place / "weights", place / "train.csv", pool / "better")
+    (pool / "better").mkdir(parents=True)
+    (pool / "better/lmworks.json").write_text("{}")
+    assert retrain(*given, **words).values["verdict"] == "watching"
+    before = read_state(pool, "news")
+    with pytest.raises(InputError, match="the challenger of before") as caught:
+        retrain(*given, **words, force=True)
+    assert "better" in str(caught.value) and read_state(pool, "news") == before
+    assert sorted(path.name for path in pool.iterdir()) == ["better", "retraining.json"]
+
+    given = (*given[:3], pool / "more")
+    met: list[Any] = []
+
+    def train(*_: Any, **__: Any) -> None:
+        met.extend(retrain(*given, **words, **more).values for more in ({}, {"force": True}, {"resume": True}))
+        raise Interrupted("stopped")
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(retraining, "finetune", train)
+        retrain(*given, **words, force=True)
+    assert [(one["fired"], one["verdict"]) for one in met] == [(False, "running")] * 3
+    assert (pool / ".more.retraining/known.jsonl").is_file(), "nobody took it away"
+    with pytest.raises(InputError, match="interrupted retraining"):
+        retrain(*given, **words)
+
+
+def test_feedback_that_is_gone_taught_nothing_new(place: Path, tmp_path: Path) -> None:
+    """Of what it was trained on, all was deleted; what came since is new, and so is what was accepted since."""
+    from lmworks.verbs.retraining import look
+
+    db, rows, pool = tmp_path / "feedback.db", read(place / "new.csv"), tmp_path / "pool"
+    source = str(log(tmp_path / "drift.jsonl", True, [1.0]))
+    write_state(pool, "news", State(bad=5, fired=time.time() - 1000, used=50))
+    keep(db, rows[:30])
+
+    def check() -> str:
+        return str(look(source, pool, None, None, str(db), None, Rule(least=30), False, {})[1]["verdict"])
+
+    assert check() == "fire", "30 came since"
+    store = Store(db)
+    with store.begin() as connection:
+        connection.execute(FEEDBACK.update().values(received=1.0))
+    store.close()
+    assert check() == "feedback", "they were there when it fired"
+    keep(db, rows[30:80])
+    store = Store(db)
+    with store.begin() as connection:
+        connection.execute(FEEDBACK.update().values(received=1.0))
+    store.close()
+    assert check() == "fire", "80 that had come, 50 were accepted then"
 
 
 @pytest.mark.slow

@@ -61,6 +61,43 @@ def test_a_changed_byte_is_caught_before_anything_is_installed(bundle: Path, tmp
     assert not list(tmp_path.glob("opt*"))
 
 
+@pytest.mark.parametrize("name", ["wheels/zz_extra-1.0-py3-none-any.whl", "model/extra.py", "wheels/a link.whl"])
+def test_what_the_sums_do_not_list_is_not_installed(bundle: Path, tmp_path: Path, name: str) -> None:
+    [wheel] = (bundle / "wheels").iterdir()
+    if "link" in name:
+        (bundle / name).symlink_to(shutil.copy(wheel, tmp_path / "other-1.0-py3-none-any.whl"))
+    else:
+        shutil.copy(wheel, bundle / name)
+    done = install(bundle, tmp_path / "opt")
+    assert done.returncode == 2 and "other files than SHA256SUMS lists" in done.stderr
+    assert not list(tmp_path.glob("opt*"))
+
+
+PYTHON = """#!/bin/sh
+[ "$2" != venv ] || { mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && echo ok > "$3/package.py"; }
+"""
+
+
+def test_it_is_installed_for_everybody_and_where_it_was_told(bundle: Path, tmp_path: Path) -> None:
+    """Under a mask that hides, from a copy that hides; a relative folder is the caller's. Python is a stand-in."""
+    stub = tmp_path / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+    stub.parent.mkdir()
+    stub.write_text(PYTHON)
+    stub.chmod(0o755)
+    for path in [bundle, *bundle.rglob("*")]:
+        path.chmod(0o700 if path.is_dir() or path.suffix == ".sh" else 0o600)
+    (tmp_path / "here").mkdir()
+    words, env = ["sh", "-c", 'umask 077; exec "$0" "$1"'], {"PATH": f"{stub.parent}:{os.environ['PATH']}"}
+    done = subprocess.run([*words, bundle / "install.sh", "opt"], cwd=tmp_path / "here", env=env, text=True,
+                          capture_output=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    opt = tmp_path / "here" / "opt"
+    assert f"lmworks serve {opt}/models/intents" in done.stdout and (opt / "environment/package.py").is_file()
+    hidden = [path for path in [opt, *opt.rglob("*")] if (path.stat().st_mode & 0o044) != 0o044
+              or (path.is_dir() and path.stat().st_mode & 0o011 != 0o011)]  # fmt: skip
+    assert not hidden
+
+
 def test_what_cannot_be_installed_leaves_nothing(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     assert "is there already" in install(bundle, tmp_path / "there").stderr

@@ -20,7 +20,7 @@ import yaml
 import lmworks
 from lmworks.base.errors import FormatError, InputError
 from lmworks.cli import main
-from lmworks.deploy.function import make_handler
+from lmworks.deploy.folder import name_of
 from lmworks.deploy.wheel import pin, write_wheel
 from lmworks.export.receipt import check_receipt
 from lmworks.verbs.deploying import deploy_docker, deploy_kubernetes, deploy_serverless
@@ -142,6 +142,80 @@ def test_manifests_are_what_kubernetes_takes(cluster: Path) -> None:
                                "Service", "ServiceAccount"]  # fmt: skip
     listed = kind(cluster, "Kustomization")["resources"]
     assert all((cluster / name).is_file() for name in listed)
+    metrics = kind(cluster, "HorizontalPodAutoscaler")["spec"]["metrics"]
+    assert [one["type"] for one in metrics] == ["Resource"], "a metric that nobody hands out forbids to scale down"
+    [endpoint] = kind(cluster, "ServiceMonitor")["spec"]["endpoints"]
+    assert endpoint["authorization"] == {"credentials": {"name": "intents-keys", "key": "metrics"}}
+    assert "metrics" in (cluster / "README.md").read_text()
+
+
+YAML_1_1 = yaml.SafeLoader  # as clusters read it: on, true, null and 10:30 are no texts
+
+
+@pytest.mark.parametrize(("folder", "known"), [
+    ("123", "model-123"), ("20newsgroups", "model-20newsgroups"), ("On", "on"), ("--", "model"), ("é", "model"),
+    ("9" * 60, "model-" + "9" * 34), ("news", "news"), ("a" * 39 + "-b", "a" * 39),
+])  # fmt: skip
+def test_names_begin_with_a_letter(tmp_path: Path, folder: str, known: str) -> None:
+    """RFC 1035, which a Service's name must follow."""
+    assert name_of(tmp_path / folder, None) == known
+
+
+def test_names_that_yaml_takes_for_something_else(graphs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    deploy_kubernetes(graphs, out, name="on", namespace="true", secret="null", feedback="off", image="10:30",
+                      queue=True)  # fmt: skip
+    for manifest in documents(out):
+        if manifest["apiVersion"] not in CUSTOM:
+            kubernetes_validate.validate(manifest, "1.30", strict=True)
+        if manifest["kind"] != "Kustomization":
+            assert manifest["metadata"]["name"] == "on"
+    assert kind(out, "Kustomization")["namespace"] == "true"
+    [container] = kind(out, "Deployment")["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == "10:30"
+    metrics = kind(out, "HorizontalPodAutoscaler")["spec"]["metrics"]
+    assert [one["type"] for one in metrics] == ["Resource", "Pods"]
+    assert metrics[1]["pods"]["metric"]["name"] == "lmworks_requests_waiting"
+    assert "seriesQuery" in (out / "README.md").read_text()
+    services = [yaml.load((out / "image" / name).read_text(), YAML_1_1)["services"]
+                for name in ("compose.yaml", "replicas.yaml")]  # fmt: skip
+    assert list(services[0]) == ["on"] and list(services[1]) == ["on-1", "on-2", "proxy"]
+    assert {one.get("image") for one in (*services[0].values(), *services[1].values())} == {
+        "10:30", "haproxy:2.6-alpine"
+    }  # fmt: skip
+
+
+def test_whoever_runs_it_may_read_it(graphs: Path, tmp_path: Path) -> None:
+    """A mask that hides is that of the one who builds; the image's user is another."""
+    before = os.umask(0o077)
+    try:
+        deploy_docker(graphs, tmp_path / "image", name="small")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "image").rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path
+
+
+class Strict(yaml.SafeLoader):
+    """Refuses a key that is there twice, as docker compose does."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        assert len(set(keys)) == len(keys), keys
+        return super().construct_mapping(node, deep)
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+def test_keys_come_where_the_marks_of_comment_go(graphs: Path, tmp_path: Path, feedback: bool) -> None:
+    deploy_docker(graphs, tmp_path / "image", feedback=feedback)
+    head, services, rest = (tmp_path / "image/compose.yaml").read_text().partition("services:\n")
+    rest = "".join(line.replace("# ", "", 1) if line.lstrip().startswith("# ") else line
+                   for line in rest.splitlines(keepends=True))  # fmt: skip
+    found = yaml.load(head + services + rest, Strict)
+    [service] = found["services"].values()
+    words = ["--feedback", "/feedback/feedback.db"] if feedback else []
+    assert service["command"] == [*words, "--api-key-file", "/run/secrets/keys"]
+    assert service["secrets"] == ["keys"] and found["secrets"] == {"keys": {"file": "keys.txt"}}
 
 
 def test_the_manifests_belong_together(cluster: Path) -> None:
@@ -163,7 +237,7 @@ def test_the_manifests_belong_together(cluster: Path) -> None:
     assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
     scaler = kind(cluster, "HorizontalPodAutoscaler")["spec"]
     assert (scaler["minReplicas"], scaler["maxReplicas"]) == (3, 7)
-    assert scaler["metrics"][0]["pods"]["metric"]["name"] == "lmworks_requests_waiting"
+    assert scaler["metrics"][0]["resource"]["name"] == "cpu"
     stop = container["lifecycle"]["preStop"]["exec"]["command"]
     assert pod["spec"]["terminationGracePeriodSeconds"] > int(stop[1]) + 30  # the server's own --grace
     assert (cluster / "image" / "Dockerfile").is_file() and (cluster / "image" / "model" / "config.json").is_file()
@@ -187,61 +261,12 @@ def test_feedback_has_a_place_and_the_packages(graphs: Path, tmp_path: Path) -> 
         "LMWORKS_FEEDBACK": {"name": "said", "key": "url"},
         "PGPASSWORD": {"name": "said", "key": "password"},
     }
+    assert kind(cluster, "ServiceMonitor")["spec"]["endpoints"][0]["authorization"]["credentials"]["name"] == "k"
     [rule] = kind(cluster, "NetworkPolicy")["spec"]["egress"]
     assert {one["port"] for one in rule["ports"]} == {5432, 53} and "to" not in rule
     for folder in (tmp_path / "image", cluster / "image"):
         assert {"sqlalchemy", "psycopg"} <= {one.partition("==")[0] for one in
                                              (folder / "requirements.txt").read_text().split()}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def function(graphs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("deployed") / "function"
-    assert main(["deploy", "serverless", str(graphs), "-o", str(out)]) == 0
-    return out
-
-
-def test_a_function_answers_its_event_without_torch(function: Path, graphs: Path) -> None:
-    script = (
-        "import sys, json; sys.modules['torch'] = sys.modules['fastapi'] = None; import handler; "
-        "print(json.dumps([handler.handler(event, None) for event in json.load(sys.stdin)]))"
-    )
-    event = json.loads((function / "event.json").read_text())
-    wrapped = {**event, "body": base64.b64encode(json.dumps({"input_text": TEXT}).encode()).decode(),
-               "isBase64Encoded": True}  # fmt: skip
-    old = {"httpMethod": "POST", "path": "/predict", "body": json.dumps({"input_text": TEXT})}
-    done = subprocess.run([sys.executable, "-c", script], cwd=function, input=json.dumps([event, wrapped, old]),
-                          capture_output=True, text=True, check=True)  # fmt: skip
-    given = json.loads(done.stdout)
-    for answer, text in zip(given, ("I love it", TEXT, TEXT), strict=True):
-        [[best, *_]] = lmworks.predict(graphs, [text], runtime="onnx", dtype="fp32")
-        body = json.loads(answer["body"])
-        assert answer["statusCode"] == 200 and body["prediction"] == best.label
-        assert body["score"] == pytest.approx(best.score, abs=1e-6) and body["input_text"] == text
-
-
-def test_a_function_answers_questions_and_refuses_nonsense(reader: Path, graphs: Path) -> None:
-    ask = make_handler(reader)
-    question = {"question": "Who?", "context": "Ada wrote the first program."}
-    [known] = lmworks.predict(reader, [("Who?", question["context"])], runtime="onnx")
-    assert ask(question, None)["prediction"]["text"] == getattr(known, "text", None)
-    handler = make_handler(graphs)
-    http = {"version": "2.0", "requestContext": {"http": {"method": "POST"}}}
-    for event, status, code in (
-        ({**http, "body": "{"}, 400, "invalid_json"),
-        ({**http, "body": "%", "isBase64Encoded": True}, 400, "invalid_json"),
-        ({**http, "body": "[" * 100_000}, 400, "invalid_json"),
-        (http, 400, "invalid_json"),
-        ({**http, "body": json.dumps({"text": "x"})}, 400, "invalid_value"),
-        ({**http, "body": json.dumps({"input_text": "word " * 2000})}, 400, "context_length_exceeded"),
-        ({**http, "requestContext": {"http": {"method": "PUT"}}}, 405, "method_not_allowed"),
-    ):
-        answer = handler(event, None)
-        assert (answer["statusCode"], json.loads(answer["body"])["error"]["code"]) == (status, code), event
-    assert handler({"input_text": 1}, None)["error"]["param"] == "input_text"
-    assert handler("text", None)["error"]["code"] == "invalid_value"
-    ready = handler({**http, "requestContext": {"http": {"method": "GET"}}}, None)
-    assert json.loads(ready["body"]) == {"model": "Sentiment_1", "task": "text-classification", "ready": True}
 
 
 def test_what_cannot_be_deployed_leaves_nothing(graphs: Path, tmp_path: Path) -> None:
@@ -254,7 +279,11 @@ def test_what_cannot_be_deployed_leaves_nothing(graphs: Path, tmp_path: Path) ->
     for wrong, what in (
         ({"replicas": 5, "most": 2}, "--replicas"),
         ({"cpus": 0}, "--cpus"),
-        ({"namespace": "a b"}, "name of a service"),
+        ({"namespace": "a b"}, "--namespace"),
+        ({"secret": "a: b"}, "--secret"),
+        ({"image": "registry/x: y"}, "--image"),
+        ({"image": "x; rm -r ."}, "--image"),
+        ({"name": "20newsgroups"}, "name of a service"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=what):
             deploy_kubernetes(graphs, out, **wrong)  # type: ignore[arg-type]

@@ -12,8 +12,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ import pytest
 import yaml
 
 import lmworks
+from lmworks.base.errors import LmworksError
+from lmworks.serve.refusals import refusal
+from lmworks.serve.slots import LateError
+from lmworks.serve.supervisor import Down
 from lmworks.verbs.deploying import deploy_docker
 
 TEXTS = ["a gorgeous, witty, seductive movie", "it 's slow -- very , very slow", "a waste of good performances ."]
@@ -67,7 +72,7 @@ class Replica:
 class Proxy:
     """HAProxy with a configuration that names our replicas; its own statistics come by a socket."""
 
-    def __init__(self, image: Path, replicas: list[Replica], work: Path) -> None:
+    def __init__(self, image: Path, replicas: Sequence[Any], work: Path) -> None:
         text = (image / "haproxy.cfg").read_text()
         [port] = re.findall(r"bind :(\d+)", text)
         for number, replica in enumerate(replicas, 1):
@@ -199,6 +204,56 @@ def test_many_losses_lose_no_request(graphs: Path, image: Path, known: list[str]
         told = proxy.servers()["BACKEND"]
         print(f"\n10 losses: {dict(crowd.seen)}; asked again {told['wretr']}, {told['wredis']}")
         assert crowd.seen == {"right": sum(crowd.seen.values())}
+
+
+class Stub:
+    """A server that is ready, and answers every question with one status."""
+
+    def __init__(self, status: int) -> None:
+        asked: list[str] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self, code: int) -> None:
+                self.send_response(code)
+                self.send_header("content-length", "0")
+                self.end_headers()
+
+            def do_GET(self) -> None:
+                self.answer(200)
+
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["content-length"]))
+                asked.append(self.path)
+                self.answer(status)
+
+            def log_message(self, *_: Any) -> None: ...
+
+        self.asked, self.server = asked, ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.port = self.server.server_port
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.mark.parametrize(("error", "again"), [(Down("away"), True), (LateError("late"), False)], ids=["away", "late"])
+def test_a_request_that_took_too_long_is_not_put_again(
+    image: Path, tmp_path: Path, error: LmworksError, again: bool
+) -> None:
+    """It would take as long there; a server that is away has not begun."""
+    status = refusal(error).status
+    stubs = [Stub(status), Stub(status)]
+    proxy = Proxy(image, stubs, tmp_path)
+    try:
+        while not proxy.place.exists():
+            time.sleep(0.02)
+        for name in ("first", "second"):
+            proxy.until(name, "UP")
+        assert httpx.post(f"{proxy.url}/generate", content=b"{}").status_code == status
+    finally:
+        proxy.process.kill()
+        proxy.process.wait()
+        for stub in stubs:
+            stub.server.shutdown()
+            stub.server.server_close()
+    assert (sum(len(stub.asked) for stub in stubs) > 1) is again
 
 
 def test_the_proxy_and_its_servers_are_described_together(image: Path) -> None:

@@ -14,6 +14,7 @@ from task_pages import made_page
 from tritonclient.utils import InferenceServerException
 
 import lmworks
+from lmworks.serve.guard import MOST_BYTES, digest
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,7 @@ def infer(texts: list, **more) -> dict:
     ({}, "inputs"),
     ([], "body"),
     ({**infer(["a"]), "outputs": [{"name": "logits"}]}, "there is no output logits"),
+    ({"inputs": infer(["a"])["inputs"] * 2}, "the input text is given twice"),
     (infer(["word " * 2000]), "longer than the model"),
 ])  # fmt: skip
 def test_errors_are_the_protocols(served: Running, body, what: str) -> None:
@@ -125,3 +127,26 @@ def test_what_is_not_there(served: Running) -> None:
     chosen = {**infer([["a"], ["b"]], shape=[2, 1]), "id": "x", "outputs": [{"name": "label"}]}
     found = served.post("/v2/models/sentiment/infer", chosen).json()
     assert found["id"] == "x" and [one["name"] for one in found["outputs"]] == ["label"]
+    whole = served.post("/v2/models/sentiment/infer", {**infer(["a"]), "outputs": []}).json()
+    assert [one["name"] for one in whole["outputs"]] == ["label", "score"], "nothing is asked for by name: all"
+
+
+def test_whoever_refuses_speaks_the_protocol(served: Running) -> None:
+    """What the server's door, or its routes, turn away is told as the protocol has it, elsewhere as before."""
+    for method, path, status in (("GET", "nix", 404), ("GET", "models/sentiment/infer", 405), ("POST", "x", 405)):
+        answer = httpx.request(method, f"{served.base}/v2/{path}")
+        assert answer.status_code in (status, 404) and isinstance(answer.json()["error"], str), answer.text
+    large = httpx.post(f"{served.base}/v2/models/sentiment/infer", content=b"x" * (MOST_BYTES + 1))
+    assert large.status_code == 413 and isinstance(large.json()["error"], str)
+    assert isinstance(httpx.get(f"{served.base}/v2beta").json()["error"], dict)
+
+
+def test_a_door_that_turns_everybody_away(embedder: Path) -> None:
+    with server(embedder, keys=[digest("a-key")], most=0) as one:
+        for path, kind in (("/v2/models/x", str), ("/v2", str), ("/info", dict)):
+            answer = httpx.get(f"{one.base}{path}")
+            assert answer.status_code == 401 and isinstance(answer.json()["error"], kind)
+        key = {"authorization": "Bearer a-key"}
+        for path, kind in ((f"/v2/models/{embedder.name}/infer", str), ("/embed", dict)):
+            answer = one.post(path, {}, headers=key)
+            assert answer.status_code == 429 and isinstance(answer.json()["error"], kind), answer.text

@@ -33,7 +33,7 @@ from lmworks.serve.monitor import Watching
 from lmworks.serve.monitor_alerts import Target, read_target, send
 from lmworks.serve.service import describe
 from lmworks.verbs.monitoring import fit_monitor
-from lmworks.verbs.monitoring_check import binomial_tail, check_monitor
+from lmworks.verbs.monitoring_check import check_monitor
 
 WINDOW = 80
 NAME = re.compile(r"\blmworks_\w+")
@@ -183,14 +183,6 @@ def test_accuracy_on_a_labelled_sample(watched: Running, place: Path) -> None:
     turned = [line.rsplit(",", 1)[0] + ",Sports" for line in lines[1:]]
     (place / "wrong.csv").write_text("\n".join([lines[0], *turned]), "utf-8")
     assert check_monitor(watched.base, data=place / "wrong.csv").values["fallen"]
-
-
-def test_the_binomial_tail_is_scipys() -> None:
-    from scipy.stats import binom
-
-    for k, n, p in ((180, 200, 0.95), (0, 50, 0.3), (50, 50, 0.3), (400, 1000, 0.5)):
-        assert binomial_tail(k, n, p) == pytest.approx(binom.cdf(k, n, p), rel=1e-9)
-    assert (binomial_tail(9, 10, 1.0), binomial_tail(10, 10, 1.0), binomial_tail(0, 10, 0.0)) == (0.0, 1.0, 1.0)
 
 
 def test_who_abstains_says_null(place: Path, data_folder: Path) -> None:

@@ -33,18 +33,23 @@ def kubernetes(
     most: Annotated[int, Parameter(help="Pods that there may be.")] = 10,
     cpus: Annotated[int, Parameter(help="Processors that a pod may use.")] = 2,
     port: Port = 8000,
-    secret: Annotated[str | None, Parameter(help="A Secret whose `keys` holds API keys, one a line.")] = None,
+    queue: Annotated[
+        bool, Parameter(help="Scale by the queue too, for which the cluster needs Prometheus' adapter.", negative="")
+    ] = False,
+    secret: Annotated[
+        str | None, Parameter(help="A Secret: `keys` holds API keys, one a line, `metrics` that of Prometheus.")
+    ] = None,
     feedback: Annotated[
         str | None, Parameter(help="A Secret whose `url` and `password` are those of a PostgreSQL for feedback.")
     ] = None,
     overwrite: Overwrite = False, json: Json = False,
 ) -> int:  # fmt: skip
-    """Write manifests for Kustomize: probes, autoscaling by the queue, budgets, network policy, monitoring."""
+    """Write manifests for Kustomize: probes, autoscaling, budgets, network policy, monitoring."""
     from lmworks.verbs.deploying import deploy_kubernetes
 
     report = deploy_kubernetes(
         model, out, dtype=dtype, name=name, image=image, namespace=namespace, replicas=replicas, most=most, cpus=cpus,
-        port=port, secret=secret, feedback=feedback, overwrite=overwrite,
+        port=port, secret=secret, feedback=feedback, queue=queue, overwrite=overwrite,
     )  # fmt: skip
     return show(report, json=json)
 

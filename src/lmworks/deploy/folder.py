@@ -49,21 +49,24 @@ def put_model(folder: Path, place: Path, *, dtype: str = "auto") -> int:
     return sum(path.stat().st_size for path in (place / "onnx").iterdir())
 
 
+def open_to_all(folder: Path) -> None:
+    """Let everybody read what lies in a folder: it is run by another user than the one who makes it."""
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() or path.suffix == ".sh" else 0o644)
+
+
 def fill(kind: str, place: Path, values: Mapping[str, str]) -> None:
     """Write the files of one kind of deployment into the folder `place`."""
     for source in sorted((TEMPLATES / kind).iterdir()):
-        path = place / source.name
-        write_text(path, Template(source.read_text("utf-8")).substitute(values))
-        if source.suffix == ".sh":
-            path.chmod(0o755)
+        write_text(place / source.name, Template(source.read_text("utf-8")).substitute(values))
 
 
 def name_of(folder: Path, given: str | None) -> str:
-    """Return a name that images and clusters take: a DNS label of at most 40 characters (RFC 1123)."""
+    """Return a name that images and clusters take: a label of at most 40 characters after a letter (RFC 1035)."""
     if given is not None:
-        if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?", given):
+        if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", given):
             raise InputError("this cannot be the name of a service", found=given,
-                             expected="up to 40 small letters, digits and dashes between them")  # fmt: skip
+                             expected="a small letter, up to 39 letters, digits and dashes")  # fmt: skip
         return given
-    plain = re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-")[:40].strip("-")
-    return plain or "model"
+    plain = re.sub(r"[^a-z0-9]+", "-", folder.resolve().name.lower()).strip("-")
+    return (plain if plain[:1].isalpha() else f"model-{plain}")[:40].strip("-")

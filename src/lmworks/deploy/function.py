@@ -74,8 +74,9 @@ def method_of(event: Any) -> str | None:
     """Return the method of an HTTP event, or None for a question that was put directly."""
     if not isinstance(event, Mapping):
         return None
-    http = (event.get("requestContext") or {}).get("http") or {}
-    found = http.get("method") or event.get("httpMethod")
+    context = event.get("requestContext")
+    http = context.get("http") if isinstance(context, Mapping) else None
+    found = (http.get("method") if isinstance(http, Mapping) else None) or event.get("httpMethod")
     return None if found is None else str(found).upper()
 
 

@@ -132,37 +132,38 @@ def make_app(
 
 async def answer_refused(scope: Scope, receive: Any, send: Any, refused: Refused, headers: dict[str, str]) -> None:
     """Answer before the application is asked."""
-    await to_response(refused, headers)(scope, receive, send)
+    await to_response(refused, scope["path"], headers)(scope, receive, send)
 
 
-def to_response(refused: Refused, headers: dict[str, str] | None = None) -> JSONResponse:
-    """Return the answer of an error."""
-    return JSONResponse(refused.body(), refused.status, {**HEADERS, **refused.headers, **(headers or {})})
+def to_response(refused: Refused, path: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """Return the answer of an error to who asked for `path`."""
+    return JSONResponse(refused.body(path), refused.status, {**HEADERS, **refused.headers, **(headers or {})})
 
 
 def add_errors(app: FastAPI) -> None:
     """Answer every error in one shape."""
 
     @app.exception_handler(Refused)
-    async def refuse(_: Request, error: Refused) -> JSONResponse:
-        return to_response(error)
+    async def refuse(request: Request, error: Refused) -> JSONResponse:
+        return to_response(error, request.url.path)
 
     @app.exception_handler(LmworksError)
-    async def ours(_: Request, error: LmworksError) -> JSONResponse:
-        return to_response(refusal(error))
+    async def ours(request: Request, error: LmworksError) -> JSONResponse:
+        return to_response(refusal(error), request.url.path)
 
     @app.exception_handler(HTTPException)
-    async def not_here(_: Request, error: HTTPException) -> JSONResponse:
+    async def not_here(request: Request, error: HTTPException) -> JSONResponse:
         refused = Refused(error.status_code, str(error.detail), code=CODES.get(error.status_code))
-        return to_response(refused, dict(error.headers or {}))
+        return to_response(refused, request.url.path, dict(error.headers or {}))
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return to_response(name_the_wrong(error))
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return to_response(name_the_wrong(error), request.url.path)
 
     @app.exception_handler(Exception)
-    async def broken(_: Request, error: Exception) -> JSONResponse:
-        return to_response(Refused(500, f"the server failed: {type(error).__name__}", type="server_error"))
+    async def broken(request: Request, error: Exception) -> JSONResponse:
+        problem = Refused(500, f"the server failed: {type(error).__name__}", type="server_error")
+        return to_response(problem, request.url.path)
 
 
 def name_the_wrong(error: RequestValidationError) -> Refused:

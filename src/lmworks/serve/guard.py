@@ -110,7 +110,11 @@ class Guard:
         self.most, self.waiting, self.down, self.trace = most, waiting, down, trace
         self.asking = 0  # requests for the engine that came in whole and have no answer yet
         self.busy, self.away = (
-            [ready_made(one, {**(headers or {}), **more}) for more in ({}, {"Connection": "close"})]
+            [
+                ready_made(one, {**(headers or {}), **more}, path)
+                for path in ("", "/v2")
+                for more in ({}, {"Connection": "close"})
+            ]
             for one in (BUSY, AWAY)
         )
 
@@ -161,7 +165,8 @@ class Guard:
         asks = scope["method"] == "POST" and not scope["path"].startswith(ADMIN)
         asks |= scope["path"].startswith(IN_ADDRESS)
         if asks and ((down := self.down()) or self.asking >= self.most or self.waiting() >= self.most):
-            for message in (self.away if down else self.busy)[is_open_ended(scope)]:
+            which = 2 * scope["path"].startswith("/v2/") + is_open_ended(scope)
+            for message in (self.away if down else self.busy)[which]:
                 await send(message)
             return
         bounded = Bounded(receive, self, asks)
@@ -187,9 +192,9 @@ def route_of(scope: Scope) -> str:
     return str(getattr(scope.get("route"), "path", "other"))
 
 
-def ready_made(refused: Refused, headers: Mapping[str, str]) -> tuple[MutableMapping[str, Any], ...]:
+def ready_made(refused: Refused, headers: Mapping[str, str], path: str) -> tuple[MutableMapping[str, Any], ...]:
     """Return the messages of an answer, made once."""
-    body = json.dumps(refused.body(), separators=(",", ":")).encode()
+    body = json.dumps(refused.body(path), separators=(",", ":")).encode()
     said = {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers, **refused.headers}
     raw = [(name.lower().encode(), value.encode()) for name, value in said.items()]
     return (

@@ -43,6 +43,7 @@ TENSORS: dict[str | None, dict[str, str]] = {
     EMBED: {"embedding": "FP32"},
     WRITE: {"text": "BYTES"},
 }  # entities and fills are JSON
+WATCHED = {"confidence": "FP32", "ood_score": "FP32", "ood": "BOOL"}  # beside them where a monitor watches
 BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}}
 
 
@@ -115,7 +116,11 @@ def make_router(service: Service) -> APIRouter:
         """Answer tensors of texts."""
         asked = InferRequest.model_validate_json(await request.body())
         task = model.spec.task
-        given = {tensor.name: tensor.texts() for tensor in asked.inputs}
+        given: dict[str, list[str]] = {}
+        for tensor in asked.inputs:
+            if tensor.name in given:
+                raise Refused(400, f"the input {tensor.name} is given twice")
+            given[tensor.name] = tensor.texts()
         names = inputs_of(task)
         if set(given) != set(names):
             raise Refused(400, f"the inputs are {', '.join(given)}; {model.spec.name} reads {', '.join(names)}")
@@ -124,7 +129,7 @@ def make_router(service: Service) -> APIRouter:
             raise Refused(400, f"{' and '.join(names)} must have the same number of texts")
         examples: list[Any] = list(zip(*columns, strict=True)) if len(columns) > 1 else columns[0]
         found = await answer(service, request, model, examples)
-        if asked.outputs is not None:
+        if asked.outputs:
             unknown = [one.name for one in asked.outputs if one.name not in found]
             if unknown:
                 raise Refused(400, f"there is no output {unknown[0]}: {', '.join(found)}")
@@ -174,7 +179,7 @@ def make_router(service: Service) -> APIRouter:
             )  # fmt: skip
 
     async def metadata(model: Model, _: Request) -> Response:
-        return JSONResponse(describe(model))
+        return JSONResponse(describe(model, watched=model.spec.name in service.watches.watches))
 
     async def model_ready(model: Model, _: Request) -> Response:
         there = not service.problem and model.state == "ready"
@@ -193,15 +198,16 @@ def inputs_of(task: str | None) -> tuple[str, ...]:
     return ("question", "context") if task == QA else ("text",)
 
 
-def describe(model: Model) -> dict[str, Any]:
-    """Return a model's metadata."""
+def describe(model: Model, *, watched: bool) -> dict[str, Any]:
+    """Return the metadata of a model; one with a monitor says more."""
     task = model.spec.task
+    tensors = TENSORS.get(task, {}) | (WATCHED if watched and task == CLASSIFY else {})
     return {
         "name": model.spec.name, "versions": [VERSION], "platform": f"lmworks_{model.spec.runtime}",
         "inputs": [{"name": name, "datatype": "BYTES", "shape": [-1]} for name in inputs_of(task)],
         "outputs": [
             {"name": name, "datatype": kind, "shape": [-1, -1] if name == "embedding" else [-1]}
-            for name, kind in TENSORS.get(task, {}).items()
+            for name, kind in tensors.items()
         ],
     }  # fmt: skip
 
@@ -211,7 +217,7 @@ async def answer(service: Service, request: Request, model: Model, examples: Seq
     task = model.spec.task
     if task == CLASSIFY:
         rows = await monitor_routes.classify(service, request, model, examples, labelled)
-        kinds = {**TENSORS[CLASSIFY], "confidence": "FP32", "ood_score": "FP32", "ood": "BOOL"}
+        kinds = TENSORS[CLASSIFY] | WATCHED
         empty = {"label": "", "score": 0.0}  # of a model that abstains
         return {
             name: (kind, [empty[name] if row[name] is None else row[name] for row in rows])

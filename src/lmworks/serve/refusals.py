@@ -21,8 +21,10 @@ class Refused(Exception):
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.type = status, message, param, code, type
 
-    def body(self) -> dict[str, Any]:
-        """Return {"error": {message, type, param, code}}."""
+    def body(self, path: str = "") -> dict[str, Any]:
+        """Return {"error": {message, type, param, code}}; to who asks under /v2, what that protocol has."""
+        if path == "/v2" or path.startswith("/v2/"):
+            return {"error": self.message}
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     @property
@@ -36,12 +38,13 @@ AWAY = Refused(503, "the engine is not ready", code="not_ready", type="server_er
 
 
 def refusal(error: LmworksError, param: str | None = None) -> Refused:
-    """Return the answer for an error of ours: 429 full, 503 not now, 400 bad input, 500 otherwise."""
+    """Return the answer for an error of ours: 429 full, 503 not now, 504 late, 400 bad input, 500 otherwise."""
     if isinstance(error, Full):
         return BUSY
-    if isinstance(error, Down | LateError):
-        code = "timeout" if isinstance(error, LateError) else "not_ready"
-        return Refused(503, error.what, code=code, type="server_error")
+    if isinstance(error, Down):
+        return Refused(503, error.what, code="not_ready", type="server_error")
+    if isinstance(error, LateError):  # no 503: a proxy would put it to the next server, for as long
+        return Refused(504, error.what, code="timeout", type="server_error")
     if isinstance(error, InputError):
         too_long = "fit the model" in error.what or "longer than the model" in error.what
         details = ", ".join(f"{name} {value}" for name, value in (("found", error.found), ("expected", error.expected))

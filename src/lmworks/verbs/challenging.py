@@ -6,7 +6,7 @@ from typing import Any
 
 from lmworks.base.errors import InputError
 from lmworks.base.report import Cell, Report, Table
-from lmworks.verbs.monitoring_check import ask
+from lmworks.verbs.monitoring_check import ask, understood
 
 SECONDS = 330.0  # a challenger is loaded meanwhile
 
@@ -26,7 +26,12 @@ def challenge(
         ask(base, {"folder": folder, "share": share, **named}, key=key, seconds=SECONDS)
     elif action is not None:
         ask(f"{base}/{action}", named, key=key, seconds=SECONDS)
-    models: dict[str, dict[str, Any]] = ask(base, key=key)["models"]
+    with understood(base):
+        return tell(url, dict(ask(base, key=key)["models"].items()))
+
+
+def tell(url: str, models: dict[str, dict[str, Any]]) -> Report:
+    """Say how models and their challengers do."""
     rows: list[tuple[Cell, ...]] = []
     shadows: list[tuple[Cell, ...]] = []
     for name, one in models.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +13,48 @@ from lmworks.base.errors import InputError
 from lmworks.base.files import check_output, new_folder, write_text
 from lmworks.base.hub import find_folder
 from lmworks.base.report import Report
-from lmworks.deploy.folder import fill, name_of, put_model
+from lmworks.deploy.folder import fill, name_of, open_to_all, put_model
 from lmworks.deploy.wheel import pin, write_wheel
 from lmworks.export.receipt import write_receipt
 
 MIB = 2**20
 SECRET = "api-keys"  # the volume of --secret, and where its file `keys` is mounted
-KEPT = """    command: ["--feedback", "/feedback/feedback.db"]
-    volumes: ["./feedback:/feedback"]  # mkdir feedback && sudo chown 10001 feedback
+LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")  # of DNS (RFC 1123)
+WORD = r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*"
+IMAGE = re.compile(
+    rf"(?:[A-Za-z0-9.-]+(?::\d+)?/)?{WORD}(?:/{WORD})*(?::\w[\w.-]{{0,127}})?(?:@sha256:[0-9a-f]{{64}})?", re.A
+)
+ALONE = """    # command: ["--api-key-file", "/run/secrets/keys"]
+"""
+KEPT = """    volumes: ["./feedback:/feedback"]  # mkdir feedback && sudo chown 10001 feedback
+    command:
+      - "--feedback"
+      - "/feedback/feedback.db"
+      # - "--api-key-file"
+      # - "/run/secrets/keys"
+"""
+QUEUE = """    - type: Pods
+      pods:
+        metric: {name: lmworks_requests_waiting}
+        target: {type: AverageValue, averageValue: "4"}
+"""
+METRICS = """
+The number of pods follows the queue too, as the cluster's metrics name it. The Prometheus adapter needs this rule for
+that; while the metric is missing, pods are added and never taken away:
+
+```yaml
+rules:
+  - seriesQuery: 'lmworks_requests_waiting{namespace!="",pod!=""}'
+    resources: {overrides: {namespace: {resource: namespace}, pod: {resource: pod}}}
+    metricsQuery: 'sum(<<.Series>>{<<.LabelMatchers>>}) by (<<.GroupBy>>)'
+```
+"""
+KEYS = """
+The Secret `%s` holds `keys`, one a line, and `metrics`, the one of them that Prometheus asks with:
+
+```sh
+kubectl -n %s create secret generic %s --from-file keys --from-literal metrics=KEY
+```
 """
 EGRESS = """
     - ports:  # PostgreSQL, and the names of machines
@@ -43,7 +78,7 @@ def deploy_docker(
     check_port(port)
 
     def image(folder: Path, values: Values) -> None:
-        write_image(folder, values | {"kept": KEPT if feedback else ""}, port, feedback=feedback)
+        write_image(folder, values | {"command": KEPT if feedback else ALONE}, port, feedback=feedback)
 
     return write("docker", model, out, dtype, name, overwrite, image)
 
@@ -51,20 +86,24 @@ def deploy_docker(
 def deploy_kubernetes(
     model: str | Path, out: str | Path, *, dtype: str = "auto", name: str | None = None, image: str | None = None,
     namespace: str = "models", replicas: int = 2, most: int = 10, cpus: int = 2, port: int = 8000,
-    secret: str | None = None, feedback: str | None = None, overwrite: bool = False,
+    secret: str | None = None, feedback: str | None = None, queue: bool = False, overwrite: bool = False,
 ) -> Report:  # fmt: skip
     """Write manifests for Kustomize, and in `image/` what the image is built from.
 
-    `replicas` to `most` pods of `cpus` processors each; `secret` names a Secret whose `keys` holds API keys, `feedback`
-    one whose `url` (postgresql://USER@HOST/DATABASE) and `password` say where feedback is kept.
+    `replicas` to `most` pods of `cpus` processors each, by the queue too where the cluster has its metric (`queue`);
+    `secret` names a Secret whose `keys` holds API keys and `metrics` that of Prometheus, `feedback` one whose `url`
+    (postgresql://USER@HOST/DATABASE) and `password` say where feedback is kept.
     """
     check_port(port)
     check_replicas(replicas, most)
     if not 1 <= cpus <= 256:
         raise InputError("--cpus is out of range", found=str(cpus), expected="1 to 256")
     for option, given in (("--namespace", namespace), ("--secret", secret), ("--feedback", feedback)):
-        if given is not None and name_of(Path(), given) != given:
-            raise InputError(f"{option} is no name")
+        if given is not None and not LABEL.fullmatch(given):
+            raise InputError(f"{option} is no name of a cluster", found=given,
+                             expected="up to 63 small letters, digits, and dashes between them")  # fmt: skip
+    if image is not None and not IMAGE.fullmatch(image):
+        raise InputError("--image is no name of an image", found=image, expected="REGISTRY/NAME:TAG, in small letters")
 
     def manifests(folder: Path, values: Values) -> None:
         if image is not None:
@@ -72,16 +111,20 @@ def deploy_kubernetes(
         words = [] if secret is None else ["--api-key-file", f"/run/secrets/{SECRET}/keys"]
         words += [] if feedback is None else ["--feedback", "$(LMWORKS_FEEDBACK)"]  # which Kubernetes fills in
         variables = "".join(
-            f"            - {{name: {name}, valueFrom: {{secretKeyRef: {{name: {feedback}, key: {key}}}}}}}\n"
+            f'            - {{name: {name}, valueFrom: {{secretKeyRef: {{name: "{feedback}", key: {key}}}}}}}\n'
             for name, key in (("LMWORKS_FEEDBACK", "url"), ("PGPASSWORD", "password"))
         )
         mount = f"            - {{name: {SECRET}, mountPath: /run/secrets/{SECRET}, readOnly: true}}\n"
-        volume = f"        - name: {SECRET}\n          secret: {{secretName: {secret}, defaultMode: 0444}}\n"
+        volume = f'        - name: {SECRET}\n          secret: {{secretName: "{secret}", defaultMode: 0444}}\n'
+        authorization = f'      authorization:\n        credentials: {{name: "{secret}", key: metrics}}\n'
+        told = (METRICS if queue else "") + (KEYS % (secret, namespace, secret) if secret else "")
         values |= {
+            "authorization": authorization if secret else "", "metrics": told, "queue": QUEUE if queue else "",
+            "by_queue": " and the requests that wait in each (4)" if queue else "", "command": ALONE,
             "namespace": namespace, "replicas": str(replicas), "most": str(most), "cpus": str(cpus),
             "arguments": ", ".join(json.dumps(word) for word in words), "mounts": mount if secret else "",
             "volumes": volume.rstrip("\n") if secret else "", "egress": EGRESS if feedback else " []",
-            "environment": f"          env:\n{variables}" if feedback else "", "kept": "",
+            "environment": f"          env:\n{variables}" if feedback else "",
         }  # fmt: skip
         write_image(folder / "image", values, port, feedback=feedback is not None)
         (folder / "model").rename(folder / "image" / "model")
@@ -137,6 +180,7 @@ def write(
         finish(staged, values)
         made_by = {"made_by": f"lmworks {__version__}", "source": folder.resolve().name, "deployment": kind}
         receipt = write_receipt(staged, made_by, exclude=())
+        open_to_all(staged)
     files = sorted(receipt["files"])
     total = sum(entry["bytes"] for entry in receipt["files"].values())
     facts = {"out": str(out), "kind": kind, "name": named, "bytes": total, "model_bytes": size, "files": files}

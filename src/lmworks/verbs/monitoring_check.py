@@ -1,16 +1,19 @@
 """`lmworks monitor check`: has the traffic of a server drifted, and does it still answer a labelled sample as well?
 
 SOURCE is a server's address, or the log that `lmworks serve --drift-log` writes. Accuracy has fallen where so few right
-answers, or fewer, would come of chance with probability FALLEN at most: the exact binomial test against the accuracy
-that was measured when the monitor was fitted.
+answers, or fewer, would come of chance with probability FALLEN at most: Fisher's exact test against the texts on which
+accuracy was measured when the monitor was fitted.
 """
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ FALLEN = 0.01
 AT_ONCE = 64  # texts of a request
 SECONDS = 60.0
 SMALLEST = 1e-30  # p that is drawn
+NUMBERS = ("requests", "window", "level", "out_of_domain")  # of a comparison, beside its tests
 
 
 def check_monitor(
@@ -35,21 +39,40 @@ def check_monitor(
     is_url = source.startswith(("http://", "https://"))
     if data is not None and not is_url:
         raise InputError("a labelled sample is answered by a server", found=source, expected="http://…")
-    found = ask(f"{source.rstrip('/')}/drift", key=key)["models"] if is_url else read_log(Path(source))
+    labelled = None if data is None else read_labelled(data, "text-classification", **columns)
+    with understood(source):
+        return look(source.rstrip("/") if is_url else Path(source), labelled, model, key)
+
+
+@contextmanager
+def understood(where: str) -> Iterator[None]:
+    """Raise InputError where an answer is not what lmworks gives."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError("this is no answer of lmworks serve", where=where, found=f"{type(error).__name__}: {error}",
+                         fix="ask the address that lmworks serve names, of this version") from None  # fmt: skip
+
+
+def look(source: str | Path, data: Labelled | None, model: str | None, key: str | None) -> Report:
+    """Ask a server, or read a log; measure accuracy on `data`; tell."""
+    found = read_log(source) if isinstance(source, Path) else dict(ask(f"{source}/drift", key=key)["models"].items())
     if model is not None and model not in found:
         raise InputError(
             "this model is not watched", found=model, expected=", ".join(found) or "a model with a monitor"
         )
     found = found if model is None else {model: found[model]}
     if not found:
-        raise InputError("nothing is watched here", where=source, found="no model with a monitor",
+        raise InputError("nothing is watched here", where=str(source), found="no model with a monitor",
                          fix="lmworks monitor fit MODEL DATA, and serve it again")  # fmt: skip
-    values: dict[str, Any] = {"source": source, "drift": any(one["drift"] for one in found.values()), "models": found}
+    values: dict[str, Any] = {
+        "source": str(source),
+        "drift": any(one["drift"] for one in found.values()),
+        "models": found,
+    }
     if data is not None:
         name = model or next(iter(found))
-        values["accuracy"] = measure(
-            source.rstrip("/"), name, found[name], read_labelled(data, "text-classification", **columns), key
-        )
+        values["accuracy"] = measure(str(source), name, found[name], data, key)
         values["fallen"] = values["accuracy"]["fallen"]
     return make_report(values)
 
@@ -67,7 +90,7 @@ def ask(url: str, body: Any = None, *, key: str | None = None, seconds: float = 
         error.close()
         fix = "give --api-key-file" if error.code == 401 else ""
         raise InputError(f"the server refuses ({error.code})", where=url, found=said.strip(), fix=fix) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise InputError(
             "this server cannot be asked", where=url, found=str(error), fix="is it running there?"
         ) from None
@@ -87,8 +110,9 @@ def read_log(path: Path) -> dict[str, Any]:
         try:
             row = json.loads(line)
             name, drift = str(row["model"]), bool(row["drift"])
-            float(row["requests"]), dict(row["tests"])
-        except (ValueError, KeyError, TypeError):
+            known = {test: float(one["p"]) + float(one["statistic"]) for test, one in row["tests"].items()}
+            _ = [known[test] for test in row["drift"]], [float(row[key]) for key in NUMBERS]
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError("this line is no comparison", where=f"{path}, line {number}", found=line[:80],
                              expected="what lmworks serve --drift-log writes") from None  # fmt: skip
         one = found.setdefault(name, {"comparisons": []})
@@ -111,26 +135,28 @@ def measure(url: str, name: str, watched: dict[str, Any], data: Labelled, key: s
         right += sum(
             one["label"] == known for one, known in zip(answers, data.references[i : i + AT_ONCE], strict=True)
         )
-    expected = watched["reference"]["accuracy"]
+    expected, texts = (watched["reference"][one] for one in ("accuracy", "texts"))
     if expected is None:
         raise LmworksError("the monitor knows no accuracy to compare with")
-    p = binomial_tail(right, len(data), expected)
-    return {"texts": len(data), "accuracy": right / len(data), "expected": expected, "p": p, "fallen": p <= FALLEN}
+    p = fisher_tail(right, len(data), round(expected * texts), texts)
+    return {"texts": len(data), "accuracy": right / len(data), "expected": expected, "expected_texts": texts, "p": p,
+            "fallen": p <= FALLEN}  # fmt: skip
 
 
-def binomial_tail(successes: int, trials: int, share: float) -> float:
-    """Return the probability of at most so many successes."""
-    if share >= 1:
-        return 1.0 if successes >= trials else 0.0
-    if share <= 0:
-        return 1.0
-    logs = [
-        math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1)
-        + k * math.log(share) + (trials - k) * math.log1p(-share)
-        for k in range(successes + 1)
-    ]  # fmt: skip
+def fisher_tail(right: int, trials: int, known: int, texts: int) -> float:
+    """Return the probability that at most `right` of `trials` are right where `known` of `texts` alike are.
+
+    One-sided, of the hypergeometric distribution: given how many are right of all, and that both are drawn alike.
+    """
+    both = right + known
+    logs = [log_choose(trials, k) + log_choose(texts, both - k) for k in range(max(0, both - texts), right + 1)]
     top = max(logs)
-    return min(1.0, math.exp(top) * sum(math.exp(one - top) for one in logs))
+    return min(1.0, math.exp(top - log_choose(trials + texts, both)) * sum(math.exp(one - top) for one in logs))
+
+
+def log_choose(n: int, k: int) -> float:
+    """Return the logarithm of n over k."""
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
 def make_report(values: dict[str, Any]) -> Report:
@@ -160,6 +186,6 @@ def make_report(values: dict[str, Any]) -> Report:
     if accuracy := values.get("accuracy"):
         end = f"it has FALLEN (p = {accuracy['p']:.1e})." if accuracy["fallen"] else "as it was."
         notes.append(f"Accuracy {accuracy['accuracy']:.1%} on {counted(accuracy['texts'], 'text')}, "
-                     f"{accuracy['expected']:.1%} when fitted: {end}")  # fmt: skip
+                     f"{accuracy['expected']:.1%} of {accuracy['expected_texts']} when fitted: {end}")  # fmt: skip
     table = Table("The last window", ("model", "test", "statistic", "p", "alarm at p ≤", ""), tuple(rows))
     return Report(f"{values['source']}: traffic", values, (table,), tuple(charts), notes=tuple(notes))

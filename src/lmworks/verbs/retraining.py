@@ -8,9 +8,14 @@ The run lives in .OUT.retraining until OUT is whole; what is done there is not d
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +30,8 @@ from lmworks.verbs.comparing import compare
 from lmworks.verbs.feedback import opened, take_feedback
 from lmworks.verbs.finetuning import finetune
 from lmworks.verbs.monitoring import fit_monitor
-from lmworks.verbs.monitoring_check import check_monitor
-from lmworks.verbs.retraining_trigger import Rule, State, find_evidence, fire, read_state, step, write_state
+from lmworks.verbs.monitoring_check import check_monitor, understood
+from lmworks.verbs.retraining_trigger import Rule, State, find_evidence, fire, read_state, step, to_state, write_state
 
 CLASSIFY = "text-classification"
 VERDICT = "retraining.json"  # in the challenger's folder
@@ -44,35 +49,74 @@ def retrain(
 
     `values["fired"]` says whether it did, `values["won"]` whether the challenger has more of `held_out` right than
     chance explains (McNemar, p < 0.05). `sample` is a labelled file that the server answers for this check. `resume`
-    goes on with a run that was interrupted, without a check. Raises InputError for what cannot be used.
+    goes on with a run that was interrupted, without a check. While another run is at work on `out` nothing is done.
+    Raises InputError for what cannot be used, and where it fires while `out` is still there.
     """
     shown, out, rule, tuning = Path(out), Path(out).absolute(), (rule or Rule()).check(), (tuning or Tuning()).check()
-    check_output(out)
+    if not out.exists():
+        check_output(out)
     if tuning.method in ADAPTERS:
         raise InputError("a challenger is a whole model", found=f"--method {tuning.method}", expected="full or head")
     held = read_labelled(held_out, CLASSIFY, **columns)
     work, folder = out.with_name(f".{out.name}.retraining"), find_folder(weights)
-    if work.is_dir() and not resume:
-        raise InputError("an interrupted retraining is here", where=str(work), fix="add --resume, or remove it")
-    if resume and (work / "begun.json").is_file():
-        begun = read_json(work / "begun.json")
-        model, values = begun["model"], begun["values"]
-    else:
+    running = Report(f"{shown}: running", {"model": model, "fired": False, "verdict": "running"},
+                     notes=("Another run is at work on it.",))  # fmt: skip
+    if work.is_dir():
+        with claimed(work) as ours:
+            if not ours:
+                return running
+            if not resume:
+                raise InputError("an interrupted retraining is here", where=str(work), fix="add --resume, or remove it")
+    goes_on = resume and (work / "begun.json").is_file()
+    if not goes_on:
         model, values, state = look(source, out.parent, sample, model, feedback, key, rule, force, columns)
         if not values["fired"]:
             write_state(out.parent, model, state)
             return Report(f"{model}: {values['verdict']}", values, notes=told(values, rule))
-        values |= write_texts(work, folder, train, held, feedback, model, columns)
-        write_json(work / "begun.json", {"model": model, "values": values})
-    fired = State(**values["trigger"])
-    if (read_state(out.parent, model).fired or 0) < (fired.fired or 0):  # also where a run ended before it was written
-        write_state(out.parent, model, fired)
-    if not (work / "weights").is_dir():
-        finetune(folder, work / "known.jsonl", work / "weights", tuning=tuning,
-                 resume=(work / "weights.partial").is_dir())  # fmt: skip
-    values |= make_challenger(work, folder, out, str(model), dtype, tuning.seed)
-    shutil.rmtree(work)
+        known, fresh = choose_texts(folder, train, held, feedback, model, columns)
+        values |= {"held_out": len(fresh), "left_out": len(held) - len(fresh), "trained_on": len(known)}
+    with claimed(work) as ours:
+        if not ours:
+            return running
+        if (out / "lmworks.json").exists():
+            raise InputError("the challenger of before is still here", where=str(shown),
+                             fix="choose another -o, or remove it")  # fmt: skip
+        check_output(out)
+        if goes_on:
+            begun = read_json(work / "begun.json")
+            model, values = begun["model"], begun["values"]
+        else:
+            for part, rows in (("known", known), ("held", fresh)):
+                lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                write_text(work / f"{part}.jsonl", lines)
+            write_json(work / "begun.json", {"model": model, "values": values})
+        name, fired = str(model), to_state(values["trigger"])
+        if (read_state(out.parent, name).fired or 0) < (fired.fired or 0):  # also where a run ended before it did this
+            write_state(out.parent, name, fired)
+        if not (work / "weights").is_dir():
+            finetune(folder, work / "known.jsonl", work / "weights", tuning=tuning,
+                     resume=(work / "weights.partial").is_dir())  # fmt: skip
+        values |= make_challenger(work, folder, out, name, dtype, tuning.seed)
+        shutil.rmtree(work)
     return make_report(values, shown, rule)
+
+
+@contextmanager
+def claimed(work: Path) -> Iterator[bool]:
+    """Make a run's folder where there is none, yield whether it is ours until the block ends; an empty one goes."""
+    work.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds texts
+    handle, ours = os.open(work, os.O_RDONLY), False
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = os.path.samestat(os.fstat(handle), work.stat())
+        except (BlockingIOError, FileNotFoundError):
+            pass  # another run is at work, or has just ended
+        yield ours
+    finally:
+        if ours and work.is_dir() and not any(work.iterdir()):
+            work.rmdir()
+        os.close(handle)
 
 
 def look(
@@ -80,15 +124,19 @@ def look(
     force: bool, columns: dict[str, Any],
 ) -> tuple[str, dict[str, Any], State]:  # fmt: skip
     """Return the model's name, what a check says, and what the trigger is to remember."""
-    from lmworks.serve.feedback import count
+    from lmworks.serve.feedback import read_rows
 
     found = check_monitor(source, data=sample, model=model, key=key, **columns).values
     if len(found["models"]) > 1:
         raise InputError("several models are watched", found=", ".join(found["models"]), fix="choose one: --model")
     [(name, watched)] = found["models"].items()
     with opened(feedback) as store, store.begin(reads=True) as connection:
-        accepted = sum(row["count"] for row in count(connection, name) if row["state"] == "accepted")
-    seen, before, now = find_evidence(watched, found.get("accuracy"), accepted), read_state(place, name), time.time()
+        received = [row["received"] for row in read_rows(connection, ("accepted",), name)]
+    with understood(source):
+        seen = find_evidence(watched, found.get("accuracy"), len(received))
+    before, now = read_state(place, name), time.time()
+    there = sum(one <= (before.fired or 0) for one in received)  # when it fired; what was deleted since taught it too
+    before = replace(before, used=min(before.used, there))
     state, verdict = step(before, seen, rule, now)
     if force and verdict != "fire":
         state, verdict = fire(state, seen, now), "forced"
@@ -113,10 +161,10 @@ def told(values: dict[str, Any], rule: Rule) -> tuple[str, ...]:
     return (how, *values["reasons"])
 
 
-def write_texts(
-    work: Path, champion: Path, train: Path | None, held: Labelled, feedback: str, model: str, columns: dict[str, Any]
-) -> dict[str, Any]:  # fmt: skip
-    """Write what the challenger knows and what it is judged by, which it must not know; return how much there is."""
+def choose_texts(
+    champion: Path, train: Path | None, held: Labelled, feedback: str, model: str, columns: dict[str, Any]
+) -> tuple[list[Row], list[Row]]:
+    """Return what the challenger learns, and what it is judged by, which it must not know."""
     more = [] if train is None else to_rows(read_labelled(train, CLASSIFY, **columns))
     known = more + [json.loads(line) for line in take_feedback(feedback, model).splitlines()]
     labels, given = set(read_config(champion).labels), {str(row["label"]) for row in known}
@@ -131,10 +179,7 @@ def write_texts(
     if len(fresh) < FEWEST:
         raise InputError("too few held-out texts", found=f"{len(fresh)} that were not trained on", where=held.where,
                          expected=f"{FEWEST} or more")  # fmt: skip
-    work.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds texts
-    for name, rows in (("known", known), ("held", fresh)):
-        write_text(work / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return {"held_out": len(fresh), "left_out": len(held) - len(fresh), "trained_on": len(known)}
+    return known, fresh
 
 
 def make_challenger(

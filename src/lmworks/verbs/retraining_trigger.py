@@ -1,7 +1,8 @@
 """When to train a model again: a rule with hysteresis over what a server sees, and the file that remembers it.
 
 A check is bad where the traffic drifts, more of it is strange than the monitor's false alarms explain, or accuracy on a
-labelled sample has fallen. Only a window that was not looked at before counts.
+labelled sample has fallen. Windows overlap: only one counts none of whose requests counted before. Accuracy that has
+fallen counts each time.
 
     watching   `checks` bad checks in a row, and `feedback` accepted since the last time: it fires, once, and
     holding    is silent until `calm` checks in a row were normal, or `cooldown` hours have passed; then it watches anew
@@ -11,6 +12,7 @@ So between two trainings lie so many normal checks or hours, and so many bad che
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 
 from lmworks.base.errors import FormatError, InputError
 from lmworks.base.files import read_json, write_json
-from lmworks.verbs.monitoring_check import binomial_tail
+from lmworks.verbs.monitoring_check import fisher_tail
 
 STATE, FORMAT = "retraining.json", 1
 HOUR = 3600.0
@@ -56,11 +58,14 @@ class Rule:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a check found: which window it saw (None: there is none yet), what is bad, and all accepted feedback."""
+    """What a check found: the requests at the last comparison (None: there is none yet), what is bad, all accepted
+    feedback, the requests of a window, and whether accuracy is among what is bad."""
 
-    window: float | None
+    requests: int | None
     reasons: tuple[str, ...]
     accepted: int
+    window: int = 1
+    fallen: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,16 +77,19 @@ class State:
     holding: bool = False
     fired: float | None = None
     used: int = 0  # feedback that was accepted when it fired
-    window: float | None = None  # the last that counted
+    requests: int | None = None  # at the last comparison that counted
 
 
 def step(state: State, seen: Evidence, rule: Rule, now: float) -> tuple[State, str]:
     """Return what to remember and what to do: normal, watching, feedback (too little), holding, or fire."""
     if state.holding and state.fired is not None and now - state.fired >= rule.cooldown * HOUR:
         state = replace(state, holding=False, bad=0, calm=0)
-    if seen.window is not None and seen.window != state.window:
-        bad = bool(seen.reasons)
-        state = replace(state, window=seen.window, bad=(state.bad + 1) * bad, calm=(state.calm + 1) * (not bad))
+    new = seen.requests is not None and (  # a server that started anew counts from none
+        state.requests is None or not 0 <= seen.requests - state.requests < seen.window
+    )
+    if new or seen.fallen:
+        bad, requests = bool(seen.reasons), seen.requests if new else state.requests
+        state = replace(state, requests=requests, bad=(state.bad + 1) * bad, calm=(state.calm + 1) * (not bad))
         if state.holding and state.calm >= rule.calm:
             state = replace(state, holding=False)
     state = replace(state, used=min(state.used, seen.accepted))  # some may have been deleted
@@ -106,18 +114,25 @@ def find_evidence(watched: Mapping[str, Any], accuracy: Mapping[str, Any] | None
     if last is not None:
         if last["drift"]:
             reasons.append("drift: " + ", ".join(f"{name} p={last['tests'][name]['p']:.1e}" for name in last["drift"]))
-        usual, share, texts = watched.get("reference", {}).get("false_alarms"), last["out_of_domain"], last["window"]
-        if usual is not None and is_more(round(share * texts), texts, usual, last["level"]):
+        reference, share, texts = watched.get("reference", {}), last["out_of_domain"], last["window"]
+        usual = reference.get("false_alarms")
+        if usual is not None and is_more(round(share * texts), texts, usual, reference["texts"], last["level"]):
             reasons.append(f"strange: {share:.1%} of the last {texts}, {usual:.1%} are expected")
-    if accuracy is not None and accuracy["fallen"]:
+    fallen = accuracy is not None and accuracy["fallen"]
+    if accuracy is not None and fallen:
         reasons.append(f"accuracy: {accuracy['accuracy']:.1%} of {accuracy['texts']} texts, it was "
                        f"{accuracy['expected']:.1%}")  # fmt: skip
-    return Evidence(None if last is None else float(last["time"]), tuple(reasons), accepted)
+    requests, window = (None, 1) if last is None else (int(last["requests"]), int(last["window"]))
+    return Evidence(requests, tuple(reasons), accepted, window, bool(fallen))
 
 
-def is_more(found: int, trials: int, share: float, level: float) -> bool:
-    """Whether so many or more come of chance with probability `level` at most."""
-    return binomial_tail(trials - found, trials, 1 - share) <= level
+def is_more(found: int, trials: int, share: float, texts: int, level: float) -> bool:
+    """Whether so many, or more, come of chance with probability `level` at most, by the reference of so many texts.
+
+    Above a threshold that was chosen for `share` lie so many of them (`choose_threshold`); the test is Fisher's.
+    """
+    below = min(texts, math.ceil((texts + 1) * (1 - share)))
+    return fisher_tail(trials - found, trials, below, texts) <= level
 
 
 def read_state(folder: Path, model: str) -> State:
@@ -126,10 +141,14 @@ def read_state(folder: Path, model: str) -> State:
         return State()
     kept = read_json(folder / STATE)
     try:
-        known = dict(kept["models"]).get(model, {})
-        return State(**{one.name: known[one.name] for one in fields(State) if one.name in known})
+        return to_state(dict(kept["models"]).get(model, {}))
     except (KeyError, TypeError, AttributeError, ValueError):
         raise FormatError("this is not what retrain wrote", where=str(folder / STATE), fix="remove it") from None
+
+
+def to_state(known: Mapping[str, Any]) -> State:
+    """Return what a file remembers, also one of another version."""
+    return State(**{one.name: known[one.name] for one in fields(State) if one.name in known})
 
 
 def write_state(folder: Path, model: str, state: State) -> None:
