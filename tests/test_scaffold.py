@@ -150,7 +150,7 @@ def test_what_is_in_the_folder(demo: Path, capsys: pytest.CaptureFixture[str]) -
     wheel = f"wheels/lmworks-{lmworks.__version__}-py3-none-any.whl"
     assert {wheel, "play", "README.md", "requirements.txt", ".gitignore", "examples/qa.py"} <= held
     assert not held & {"Dockerfile", ".dockerignore"}
-    pins = f"lmworks[torch,text,hub]=={lmworks.__version__}\ntorch=={torch.__version__.partition('+')[0]}\n"
+    pins = f"./{wheel}[torch,text,hub]\ntorch=={torch.__version__.partition('+')[0]}\n"
     assert (demo / "requirements.txt").read_text() == pins
     with zipfile.ZipFile(demo / wheel) as archive:
         assert "lmworks/scaffold/template/play" in archive.namelist()

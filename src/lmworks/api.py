@@ -91,7 +91,7 @@ def run(
     with ranks.together():
         settings, out = settings or Settings(), Path(out)
         settings.check(page=runtimes is not None)
-        check_output(out, overwrite=overwrite)
+        check_output(out, overwrite=overwrite, resume=resume)
         path = None if texts is None else Path(texts)
         corpus = read_corpus(path, column=column, validation=settings.validation, seed=settings.seed)
         settings = settings.resolve(corpus.train_bytes)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import seqeval.metrics
+import seqeval.scheme
 import sklearn.metrics
 from sklearn.preprocessing import MultiLabelBinarizer
 
@@ -97,6 +98,24 @@ def test_entities_as_seqeval_counts_them(scheme: str, seed: int) -> None:
         assert (row["precision"], row["recall"], row["f1"], row["support"]) == pytest.approx(
             (theirs["precision"], theirs["recall"], theirs["f1-score"], theirs["support"])
         )
+
+
+def test_bilou_as_seqeval_counts_it() -> None:
+    """Last and unit tags end an entity as BIOES' E and S do; a kind that is called so is left alone."""
+    rng = random.Random(0)
+    words = ["O", "U-LOC", "U-PER", "B-PER L-PER", "B-LOC I-LOC L-LOC", "B-LOC L-LOC"]
+    references = [" ".join(rng.choices(words, k=rng.randrange(1, 8))).split() for _ in range(60)]
+    predictions = [[t if rng.random() < 0.9 else "O" for t in row] for row in references]
+    assert entities(["B-LOC", "L-LOC", "U-LOC", "U-PER"]) == [("LOC", 0, 1), ("LOC", 2, 2), ("PER", 3, 3)]
+    assert entities(["L", "L", "U"]) == [("L", 0, 1), ("U", 2, 2)]
+    legal = [tags for tags in references if tags]
+    theirs = seqeval.scheme.Entities(legal, seqeval.scheme.BILOU).entities
+    for tags, found in zip(legal, theirs, strict=True):
+        assert entities(tags) == [(one.tag, one.start, one.end - 1) for one in found]
+    same = [[{"L": "E", "U": "S"}.get(t[0], t[0]) + t[1:] for t in row] for row in predictions]
+    gold = [[{"L": "E", "U": "S"}.get(t[0], t[0]) + t[1:] for t in row] for row in references]
+    ours = score("token-classification", predictions, references)
+    assert 0.5 < ours["f1"] < 1 and ours["f1"] == pytest.approx(seqeval.metrics.f1_score(gold, same), abs=1e-12)
 
 
 def test_wnut_as_seqeval_counts_it(data_folder: Path) -> None:

@@ -125,6 +125,9 @@ def test_a_converted_folder_answers_as_the_original(tmp_path: Path, zipped: bool
     folder, out = tmp_path / "old", tmp_path / "new"
     reference = make_bert(folder, zipped=zipped, shards=shards)
     (folder / "README.md").write_text("# A model")
+    asked = json.loads((folder / "config.json").read_text()) | {"auto_map": {"AutoModel": "modeling_own.Own"}}
+    (folder / "config.json").write_text(json.dumps(asked))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["own.T", None]}, "a": 1}))
     (folder / "training_args.bin").write_bytes(b"not opened")
     (folder / "modeling_own.py").write_text("raise SystemExit('run')")
     with pytest.raises(FormatError, match=rf"lmworks convert {folder} -o OUT"):
@@ -136,6 +139,8 @@ def test_a_converted_folder_answers_as_the_original(tmp_path: Path, zipped: bool
         assert (model(ids) - reference(ids).logits).abs().max() <= 1e-5
     held = {path.name for path in out.iterdir()}
     assert {"config.json", "README.md", "lmworks.json"} <= held
+    assert "auto_map" not in json.loads((out / "config.json").read_text())
+    assert json.loads((out / "tokenizer_config.json").read_text()) == {"a": 1}
     assert not held & {"training_args.bin", "modeling_own.py"} and not any(name.endswith(".bin") for name in held)
     assert report.values["behind"] == ["modeling_own.py", "training_args.bin"]
     assert ("model.safetensors" in held) == (shards == 1) != ("model.safetensors.index.json" in held)

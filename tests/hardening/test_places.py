@@ -23,6 +23,7 @@ from lmworks.base.errors import FormatError, InputError, LmworksError
 from lmworks.base.files import own_file, read_json, read_own
 from lmworks.base.hub_cache import find_cached
 from lmworks.base.onnx_file import check_onnx
+from lmworks.cli import main
 from lmworks.evaluation.monitor import read_monitor
 from lmworks.export.hf import export as export_hf
 from lmworks.export.receipt import check_receipt
@@ -339,3 +340,28 @@ def test_all_errors_are_ours_for_plain_nonsense(tmp_path: Path) -> None:
             except LmworksError as error:
                 assert "\n" in str(error)
             path.write_bytes(kept)
+
+
+def test_no_link_of_a_stranger_reaches_what_is_written(tmp_path: Path) -> None:
+    """A README that leads to a file of this machine would be published with the model."""
+    secret = tmp_path / "secret"
+    secret.write_text("{}")
+    for name in ("README.md", "preprocessor_config.json", "1_Pooling/config.json"):
+        folder, out = bert(tmp_path / name.replace("/", "-")), tmp_path / "out"
+        (folder / "modules.json").write_text('[{"path": "", "type": "T"}, {"path": "1_Pooling", "type": "P"}]')
+        (folder / "1_Pooling").mkdir()
+        (folder / name).symlink_to(secret)
+        with pytest.raises(FormatError, match="a link that leads out of its folder"):
+            export_hf(folder, out)
+        assert not out.exists()
+
+
+def test_no_name_of_a_stranger_commands_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Labels and messages may hold ESC; tables, lines and errors print it as a letter."""
+    folder, evil = bert(tmp_path / "model"), "\x1b]0;owned\x07\x9b2J"
+    change(folder / "config.json", id2label={str(i): f"{evil}{i}" for i in range(len(read_config(folder).labels))})
+    assert main(["classify", str(folder), "a cat"]) == 0
+    assert main(["inspect", str(folder)]) == 0
+    assert main(["classify", str(tmp_path / evil), "a cat"]) == 2
+    said = "".join(capsys.readouterr())
+    assert "owned" in said and not any(part in said for part in ("\x1b]", "\x07", "\x9b"))

@@ -249,17 +249,19 @@ CONFIG_FAULTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "odd rotated head": ({"head_dim": 7}, InputError, r"head_dim[\s\S]*even"),
     "activation": ({"hidden_act": "swishy"}, InputError, r"hidden_act[\s\S]*swishy[\s\S]*silu"),
     "rope type": (
-        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, InputError,
+        {"rope_scaling": None, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, InputError,
         r"'yarn' is not supported[\s\S]*default or llama3",
     ),
     "old rope type": (
         {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, InputError, "'linear'",
     ),
     "rope without factor": (
-        {"rope_parameters": {"rope_type": "llama3"}}, FormatError, "rope_parameters does not state factor",
+        {"rope_scaling": None, "rope_parameters": {"rope_type": "llama3"}}, FormatError,
+        "rope_parameters does not state factor",
     ),
     "partial rotation": (
-        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, InputError, "partial_rotary",
+        {"rope_scaling": None, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, InputError,
+        "partial_rotary",
     ),
     "eos": ({"eos_token_id": [1, "2"]}, FormatError, "eos_token_id is not a whole number"),
 }  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from lmworks.text.labelled import Labelled, read_labelled
-from lmworks.training.baseline import PENALTY, fit, majority, random_spans
+from lmworks.training.baseline import PENALTY, fit, majority, no_answer, random_spans
 
 
 def test_the_classifier_is_logistic_regression() -> None:
@@ -41,3 +41,13 @@ def test_random_spans_are_as_long_as_the_answers_and_from_their_context(data_fol
         assert span in " ".join(context.split())
     assert 0 < majority(data, data)["f1"] < 0.1
     assert spans == random_spans(data)
+
+
+def test_a_random_span_does_not_know_which_questions_have_no_answer() -> None:
+    """It is a span of some other question's length; that there is no answer is a baseline of its own."""
+    examples = [("who ?", "anna lives in bern and emil in paris")] * 40
+    references = [(("anna lives", 0),), ()] * 20
+    data = Labelled("question-answering", examples, references, (), "here")
+    assert {len(span.split()) for span in random_spans(data)} == {2}
+    assert no_answer(data) == {"exact_match": 0.5, "f1": 0.5}
+    assert majority(data, data)["exact_match"] < 0.5

@@ -94,3 +94,11 @@ def from_os_error(error: OSError, doing: str) -> LmworksError:
         where=str(error.filename or ""),
         fix=fixes.get(error.errno or 0, ""),
     )
+
+
+def printable(text: str) -> str:
+    """Return a text for a terminal: what would command it, such as ESC in a label of a stranger's, becomes U+FFFD."""
+    return text.translate(COMMANDS)
+
+
+COMMANDS = {n: "\ufffd" for n in (*range(32), *range(127, 160)) if chr(n) not in "\n\t"}

@@ -178,7 +178,7 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def check_output(path: str | Path, *, overwrite: bool = False, need_bytes: int = 0) -> Path:
+def check_output(path: str | Path, *, overwrite: bool = False, resume: bool = False, need_bytes: int = 0) -> Path:
     """Refuse an output folder that cannot be made, holds something else, or will not fit; make nothing."""
     out = Path(path)
     parent = next((p for p in out.absolute().parents if p.exists()), Path("/"))
@@ -196,6 +196,12 @@ def check_output(path: str | Path, *, overwrite: bool = False, need_bytes: int =
             raise InputError(
                 f"{out} holds files that lmworks did not write",
                 fix="choose another -o, or empty the folder yourself",
+            )
+        unfinished = out.absolute().with_name(f"{out.absolute().name}.partial").exists()
+        if held and resume and not (overwrite or unfinished):
+            raise InputError(
+                f"the run in {out} is complete: there is nothing to resume",
+                fix="add --overwrite to start again, or choose another -o",
             )
         if held and not overwrite:
             raise InputError(f"{out} already holds a model", fix="add --overwrite to replace it, or choose another -o")

@@ -8,6 +8,7 @@ Source: protobuf's encoding; onnx.proto (the numbers of the fields).
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import re
 import stat
@@ -17,7 +18,7 @@ from pathlib import Path
 from lmworks.base.errors import FormatError
 from lmworks.base.files import own_file
 
-DEEPEST = 64
+DEEPEST, MOST_FIELDS = 64, 2_000_000  # beyond any real model; so many take seconds to walk
 INSIDE = {  # message -> the fields that may hold tensors, and their messages
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -31,6 +32,7 @@ EXTERNAL, NAME, KEY, VALUE = 13, 8, 1, 2  # of a tensor, and of an entry that sa
 PLAIN = re.compile(r"[\w-][\w.-]{0,200}")
 Bytes = mmap.mmap | bytes
 Place = tuple[int, int]
+Count = Iterator[int]  # of the fields that were met in the whole file
 
 
 class Damaged(Exception):
@@ -45,7 +47,7 @@ def check_onnx(path: str | Path) -> None:
         if not stat.S_ISREG(facts.st_mode) or not facts.st_size:
             raise Damaged("it is empty, or no file")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            for name, entries in find_external(data, (0, len(data)), "model"):
+            for name, entries in find_external(data, (0, len(data)), "model", itertools.count()):
                 check_place(path, name, entries)
     except Damaged as error:
         fix = "fetch or export it again"
@@ -71,24 +73,31 @@ def check_place(path: Path, name: str, entries: dict[str, str]) -> None:
         raise Damaged(f"the tensor {name} ends at byte {offset + length} of {location}, which has {size}")
 
 
-def find_external(data: Bytes, place: Place, kind: str, depth: int = 0) -> Iterator[tuple[str, dict[str, str]]]:
+def find_external(
+    data: Bytes, place: Place, kind: str, count: Count, depth: int = 0
+) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield the name of each tensor that lies elsewhere, and the entries that say where."""
     if depth > DEEPEST:
         raise Damaged("its graphs are nested too deeply")
     if kind == "tensor":
-        parts = list(fields(data, place))
-        entries = dict(read_entry(data, inner) for number, inner in parts if number == EXTERNAL)
+        name, entries = "", dict[str, str]()
+        for number, inner in fields(data, place, count):
+            if number == NAME:
+                name = text(data, inner)
+            elif number == EXTERNAL:
+                key, value = read_entry(data, inner, count)
+                entries[key] = value
         if entries:
-            yield next((text(data, inner) for number, inner in parts if number == NAME), ""), entries
+            yield name, entries
         return
-    for number, inner in fields(data, place):
+    for number, inner in fields(data, place, count):
         if number in INSIDE[kind]:
-            yield from find_external(data, inner, INSIDE[kind][number], depth + 1)
+            yield from find_external(data, inner, INSIDE[kind][number], count, depth + 1)
 
 
-def read_entry(data: Bytes, place: Place) -> tuple[str, str]:
+def read_entry(data: Bytes, place: Place, count: Count) -> tuple[str, str]:
     """Return the key and the value of an entry."""
-    found = dict(fields(data, place))
+    found = {number: inner for number, inner in fields(data, place, count) if number in (KEY, VALUE)}
     key, value = (text(data, found[number]) if number in found else "" for number in (KEY, VALUE))
     return key, value
 
@@ -98,10 +107,12 @@ def text(data: Bytes, place: Place) -> str:
     return data[place[0] : min(place[1], place[0] + 1000)].decode("utf-8", "replace")
 
 
-def fields(data: Bytes, place: Place) -> Iterator[tuple[int, Place]]:
+def fields(data: Bytes, place: Place, count: Count) -> Iterator[tuple[int, Place]]:
     """Yield the number and the bytes [start, end) of every field that has bytes."""
     at, end = place
     while at < end:
+        if next(count) >= MOST_FIELDS:
+            raise Damaged(f"it has more than {MOST_FIELDS:,} fields")
         tag, at = varint(data, at, end)
         number, form = tag >> 3, tag & 7
         if form == 2:

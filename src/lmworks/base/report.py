@@ -11,6 +11,7 @@ from html import escape
 from typing import IO, Any
 
 from lmworks.base.chart import Chart
+from lmworks.base.errors import printable
 
 Cell = str | int | float | None
 
@@ -55,19 +56,19 @@ class Report:
         from rich.text import Text
 
         console = Console(file=file, highlight=False, soft_wrap=True)
-        console.print(Text(self.title, style="bold"))
+        console.print(Text(printable(self.title), style="bold"))
         for table in self.tables:
-            drawn = RichTable(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD)
+            drawn = RichTable(title=Text(printable(table.title)), title_justify="left", box=box.SIMPLE_HEAD)
             for i, name in enumerate(table.columns):
-                drawn.add_column(Text(name), justify="right" if is_numeric(table, i) else "left")
+                drawn.add_column(Text(printable(name)), justify="right" if is_numeric(table, i) else "left")
             for row in table.rows:
-                drawn.add_row(*(Text(show(cell)) for cell in row))
+                drawn.add_row(*(Text(printable(show(cell))) for cell in row))
             console.print(drawn)
         for title, text in self.texts:
-            console.print(Text(title, style="bold"))
-            console.print(Text(text.rstrip() + "\n"))
+            console.print(Text(printable(title), style="bold"))
+            console.print(Text(printable(text.rstrip()) + "\n"))
         for note in self.notes:
-            console.print(Text(f"• {note}"))
+            console.print(Text(printable(f"• {note}")))
 
     def to_html(self) -> str:
         """Return one self-contained page."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 
 from lmworks import __version__
-from lmworks.base.errors import Interrupted, LmworksError, from_os_error
+from lmworks.base.errors import Interrupted, LmworksError, from_os_error, printable
 from lmworks.base.threads import rest_while_waiting
 from lmworks.cli.verbs import EXAMPLES, GROUPS, HELP, VERBS
 
@@ -74,5 +74,5 @@ def show_examples(lines: Sequence[str]) -> str:
 def refuse(error: LmworksError) -> int:
     """Print one message on standard error and return its exit code."""
     if not error.silent:
-        print(f"lmworks: {error}", file=sys.stderr)  # noqa: T201
+        print(printable(f"lmworks: {error}"), file=sys.stderr)  # noqa: T201
     return error.exit_code

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from lmworks.base.errors import InputError
+from lmworks.base.errors import InputError, printable
 from lmworks.cli.engine import Engine
 from lmworks.cli.inputs import Column, File, mend, read_lines, read_stdin, read_texts, read_whole
 from lmworks.cli.output import Json, Model, print_json
@@ -241,4 +241,4 @@ def to_json(answers: Any) -> Any:
 
 def line(*cells: str) -> None:
     """Print one result: cells between tabs, on one line."""
-    sys.stdout.write("\t".join(" ".join(cell.split()) for cell in cells) + "\n")
+    sys.stdout.write("\t".join(printable(" ".join(cell.split())) for cell in cells) + "\n")

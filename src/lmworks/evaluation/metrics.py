@@ -34,7 +34,8 @@ Float64 = NDArray[np.float64]
 Span = tuple[str, int, int]  # kind, first and last word
 ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-PREFIX = re.compile(r"([BIES])(?:-(.*))?", re.DOTALL)
+PREFIX = re.compile(r"([BIES])(?:-(.*))?|([LU])-(.*)", re.DOTALL)
+LAST_AND_UNIT = {"L": "E", "U": "S"}  # BILOU's names
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ def entity_scores(predictions: Sequence[Sequence[str]], references: Sequence[Seq
 
 
 def entities(tags: Sequence[str]) -> list[Span]:
-    """Return the entities (kind, first word, last word) of tags written as BIO, IO or BIOES, as conlleval reads them.
+    """Return the entities (kind, first word, last word) of BIO, IO, BIOES or BILOU tags, as conlleval reads them.
 
     An entity begins at B and S, at any tag after O, E or S, and where the kind changes: a stray "I-" begins one. It
     ends before B, S and O, after E and S, and where the kind changes. A tag without a prefix counts as "I-".
@@ -239,7 +240,9 @@ def entities(tags: Sequence[str]) -> list[Span]:
     before, kind_before, begin = "O", "", 0
     for i, tag in enumerate([*tags, "O"]):
         match = PREFIX.fullmatch(tag)
-        at, kind = ("O", "") if tag == "O" else (match[1], match[2] or "_") if match else ("I", tag)
+        at, kind = ("O", "") if tag == "O" else ("I", tag)
+        if match:
+            at, kind = match[1] or LAST_AND_UNIT[match[3]], match[2] or match[4] or "_"
         cut = at in "BSO" or before in "OES" or kind != kind_before
         if cut and before != "O":
             found.append((kind_before, begin, i - 1))

@@ -15,6 +15,7 @@ from lmworks.base.errors import InputError
 
 MOST, MOST_LAYERS = 2**24, 2000  # beyond any published model; a file that claims more is damaged
 HIDDEN_ACTS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "relu")
+MOST_DISTANCES = 2**17  # each is held
 HEAD_ACTS = (*HIDDEN_ACTS, "tanh")
 
 
@@ -71,7 +72,8 @@ class Relative:
 
     def __post_init__(self) -> None:
         """Raise InputError for numbers that no network can have."""
-        require(1 <= self.positions <= MOST, "max_relative_positions", self.positions, f"1 to {MOST:,}")
+        near = 1 <= self.positions <= MOST_DISTANCES
+        require(near, "max_relative_positions", self.positions, f"1 to {MOST_DISTANCES:,}")
         fits = not self.buckets or (self.buckets >= 4 and self.buckets % 2 == 0 and self.buckets < 2 * self.positions)
         require(fits, "position_buckets", self.buckets, f"even, 4 to {2 * self.positions - 2}")
         require(set(self.terms) <= {"c2p", "p2c"}, "pos_att_type", ", ".join(self.terms), "c2p, p2c")

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from lmworks.base.errors import FormatError
-from lmworks.base.files import confine, read_json, read_value, write_json
+from lmworks.base.files import confine, own_file, read_json, read_value, write_json
 from lmworks.models.checkpoint import save_model
 from lmworks.models.heads import Model
 from lmworks.tokens.tokenizer import Tokenizer
@@ -32,14 +32,14 @@ def write_folder(model: Model, folder: Path, staged: Path) -> None:
     for pattern in COPIED:
         for path in sorted(folder.glob(pattern)):
             if path.is_file():
-                shutil.copyfile(path, staged / path.name)
+                shutil.copyfile(own_file(path), staged / path.name)
     for name in list_modules(folder):
         source, target = confine(folder, name, by=MODULES), confine(staged, name, by=MODULES)
         if source == folder.resolve():  # the network itself, which was written afresh
             continue
         for path in sorted([*source.glob("*.json"), *source.glob("*.safetensors")]):
             target.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / path.name)
+            shutil.copyfile(own_file(path), target / path.name)
 
 
 def list_modules(folder: Path) -> list[str]:

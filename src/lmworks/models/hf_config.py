@@ -94,6 +94,12 @@ class Fields:
         if found is not None and found != value:
             raise InputError(f"{self.name}: {key} is not supported", found=f"{found}", expected=f"{value}")
 
+    def must_look_back(self) -> None:
+        """Raise InputError where a decoder is told to see later tokens too; transformers takes a null for a no."""
+        if not self.hf.get("is_causal", True):
+            self.must_be("is_causal", True)
+            raise InputError(f"{self.name}: is_causal is not supported", found="null", expected="True")
+
     def _get(self, key: str, default: object) -> object:
         value = self.hf.get(key)
         value = default if value is None else value
@@ -113,8 +119,8 @@ def read_rope(hf: Mapping[str, Any], head_dim: int, partial: float | None = None
     `partial` is the share of a head that is rotated where the file says nothing; None: the family rotates all of it.
     """
     outer = Fields(hf)
-    found = outer.table("rope_parameters") or outer.table("rope_scaling")
-    rope = Fields(found, "config.json, rope_parameters" if hf.get("rope_parameters") else "config.json, rope_scaling")
+    where = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"  # as transformers, where both are stated
+    rope = Fields(outer.table(where), f"config.json, {where}")
     kind = rope.text("rope_type", rope.text("type", "default"))
     kind = LONG if kind == "su" else kind  # its first name
     if kind not in ROPE_TYPES:
@@ -128,8 +134,8 @@ def read_rope(hf: Mapping[str, Any], head_dim: int, partial: float | None = None
     if kind == "default":
         return Rotary(theta=theta, dim=dim)
     length = outer.integer("max_position_embeddings", 2048)
-    known = outer.integer("original_max_position_embeddings", length)
-    original = rope.integer("original_max_position_embeddings", known)
+    inner = rope.integer("original_max_position_embeddings", length)
+    original = outer.integer("original_max_position_embeddings", inner)
     if kind == "llama3":
         factors = {name: rope.number(name) for name in ("factor", "low_freq_factor", "high_freq_factor")}
         scaling: RopeScaling | LongRope = RopeScaling(**factors, original_max_position_embeddings=original)
@@ -139,6 +145,17 @@ def read_rope(hf: Mapping[str, Any], head_dim: int, partial: float | None = None
         scaling = LongRope(short=rope.numbers("short_factor", pairs), long=rope.numbers("long_factor", pairs),
                            factor=factor, original_max_position_embeddings=original)  # fmt: skip
     return Rotary(theta=theta, scaling=scaling, dim=dim)
+
+
+def plain_rope(hf: Mapping[str, Any], kind: str) -> Fields:
+    """Return what rope_parameters say of one kind of layers; raise InputError where they or rope_scaling stretch it."""
+    outer, where = Fields(hf), "config.json, rope_parameters"
+    if outer.table("rope_scaling"):
+        outer.must_be("rope_scaling", None)
+    found = Fields(Fields(outer.table("rope_parameters"), where).table(kind), f"{where}, {kind}")
+    for key, value in (("rope_type", "default"), ("type", "default"), ("partial_rotary_factor", 1)):
+        found.must_be(key, value)
+    return found
 
 
 def long_factor(factor: float, original: int) -> float:

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmworks.base.errors import FormatError
-from lmworks.models.config import Config, HeadSpec
+from lmworks.models.config import Config, HeadSpec, require
 from lmworks.models.hf_config import Fields, read_rope, write_rope
 
 ENCODER = (  # ours and theirs
     "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings hidden_act"
 ).split()
-DECODER = [*ENCODER, "num_key_value_heads"]
+DECODER = [*ENCODER, "num_key_value_heads", "head_dim"]
+MOST_LABELS = 1_000_000  # beyond any published model
+WINDOWS = ("sliding_attention", "full_attention")
 
 
 def shared(
@@ -35,13 +37,30 @@ def shared(
 def read_labels(f: Fields) -> tuple[str, ...]:
     """Return the labels by id; where the file names none, as many LABEL_i as it counts (2 by default)."""
     named = f.table("id2label")
+    count = len(named) or f.integer("num_labels", 2)
+    require(count <= MOST_LABELS, "num_labels", count, f"at most {MOST_LABELS:,}")
     if not named:
-        return tuple(f"LABEL_{i}" for i in range(f.integer("num_labels", 2)))
+        return tuple(f"LABEL_{i}" for i in range(count))
     expected = {str(i) for i in range(len(named))}
     if set(named) != expected:
         found = ", ".join(sorted(set(named) ^ expected)[:5])
         raise FormatError(f"{f.name}: the keys of id2label are not 0, 1, 2 …", found=found, expected="every id once")
     return tuple(str(named[str(i)]) for i in range(len(named)))
+
+
+def fill(hf: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
+    """Return a config with a family's own defaults where it says nothing, or null."""
+    return {**hf, **{key: value for key, value in defaults.items() if hf.get(key) is None}}
+
+
+def read_aliases(hf: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
+    """Return a config whose keys {alias: key} have their aliases' values, which transformers prefers."""
+    return {**hf, **{key: hf[alias] for alias, key in aliases.items() if hf.get(alias) is not None}}
+
+
+def write_aliases(c: Config, ours: dict[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
+    """Return what was written, with the aliases that the config's file has."""
+    return {**ours, **{alias: ours[key] for alias, key in aliases.items() if alias in c.source}}
 
 
 def decoder_heads(*, token_key: str = "score", bias: bool = False, qa_prefix: str | None = None) -> dict[str, HeadSpec]:
@@ -70,6 +89,8 @@ def read_encoder(hf: Mapping[str, Any]) -> dict[str, Any]:
     f = Fields(hf)
     f.must_be("position_embedding_type", "absolute")
     f.must_be("add_cross_attention", False)
+    if f.flag("is_decoder", False):
+        f.must_look_back()
     heads, size = f.integer("num_attention_heads", 12), f.integer("hidden_size", 768)
     return {
         "block": "post", "final_norm": False, "embedding_norm": True, "causal": f.flag("is_decoder", False),
@@ -99,6 +120,7 @@ def read_decoder(
     `partial`: the family may rotate a part of each head, this one where the file says nothing.
     """
     f = Fields(hf)
+    f.must_look_back()
     heads, size = f.integer("num_attention_heads"), f.integer("hidden_size")
     head_dim = f.integer("head_dim", size // max(heads, 1))
     return {
@@ -121,8 +143,10 @@ def write_decoder(c: Config, *, norm: str) -> dict[str, Any]:
 def read_window(hf: Mapping[str, Any], layers: int, window: int | None, first_local: int) -> dict[str, Any]:
     """Return `window` and `local_layers`: those that `layer_types` names, else those from `first_local` on."""
     types = hf.get("layer_types")
-    if isinstance(types, list) and len(types) == layers:
-        local = tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
-    else:
+    if types is None:
         local = tuple(range(first_local, layers))
+    else:
+        whole = isinstance(types, list) and len(types) == layers and all(kind in WINDOWS for kind in types)
+        require(whole, "layer_types", str(types)[:200], f"{layers} of {' or '.join(WINDOWS)}")
+        local = tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
     return {"window": window, "local_layers": local} if window is not None and local else {}

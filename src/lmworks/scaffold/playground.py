@@ -2,7 +2,7 @@
 
     play                one script with the named commands; it needs nothing but Python
     examples/*.py       one file each, to be read and changed
-    requirements.txt    the versions of lmworks and torch that made it; wheels/ has lmworks itself
+    requirements.txt    lmworks as it is in wheels/, by its file, and the version of torch that made it
     Dockerfile          where the commands are to run in a container
 
 Nothing is written outside the new folder, and nothing is downloaded.
@@ -45,13 +45,13 @@ def make_playground(
         raise InputError("this is no name for a folder", found=repr(place.name), expected="such as demo")
     engine = ENGINES[docker] if docker is not None else choose(ask)
     with new_folder(place) as staged:
+        (staged / "wheels").mkdir()
+        wheel = write_wheel(staged / "wheels").name
         for source in sorted(TEMPLATE.rglob("*")):
             name = source.relative_to(TEMPLATE).as_posix().removesuffix(".in")
             other = any(name in names for of, names in ONLY.items() if of != engine)
             if source.is_file() and not other:
-                write_file(source, staged / NAMES.get(name, name), place.name, engine)
-        (staged / "wheels").mkdir()
-        wheel = write_wheel(staged / "wheels").name
+                write_file(source, staged / NAMES.get(name, name), place.name, engine, wheel)
         files = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file())
     values = {"place": str(place), "engine": engine, "version": __version__, "wheel": wheel, "files": files,
               "commands": COMMANDS}  # fmt: skip
@@ -79,10 +79,10 @@ def on_terminal(question: str) -> str:
     return sys.stdin.readline()
 
 
-def write_file(source: Path, path: Path, name: str, engine: str) -> None:
+def write_file(source: Path, path: Path, name: str, engine: str, wheel: str) -> None:
     """Write a file of the template, filled in; the script may be run."""
     path.parent.mkdir(exist_ok=True)
-    values = {"name": name, "engine": engine, "version": __version__, "pins": find_pins()}
+    values = {"name": name, "engine": engine, "version": __version__, "wheel": wheel, "pins": find_pins()}
     write_text(path, Template(source.read_text("utf-8")).substitute(values))
     if path.name == "play":
         path.chmod(0o755)

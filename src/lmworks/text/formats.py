@@ -34,6 +34,7 @@ Row = tuple[str, dict[str, Any]]  # where it stands ("train.csv, line 12"), and 
 JSON = (".json", ".jsonl", ".ndjson")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 QAMR = re.compile(r"[^\t\n]+\t[\d ]+\t\d+\t\d+\t\d+\t[^\t\n]+\t[^\t\n]*(\t[^\t\n]*)*(\n|$)")
+TAG_COLUMNS = ("tag", "tags", "label", "labels", "ner", "ner_tag", "ner_tags")
 INDICES = re.compile(r"(?:\d+:)?(\d+(?: \d+)*)")  # of answer words; the validators' begin with who they are
 PTB = {  # how the Penn Treebank writes brackets and quotation marks
     "-LRB-": "(",
@@ -277,9 +278,11 @@ def write_out(tokens: Iterable[str]) -> tuple[str, list[int], list[str]]:
 
 
 def is_table_of_sentences(text: str) -> bool:
-    """Tell a table with a column "tokens" from CoNLL's word a line."""
-    names = [name.strip(' "').casefold() for name in re.split(r"[,;\t]", text.partition("\n")[0])]
-    return "tokens" in names or "words" in names
+    """Tell a table with a column "tokens" from CoNLL's word a line, where blank lines part words without blanks."""
+    first, _, body = text.partition("\n")
+    names = [name.strip(' "').casefold() for name in re.split(r"[,;\t]", first)]
+    single = "\n\n" in body.strip() and " " not in body and not re.search(r"""^"?\[+["']""", body, re.MULTILINE)
+    return ("tokens" in names or "words" in names) and not single
 
 
 def read_conll(text: str, path: Path) -> Iterator[Row]:
@@ -287,7 +290,11 @@ def read_conll(text: str, path: Path) -> Iterator[Row]:
     tokens: list[str] = []
     tags: list[str] = []
     begin = 1
-    for number, line in enumerate([*text.split("\n"), ""], 1):
+    first, *others = text.split("\n")
+    name = re.split(r"[\t ]+", first.strip())[-1]
+    if name.casefold() in TAG_COLUMNS and not any(re.split(r"[\t ]+", one.strip())[-1] == name for one in others):
+        first = ""  # it names the columns
+    for number, line in enumerate([first, *others, ""], 1):
         if not line.strip():
             if tokens:
                 yield f"{path}, line {begin}", {"tokens": tokens, "tags": tags}

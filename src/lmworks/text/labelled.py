@@ -19,7 +19,7 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Labelled:
     references: list[Any]
     labels: tuple[str, ...]  # integers in numeric order, others as they first appear; empty where a task has none
     where: str  # the file
+    notes: tuple[str, ...] = field(default=(), compare=False)  # sentences for a report
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -102,7 +103,13 @@ def read_labelled(
         references = unify(references, [where for where, _ in rows], is_table=is_table)
     if task.endswith("classification") and not isinstance(references[0], float):
         labels = names_of(references)
-    return Labelled(task, [example for example, _ in pairs], references, labels, str(path))
+    notes: tuple[str, ...] = ()
+    if is_table and task == "text-classification" and isinstance(references[0], float):
+        few = set(references)
+        if len(few) <= 10 and all(number.is_integer() for number in few):
+            notes = (f"The labels are {len(few)} whole numbers written with a point: they are taken for numbers to "
+                     "predict, not for classes; write 1 for 1.0 to make them classes.",)  # fmt: skip
+    return Labelled(task, [example for example, _ in pairs], references, labels, str(path), notes)
 
 
 def check_labels(train: Labelled, other: Labelled) -> Labelled:

@@ -15,18 +15,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lmworks.base.errors import FormatError, InputError
-from lmworks.base.hub import find_folder
+from lmworks.base.errors import FormatError
 from lmworks.models.checkpoint import head_rows, load_model, modernize, read_config, strip
 from lmworks.models.config import Config
-from lmworks.models.families import ADAPTED, read_kind
+from lmworks.models.families import ADAPTED, find_base, put_head, read_kind
 from lmworks.models.folder import VOCABULARIES
 from lmworks.models.heads import Model
 from lmworks.models.numbered import merge_layers
 from lmworks.models.resize import fit_tokenizer, resize_tokens
 from lmworks.models.weights import State, read_tensors
 from lmworks.tokens.tokenizer import Tokenizer
-from lmworks.training.adapter_save import HEADS, save_adapter
+from lmworks.training.adapter_save import save_adapter
 from lmworks.training.bottleneck import take_bottlenecks
 from lmworks.training.int8 import quantize_base
 from lmworks.training.lora import (
@@ -40,7 +39,7 @@ from lmworks.training.lora import (
     wrap,
 )
 from lmworks.training.lora_layers import LowRank
-from lmworks.training.peft_format import ADAPTER, DELTA, TASK_TYPES, Settings, read_adapter, read_settings
+from lmworks.training.peft_format import ADAPTER, DELTA, Settings, read_adapter, read_settings
 from lmworks.training.prefix import take_prefix
 from lmworks.training.targets import EMBEDDING, PROJECTION, find_sites, is_embedding, matches, published_rows, rename
 
@@ -56,6 +55,10 @@ class Opened(NamedTuple):
     tokenizer: Path | None  # the folder that has it
     facts: dict[str, Any]
 
+    def home(self, folder: Path) -> Path:
+        """Return where what else belongs to the model is: an adapter of peft's has none of it."""
+        return folder if (folder / ADAPTED).is_file() else self.base
+
 
 def open_adapter(folder: str | Path, *, base: str | Path | None = None, int8: bool = False) -> Opened:
     """Read an adapter's base, by the name in its config or the one given, and put the adapter on it.
@@ -69,7 +72,7 @@ def open_adapter(folder: str | Path, *, base: str | Path | None = None, int8: bo
     settings = read_settings(folder)
     tensors = read_adapter(folder, settings.method)
     place = find_base(folder, str(base or settings.base))
-    kind, labels = read_head(folder, read_config(place), settings, tensors)
+    kind, labels = read_head(folder, read_config(place))
     model = load_model(place, kind, labels=labels, new_head=bool(settings.copied))
     if int8:
         quantize_base(model)
@@ -83,27 +86,10 @@ def open_adapter(folder: str | Path, *, base: str | Path | None = None, int8: bo
     return Opened(model, place, holder, {**facts, "base": str(base or settings.base)})
 
 
-def find_base(folder: Path, name: str) -> Path:
-    """Return the folder of the base model; the error says who wants it."""
-    fix = "name the base model (lmworks merge … --base)"
-    if not name:
-        raise InputError("the adapter does not say which model it was made for", where=str(folder), fix=fix)
-    try:
-        return find_folder(name)
-    except InputError as error:
-        what = f"the adapter's base model was not found: {error.what}"
-        raise InputError(what, where=error.where or str(folder), found=error.found or name, fix=fix) from None
-
-
-def read_head(folder: Path, c: Config, settings: Settings, tensors: State) -> tuple[str, tuple[str, ...] | None]:
-    """Return the head that an adapter was trained with, and its labels where they are not the base's."""
-    if (folder / ADAPTED).is_file():
-        own = read_config(folder)
-        return read_kind(own), own.labels
-    kind = next((kind for kind, task in TASK_TYPES.items() if task == settings.task_type), read_kind(c))
-    sizes = [len(t) for key, t in tensors.items() if key.rpartition(".")[0].rpartition(".")[2] in (*HEADS, "out_proj")]
-    named = kind.endswith("Classification") and sizes and sizes[0] != len(c.labels)
-    return kind, tuple(f"LABEL_{i}" for i in range(sizes[0])) if named else None
+def read_head(folder: Path, c: Config) -> tuple[str, tuple[str, ...]]:
+    """Return the head that an adapter was trained with, and its labels; `c` is the base's config."""
+    own = read_config(folder) if (folder / ADAPTED).is_file() else put_head(c, folder)
+    return read_kind(own), own.labels
 
 
 def load_adapter(model: Model, folder: str | Path, *, name: str = DEFAULT, trainable: bool = False) -> dict[str, Any]:

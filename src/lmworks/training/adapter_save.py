@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lmworks.base.files import write_json
 from lmworks.models.checkpoint import alias
-from lmworks.models.families import ADAPTED, write_config
+from lmworks.models.families import ADAPTED, HEADS, TASK_TYPES, write_config
 from lmworks.models.heads import Model
 from lmworks.models.numbered import to_template
 from lmworks.models.weights import State
@@ -27,11 +27,10 @@ from lmworks.tokens.tokenizer import Tokenizer
 from lmworks.training.bottleneck import bottleneck_settings, bottleneck_tensors
 from lmworks.training.lora import active_adapter, base_of, frozen_matrix
 from lmworks.training.lora_layers import Bottleneck, LowRank, Prefix, Rows, Whole, adapted_layers
-from lmworks.training.peft_format import ADAPTER, DELTA, TASK_TYPES, Settings, write_folder
+from lmworks.training.peft_format import ADAPTER, DELTA, Settings, write_folder
 from lmworks.training.prefix import prefix_settings, prefix_tensors
 from lmworks.training.targets import EMBEDDING, PROJECTION, Site, find_sites, is_embedding, published_rows
 
-HEADS = ("classifier", "score", "qa_outputs")  # peft saves these for their tasks, with everything that they hold
 VLLM = "vLLM refuses adapters with {}: merge it into its base (lmworks merge) to serve it there"
 OURS = "peft has no such adapter: lmworks alone reads {}"
 

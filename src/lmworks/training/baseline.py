@@ -2,7 +2,7 @@
 
 The frozen-feature baseline is logistic regression (with an L2 penalty, fitted by L-BFGS) on the mean hidden state of a
 text, or the hidden state of a word's first token. For answers in a text, the baseline is a random span as long as the
-right one.
+right one, and never an answer where some questions have none.
 
 Shapes: n rows, D hidden_size, L labels.
 """
@@ -48,12 +48,22 @@ def majority(train: Labelled, held_out: Labelled) -> dict[str, float]:
     return score(train.task, said, held_out.references, labels=train.labels)
 
 
+def no_answer(held_out: Labelled) -> dict[str, float]:
+    """Return the metrics of saying of every question that it has no answer."""
+    return score(held_out.task, [""] * len(held_out.references), held_out.references)
+
+
 def random_spans(data: Labelled) -> list[str]:
-    """Return for each question a span of words of its context, as many as the first answer has, from anywhere."""
+    """Return for each question a span of words of its context, as many as the first answer has, from anywhere.
+
+    Where there is no answer, as many as another question's has: the baseline must not know.
+    """
     numbers = draw(0, 0, len(data.examples), stream=SPANS)
+    lengths = [len(answers[0][0].split()) for answers in data.references if answers] or [1]
     said = []
     for (_, context), answers, number in zip(data.examples, data.references, numbers, strict=True):
-        words, length = context.split(), len(answers[0][0].split()) if answers else 0
+        words = context.split()
+        length = len(answers[0][0].split()) if answers else lengths[int(number >> np.uint64(32)) % len(lengths)]
         start = int(number % np.uint64(max(1, len(words) - length + 1)))
         said.append(" ".join(words[start : start + length]))
     return said

@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lmworks.base.files import read_json, write_json, write_text
+from lmworks.base.files import confine, own_file, read_json, read_value, write_json, write_text
+from lmworks.models.folder import list_modules
 from lmworks.tasks.embed import MODULES, SETTINGS, FeatureExtraction
 
 SENTENCE = "config_sentence_transformers.json"
@@ -25,18 +26,18 @@ def write_recipe(source: Path, out: Path, task: FeatureExtraction, *, hidden_siz
     """
     settings: dict[str, Any] = {"do_lower_case": task.recipe.lower_case}
     if (source / MODULES).is_file():
-        modules = json.loads((source / MODULES).read_text("utf-8"))
-        for module in modules:
-            if module["path"] and (source / module["path"] / "config.json").is_file():
-                (out / module["path"]).mkdir(exist_ok=True)
-                shutil.copy(source / module["path"] / "config.json", out / module["path"] / "config.json")
+        for name in list_modules(source):
+            place, target = (confine(folder, name, by=MODULES) for folder in (source, out))
+            if (place / "config.json").is_file():
+                target.mkdir(exist_ok=True)
+                shutil.copyfile(own_file(place / "config.json"), target / "config.json")
         for name in (MODULES, SENTENCE):
             if (source / name).is_file():
-                shutil.copy(source / name, out / name)
-        first = source / modules[0]["path"]
-        found = (first / f"sentence_{name}_config.json" for name in SETTINGS)
+                shutil.copyfile(own_file(source / name), out / name)
+        first = str(read_value(source / MODULES)[0].get("path", ""))
+        found = (confine(source, first, by=MODULES) / f"sentence_{name}_config.json" for name in SETTINGS)
         settings = next((read_json(path) for path in found if path.is_file()), settings)
-        place = out / modules[0]["path"]
+        place = confine(out, first, by=MODULES)
     else:
         classes = CLASSES if task.normalize else CLASSES[:2]
         rows = [

@@ -282,19 +282,21 @@ def open_predictor(
 
     `code` is that of layers of its maker's own (models/custom.py), which an adapter's base cannot have.
     """
-    config = read_config(folder)
+    config, files, home = read_config(folder), folder, folder
     if (folder / ADAPTER_CONFIG).is_file():
         if code:
             raise InputError("an adapter has no layers of its maker's own", where=str(folder), fix="leave --code out")
-        model = open_adapter(folder).model.eval()
+        opened = open_adapter(folder)
+        files, home = opened.tokenizer or folder, opened.home(folder)
+        model = opened.model.eval()
         model.config = replace(model.config, problem_type=config.problem_type)
     else:
         model = load_model(folder, TASKS[task], code=code)
-    tokenizer = None if config.vision else read_tokenizer(folder, model)
+    tokenizer = None if config.vision else read_tokenizer(files, model)
     facts = read_facts(model.config, tokenizer, before=model.transformer.prefix.length)
     if max_length is not None:
         facts = replace(facts, max_length=min(max_length, facts.max_length))
-    return make_predictor(model, folder, task, tokenizer, facts, dtype=dtype, **long_option(task, long))
+    return make_predictor(model, home, task, tokenizer, facts, dtype=dtype, **long_option(task, long))
 
 
 def open_adapted(folder: Path, task: str | None = None, *, dtype: str = "fp32", **options: Any) -> Predictor:
@@ -308,7 +310,7 @@ def open_adapted(folder: Path, task: str | None = None, *, dtype: str = "fp32", 
     opened.model.config = replace(opened.model.config, problem_type=config.problem_type)
     tokenizer = None if config.vision else read_tokenizer(opened.tokenizer or folder, opened.model)
     runtime = TorchRuntime(opened.model.eval(), dtype=dtype)
-    return assemble(runtime, folder, opened.model.config, task, tokenizer, options)
+    return assemble(runtime, opened.home(folder), opened.model.config, task, tokenizer, options)
 
 
 def long_option(task: str, long: Long) -> dict[str, Long]:

@@ -48,6 +48,13 @@ def answer(predictor: Predictor, data: Labelled, *, problem: str | None = None, 
     return [labels[0].label for labels in ranked]
 
 
+def number_labels(own: Sequence[str], wanted: Sequence[str]) -> tuple[str, ...]:
+    """Return a model's labels as data call them: 0, 1 … for LABEL_0, LABEL_1 …, its own for every other."""
+    plain = tuple(str(i) for i in range(len(own)))
+    usual = tuple(own) == tuple(f"LABEL_{i}" for i in plain)
+    return plain if usual and not set(plain).isdisjoint(wanted) else tuple(own)
+
+
 def problem_type(data: Labelled) -> str | None:
     """Return what kind of labels texts or pictures have, in config.json's words; None for other tasks."""
     if data.task not in CLASSES:

@@ -37,13 +37,6 @@ OWN = {  # what the config of the other methods says that is needed to read them
     "prefix": ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim", "num_transformer_submodules"),
 }
 DELTA = ".token_adapter.trainable_tokens_delta"
-TASK_TYPES = {
-    "SequenceClassification": "SEQ_CLS",
-    "TokenClassification": "TOKEN_CLS",
-    "QuestionAnswering": "QUESTION_ANS",
-    "CausalLM": "CAUSAL_LM",
-    "Model": "FEATURE_EXTRACTION",
-}
 STARTS = (True, False, "gaussian", "orthogonal", "eva")  # first values that leave the base as it is
 UNSUPPORTED = (  # what changes how an adapter acts
     "lora_bias", "layer_replication", "target_parameters", "alora_invocation_tokens", "use_qalora", "use_bdlora",

@@ -21,6 +21,7 @@ from lmworks.tokens.tokenizer import Tokenizer
 from lmworks.training.bottleneck import add_bottleneck
 from lmworks.training.int8 import quantize_base
 from lmworks.training.lora import add_lora
+from lmworks.training.measure import number_labels
 from lmworks.training.prefix import add_prefix
 from lmworks.training.supervision import WORDS
 from lmworks.training.targets import ALL_LINEAR
@@ -51,10 +52,11 @@ def open_model(
         return load_model(folder, kind, code=code), False
     names = tuple(labels) if labels else ("LABEL_0",) if problem == "regression" else config.labels
     usual = "regression" if len(config.labels) == 1 else "single_label_classification"  # where config.json says nothing
-    same = problem in (None, config.problem_type or usual) and set(names) <= set(config.labels)
+    known = number_labels(config.labels, labels)
+    same = problem in (None, config.problem_type or usual) and set(names) <= set(known)
     if read_kind(config) == kind and same:
         model = load_model(folder, kind, code=code)
-        model.config = replace(model.config, problem_type=problem)
+        model.config = replace(model.config, labels=known, problem_type=problem)
         return model, False
     body = load_model(folder, "Model", code=code)
     model = make_empty(replace(config, labels=names, problem_type=problem), kind)

@@ -23,7 +23,7 @@ from lmworks.base.hub import find_convertible
 from lmworks.base.report import Report, Table, counted
 from lmworks.base.safetensors_header import check_header
 from lmworks.export.receipt import RECEIPT, write_receipt
-from lmworks.models.families import read_config
+from lmworks.models.families import asks_for_code, read_config
 from lmworks.models.parameters import TIED_HEAD
 
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -176,7 +176,7 @@ def write_index(folder: Path, staged: Path, plan: Mapping[str, str], found: Mapp
 
 
 def carry(folder: Path, staged: Path, plan: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Copy what else is in the folder; return the names that came along and those that stayed behind."""
+    """Copy what else is in the folder, but for code and what asks for it; return the names of both kinds."""
     carried, behind = [], []
     for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
         name = path.relative_to(folder).as_posix()
@@ -186,7 +186,11 @@ def carry(folder: Path, staged: Path, plan: Mapping[str, str]) -> tuple[list[str
             behind.append(name)
             continue
         (staged / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(own_file(path), staged / name)
+        known = read_json(own_file(path)) if path.name.endswith("config.json") else {}
+        if any(map(asks_for_code, known)):
+            write_json(staged / name, {key: value for key, value in known.items() if not asks_for_code(key)})
+        else:
+            shutil.copyfile(own_file(path), staged / name)
         carried.append(name)
     return carried, behind
 

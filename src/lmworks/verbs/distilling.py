@@ -202,7 +202,7 @@ def distill(
     ranks = find_ranks()
     with ranks.together():
         out, knobs = Path(out), (knobs or Distilling.from_dict(settings)).check()
-        check_output(out, overwrite=overwrite)
+        check_output(out, overwrite=overwrite, resume=resume)
         folder = find_folder(teacher, revision=revision)
         task = task or find_task(read_kind(read_config(folder)))
         if task not in DISTILLABLE:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lmworks.base.errors import InputError, did_you_mean
+from lmworks.base.report import counted
 from lmworks.models.families import read_config, read_kind
 from lmworks.tasks.registry import find_task
 from lmworks.text.labelled import Labelled, check_labels, read_labelled
@@ -57,11 +59,20 @@ def read_data(
         check_labels(data, more)
         data = replace(data, examples=[*data.examples, *more.examples], references=[*data.references, *more.references])
     if validation is None and not second:
-        return hold_out(data, seed)
+        return count_copies(*hold_out(data, seed))
     held = Path(validation) if validation is not None else train
     other = check_labels(data, read_labelled(held, kind, split=second or (None if validation else first), **columns))
     if task in ("text-classification", "image-classification"):
         check_all_labels(data, other)
+    return count_copies(data, other)
+
+
+def count_copies(data: Labelled, other: Labelled) -> tuple[Labelled, Labelled]:
+    """Return the data with a note on how many validation examples are training examples too."""
+    known = {repr(example) for example in data.examples}
+    if copies := sum(repr(example) in known for example in other.examples):
+        note = f"{copies} of {counted(len(other), 'validation example')} are also in the training data."
+        other = replace(other, notes=(*other.notes, note))
     return data, other
 
 
@@ -144,7 +155,7 @@ def label_names(reference: Any) -> tuple[str, ...]:
 def hold_out(data: Labelled, seed: int) -> tuple[Labelled, Labelled]:
     """Return the data without a tenth of them, and that tenth: of every label its share, chosen by the seed.
 
-    Of a few plain texts each gives its own last part.
+    Copies of an example stay on one side. Of a few plain texts each gives its own last part.
     """
     from lmworks.training.data import draw
 
@@ -156,17 +167,52 @@ def hold_out(data: Labelled, seed: int) -> tuple[Labelled, Labelled]:
         )
         return train, held
     single = bool(data.references) and isinstance(data.references[0], str)
-    groups: dict[Any, list[int]] = {}
-    for place, _ in sorted(enumerate(draw(seed, 0, len(data), stream=HELD_STREAM).tolist()), key=lambda row: row[1]):
-        groups.setdefault(data.references[place] if single else None, []).append(place)
-    places = {place for group in groups.values() for place in group[: round(HELD_OUT * len(group))]}
-    places = places or set(next(iter(groups.values()))[: len(data) // 2])
+    names = data.references if single else [None] * len(data)
+    numbers = draw(seed, 0, len(data), stream=HELD_STREAM).tolist()
+    copies: dict[str, list[int]] = {}
+    for place in sorted(range(len(data)), key=numbers.__getitem__):
+        copies.setdefault(repr(data.examples[place]), []).append(place)
+    groups: dict[Any, list[list[int]]] = {}
+    for unit in copies.values():
+        groups.setdefault(names[unit[0]], []).append(unit)
+    if all(len(units) == 1 for units in groups.values()):  # nothing but copies: they are on both sides, and said to be
+        groups = {name: [[i] for unit in units for i in unit] for name, units in groups.items()}
+    left, places = Counter(names), set[int]()
+    for name, share in allot(groups, len(data)).items():
+        taken = 0
+        for unit in [one for one in groups[name] if len(one) <= share] or [min(groups[name], key=len)]:
+            lost = Counter(names[i] for i in unit)
+            fits = taken < share and (taken == 0 or taken + len(unit) <= share)
+            if fits and all(left[one] > times for one, times in lost.items()):  # never a label's last row
+                places.update(unit)
+                left.subtract(lost)
+                taken += len(unit)
+    if not places and len(copies) > 1:  # one row of each label, say
+        places.update(list(copies.values())[-1])
     if not places:
-        raise InputError(
-            "one example cannot be trained on and held out", where=data.where,
-            fix="give more examples; in a CoNLL file a blank line ends each sentence",
-        )  # fmt: skip
-    return take(data, [i for i in range(len(data)) if i not in places]), take(data, sorted(places))
+        raise InputError("one example cannot be trained on and held out", where=data.where,
+                         fix="give more examples; in a CoNLL file a blank line ends each sentence")  # fmt: skip
+    held_out = take(data, sorted(places))
+    if lacking := set(names) - {names[i] for i in places}:
+        note = f"{len(lacking)} of {counted(len(set(names)), 'label')} have no held-out example: too few rows."
+        held_out = replace(held_out, notes=(*data.notes, note))
+    return take(data, [i for i in range(len(data)) if i not in places]), held_out
+
+
+def allot(groups: Mapping[Any, Sequence[Sequence[int]]], count: int) -> dict[Any, int]:
+    """Return how many rows of each group to hold out: a tenth, rounded.
+
+    Where groups are too small for one, what a tenth of all lacks comes from the largest remainders; half a group stays.
+    """
+    sizes = {name: sum(map(len, units)) for name, units in groups.items()}
+    most = {name: sizes[name] // 2 if len(units) > 1 else 0 for name, units in groups.items()}
+    shares = {name: min(round(HELD_OUT * size), most[name]) for name, size in sizes.items()}
+    missing = 0 if all(shares.values()) else max(1, round(HELD_OUT * count)) - sum(shares.values())
+    while missing > 0 and (able := [name for name in groups if shares[name] < most[name]]):
+        for name in sorted(able, key=lambda name: shares[name] - HELD_OUT * sizes[name])[:missing]:
+            shares[name] += 1
+            missing -= 1
+    return shares
 
 
 def take(data: Labelled, places: list[int]) -> Labelled:

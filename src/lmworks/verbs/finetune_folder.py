@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmworks.base.files import read_json, write_json, write_text
+from lmworks.base.files import own_file, read_json, write_json, write_text
 from lmworks.base.report import Report
 from lmworks.tasks.embed import FeatureExtraction
 from lmworks.text.labelled import Labelled
@@ -46,7 +46,7 @@ def tuning_folder(out: Path, *, resume: bool, overwrite: bool) -> Iterator[Path]
 
 def find_baselines(path: Path | None, setup: Setup, data: Labelled, held_out: Labelled) -> dict[str, dict[str, float]]:
     """Return the metrics of the baselines; those of an interrupted run where it left them."""
-    from lmworks.training.baseline import frozen_features, majority
+    from lmworks.training.baseline import frozen_features, majority, no_answer
     from lmworks.training.measure import measure
 
     if path is not None and path.exists():
@@ -57,6 +57,8 @@ def find_baselines(path: Path | None, setup: Setup, data: Labelled, held_out: La
     elif data.references[0] is not None:
         name = "random span" if data.task == "question-answering" else "majority"
         found[name] = majority(data, held_out)
+        if data.task == "question-answering" and not all(held_out.references):
+            found["always no answer"] = no_answer(held_out)
         frozen = frozen_features(setup.model, setup.data, held_out, setup.model.config.labels)
         if frozen is not None:
             found["frozen features"] = frozen
@@ -84,7 +86,7 @@ def publish(
     kept = ("generation_config.json",) if setup.model.config.causal else ()
     for file in (*kept, "preprocessor_config.json"):
         if (folder / file).is_file():
-            shutil.copy(folder / file, run / file)
+            shutil.copyfile(own_file(folder / file), run / file)
     if tuning.method in ADAPTERS:
         base = folder.resolve() if Path(name).is_dir() else name  # a relative path would hold from here only
         save_adapter(setup.model, run, base=str(base))

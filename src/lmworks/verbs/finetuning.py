@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lmworks.base.errors import InputError
+from lmworks.base.errors import InputError, did_you_mean
 from lmworks.base.files import check_output, read_json
 from lmworks.base.hub import find_folder
 from lmworks.base.optional import require
@@ -24,7 +24,7 @@ from lmworks.models.families import read_config, read_kind
 from lmworks.runtime.predictor import read_facts
 from lmworks.tasks.base import Long
 from lmworks.tasks.registry import find_task
-from lmworks.text.labelled import Labelled, check_labels, read_labelled
+from lmworks.text.labelled import Labelled, read_labelled
 from lmworks.training.tuning import LONG_TASKS, Tuning
 from lmworks.verbs.feedback import check_feedback, fed, keep_feedback
 from lmworks.verbs.few_shot import draw_shots, tune_draws
@@ -78,7 +78,7 @@ def finetune(
     ranks = find_ranks()
     with ranks.together():
         out, tuning = Path(out), (tuning or Tuning.from_dict(knobs)).check()
-        check_output(out, overwrite=overwrite)
+        check_output(out, overwrite=overwrite, resume=resume)
         folder = find_folder(model, revision=revision)
         task = choose_task(task, folder)
         columns: dict[str, Any] = {"text_column": text_column, "label_column": label_column, "header": header}
@@ -174,13 +174,13 @@ def say(
         raise InputError(
             f"{task} has no labels to compare with", fix="lmworks evaluate MODEL TEXT gives its perplexity"
         )
-    from lmworks.training.measure import answer, problem_type
+    from lmworks.training.measure import answer, number_labels, problem_type
 
     receipt = read_json(folder / "lmworks.json") if (folder / "lmworks.json").is_file() else {}
     settings = receipt.get("settings", {}) if receipt.get("task") == task else {}
     problem = problem_type(data)
     if data.labels:
-        data = check_labels(replace(data, labels=config.labels, where=str(folder)), data)
+        data = rename_labels(data, dict(zip(number_labels(config.labels, data.labels), config.labels, strict=True)))
     check_kind(config, problem, data, folder)
     if long is not None and task not in LONG_TASKS:
         raise InputError(f"--long is not for {task}", expected=", ".join(LONG_TASKS), fix="leave it out")
@@ -200,9 +200,23 @@ def say(
     return task, answer(predictor, data, problem=problem), data, labels
 
 
+def rename_labels(data: Labelled, names: Mapping[str, str]) -> Labelled:
+    """Return data with a model's own names of its labels; raise InputError for a label that it does not have."""
+    references: list[Any] = []
+    for number, said in enumerate(data.references, 1):
+        unknown = next((one for one in ((said,) if isinstance(said, str) else said) if one not in names), None)
+        if unknown is not None:
+            known = ", ".join(list(names)[:10]) + (f" … ({len(names)})" if len(names) > 10 else "")
+            raise InputError(f'the label "{unknown}" is not one of the model\'s labels', expected=known,
+                             where=f"{data.where}, example {number}: {str(data.examples[number - 1])[:60]!r}",
+                             fix=f"check --label-column;{did_you_mean(unknown, names)}".rstrip(";"))  # fmt: skip
+        references.append(names[said] if isinstance(said, str) else tuple(names[one] for one in said))
+    return replace(data, references=references, labels=tuple(names[label] for label in data.labels))
+
+
 def check_kind(config: Config, problem: str | None, data: Labelled, folder: Path) -> None:
     """Raise InputError for numbers where a model has labels, and for several labels at once where it has one."""
-    one = config.problem_type == "single_label_classification"
+    one = config.problem_type in (None, "single_label_classification") and len(config.labels) > 1
     if (problem == "regression" and len(config.labels) > 1) or (problem == "multi_label_classification" and one):
         raise InputError("the data have another kind of label than the model", where=data.where,
                          found=problem.replace("_", " "), expected=f"one of {', '.join(config.labels[:10])} ({folder})",

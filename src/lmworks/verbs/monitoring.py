@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from lmworks import __version__
 from lmworks.base.errors import InputError
-from lmworks.base.files import check_output, new_folder, read_json, sha256, write_json, write_text
+from lmworks.base.files import check_output, new_folder, own_file, read_json, sha256, write_json, write_text
 from lmworks.base.hub import find_folder
 from lmworks.base.report import Report
 from lmworks.evaluation.calibration import confidence, ece, fit_temperature, nll, reliability
@@ -118,6 +118,8 @@ def fit_monitor(
         save(folder, Monitor(facts, arrays), report)
     else:
         with new_folder(Path(out)) as staged:
+            for path in folder.rglob("*"):
+                own_file(path)
             shutil.copytree(folder, staged, dirs_exist_ok=True)
             save(staged, Monitor(facts, arrays), report)
     return report

@@ -89,7 +89,10 @@ def make_report(
             receipt_table(fingerprint(data, held_out), tuning),
         ),
         charts=(loss_chart(tuned),),
-        notes=tuple(make_notes(tuned, metrics, baselines, values["overfitting"], setup.left_out)),
+        notes=(
+            *dict.fromkeys((*data.notes, *held_out.notes)),
+            *make_notes(tuned, metrics, baselines, values["overfitting"], setup.left_out),
+        ),
     )  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 from lmworks.base.errors import FormatError, InputError, LmworksError, did_you_mean
 from lmworks.base.files import read_json
+from lmworks.base.hub import find_folder
+from lmworks.base.safetensors_header import check_header
 from lmworks.models.config import Config, HeadSpec
 from lmworks.models.families import (
     albert,
@@ -89,6 +91,15 @@ TASKS = {  # pipeline name -> the head that answers
     "image-classification": "ImageClassification",
 }
 ADAPTED = "adapted_config.json"  # beside an adapter, where transformers would take a config.json for a whole model's
+ADAPTER = "adapter_config.json"  # peft's, which alone says nothing of the model but the base's name and the task
+TASK_TYPES = {  # of peft
+    "SequenceClassification": "SEQ_CLS",
+    "TokenClassification": "TOKEN_CLS",
+    "QuestionAnswering": "QUESTION_ANS",
+    "CausalLM": "CAUSAL_LM",
+    "Model": "FEATURE_EXTRACTION",
+}
+HEADS = ("classifier", "score", "qa_outputs")  # peft saves these for their tasks, with everything that they hold
 CUSTOM, PARTS = "lmworks-custom", "lmworks_custom"  # the type, and the key, of a model with layers of a user's own
 SIZES = ("num_attention_heads", "num_key_value_heads", "head_dim")  # that some published configs derive
 COMPACT_TYPE, COMPACT_KEY = "lmworks-compact", "lmworks_quantization"  # the same for layers held in another form
@@ -144,12 +155,21 @@ def read_kind(c: Config) -> str:
 
 
 def read_config(folder: str | Path) -> Config:
-    """Read `folder/config.json`, or an adapter's own; an error names the file. All keys survive in `Config.source`."""
+    """Read `folder/config.json`, or an adapter's own; an error names the file. All keys survive in `Config.source`.
+
+    An adapter of peft's has none: then it is that of its base, with the head and the labels of the adapter.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError("there is no such model folder", where=str(folder), fix="check the path")
     path = folder / (ADAPTED if (folder / ADAPTED).is_file() else "config.json")
     lone = path.exists() or path.is_symlink()
+    if not lone and (folder / ADAPTER).is_file():
+        base = find_base(folder, str(read_json(folder / ADAPTER).get("base_model_name_or_path") or ""))
+        if (base / ADAPTER).is_file() and not (base / "config.json").is_file():
+            raise InputError("the adapter's base is an adapter itself", where=str(folder / ADAPTER), found=str(base),
+                             expected="a whole model", fix="lmworks merge makes a LoRA a whole model")  # fmt: skip
+        return put_head(read_config(base), folder)
     inside = [] if lone else sorted(str(found.parent) for found in folder.glob("*/config.json"))
     if inside:  # of several tasks, say
         raise FormatError("this is no model folder, but it holds some", where=str(folder), found=", ".join(inside[:8]),
@@ -169,6 +189,33 @@ def read_config(folder: str | Path) -> Config:
         own = "config.json asks for its maker's own code (auto_map), which is never run" if "auto_map" in hf else ""
         found = error.found or own
         raise kind(error.what, where=str(path), found=found, expected=error.expected, fix=error.fix) from None
+
+
+def find_base(folder: Path, name: str) -> Path:
+    """Return the folder of an adapter's base model; the error says who wants it."""
+    fix = "name the base model (lmworks merge … --base)"
+    if not name:
+        raise InputError("the adapter does not say which model it was made for", where=str(folder), fix=fix)
+    try:
+        return find_folder(name)
+    except InputError as error:
+        what = f"the adapter's base model was not found: {error.what}"
+        raise InputError(what, where=error.where or str(folder), found=error.found or name, fix=fix) from None
+
+
+def put_head(c: Config, folder: Path) -> Config:
+    """Return a base's config with the head of an adapter of peft's and, where it was saved with others, its labels."""
+    task, tensors = read_json(folder / ADAPTER).get("task_type"), folder / "adapter_model.safetensors"
+    kind = next((kind for kind, name in TASK_TYPES.items() if name == task), read_kind(c))
+    infos = check_header(tensors) if tensors.is_file() else {}
+    rows = [  # of the head's last matrix, or its bias
+        info.shape[0]
+        for key, info in infos.items()
+        if key.rpartition(".")[0].rpartition(".")[2] in (*HEADS, "out_proj") and info.shape
+    ]
+    if kind.endswith("Classification") and rows and 0 < rows[0] != len(c.labels):
+        c = replace(c, labels=tuple(f"LABEL_{i}" for i in range(rows[0])))
+    return replace(c, source={**c.source, "architectures": [architecture(c.model_type, kind)]})
 
 
 def write_config(c: Config, kind: str = "CausalLM") -> dict[str, Any]:

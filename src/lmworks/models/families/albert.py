@@ -7,7 +7,7 @@ from typing import Any
 
 from lmworks.models.config import Config, HeadSpec
 from lmworks.models.hf_config import Fields
-from lmworks.models.hf_shared import encoder_heads, read_encoder, shared, write_encoder
+from lmworks.models.hf_shared import encoder_heads, fill, read_encoder, shared, write_encoder
 
 NAME, PREFIX = "Albert", "albert."
 LAYER, OURS = "encoder.albert_layer_groups.{}.albert_layers.0", "layers.{}"
@@ -52,10 +52,10 @@ def config(hf: Mapping[str, Any]) -> Config:
     f = Fields(hf)
     f.must_be("inner_group_num", 1)
     f.must_be("is_decoder", False)
-    usual = {"hidden_size": 4096, "num_attention_heads": 64, "intermediate_size": 16384, "hidden_act": "gelu_new"}
-    dropout = {"hidden_dropout_prob": 0.0, **hf}
+    usual = {"hidden_size": 4096, "num_attention_heads": 64, "intermediate_size": 16384, "hidden_act": "gelu_new",
+             "hidden_dropout_prob": 0.0}  # fmt: skip
     return Config(model_type="albert", embedding_size=f.integer("embedding_size", 128),
-                  layer_groups=f.integer("num_hidden_groups", 1), **read_encoder({**usual, **dropout}),
+                  layer_groups=f.integer("num_hidden_groups", 1), **read_encoder(fill(hf, **usual)),
                   **shared(hf, tie=True, bos=2, eos=3, pad=0))  # fmt: skip
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lmworks.models.config import Config, HeadSpec, Relative
+from lmworks.models.config import HEAD_ACTS, Config, HeadSpec, Relative
 from lmworks.models.families import bert
 from lmworks.models.hf_config import Fields
-from lmworks.models.hf_shared import encoder_heads, read_encoder, shared, write_encoder
+from lmworks.models.hf_shared import encoder_heads, fill, read_encoder, shared, write_encoder
 
 NAME, PREFIX = "DebertaV2", "deberta."
 LAYER, OURS = "encoder.layer.{}", "layers.{}"
@@ -37,7 +37,7 @@ def heads(c: Config) -> Mapping[str, HeadSpec]:
     legacy: dict[str, Any] = {"keys": {**LEGACY, "cls.predictions.decoder": "project"}, "otherwise": {"legacy": False}}
     own = legacy if f.flag("legacy", True) else {"keys": PUBLISHED}
     words = HeadSpec(outputs="vocab", dense=True, act=c.hidden_act, norm="layer", **own)
-    sentence: dict[str, Any] = {"pool": "first", "dense": True, "act": f.text("pooler_hidden_act", "gelu"),
+    sentence: dict[str, Any] = {"pool": "first", "dense": True, "act": f.choice("pooler_hidden_act", "gelu", HEAD_ACTS),
                                 "keys": {"pooler.dense": "dense", "classifier": "project"}}  # fmt: skip
     return {
         "Model": HeadSpec(outputs="none"),
@@ -49,7 +49,7 @@ def heads(c: Config) -> Mapping[str, HeadSpec]:
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Read a published config."""
-    f, base = Fields(hf), read_encoder({"type_vocab_size": 0, "layer_norm_eps": 1e-7, **hf})
+    f, base = Fields(hf), read_encoder(fill(hf, type_vocab_size=0, layer_norm_eps=1e-7))
     for key, value in (("embedding_size", base["hidden_size"]), ("attention_head_size", base["head_dim"]),
                        ("pooler_hidden_size", base["hidden_size"]), ("is_decoder", False)):  # fmt: skip
         f.must_be(key, value)
@@ -61,7 +61,7 @@ def config(hf: Mapping[str, Any]) -> Config:
         shared_keys=f.flag("share_att_key", False), norm="layer_norm" in f.text("norm_rel_ebd", "none"),
         conv_kernel=max(f.integer("conv_kernel_size", 0), 0), conv_groups=f.integer("conv_groups", 1),
         conv_act=f.text("conv_act", "tanh"))  # fmt: skip
-    Fields({"relative_attention": False, **hf}).must_be("relative_attention", True)
+    Fields(fill(hf, relative_attention=False)).must_be("relative_attention", True)
     ids = shared(hf, tie=True, pad=0)
     ids["tie_word_embeddings"] |= not f.flag("legacy", True)  # such a head has no matrix of its own
     learned = f.flag("position_biased_input", True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from lmworks.models.config import Config, HeadSpec
 from lmworks.models.hf_config import Fields
-from lmworks.models.hf_shared import encoder_heads, shared
+from lmworks.models.hf_shared import encoder_heads, read_aliases, shared, write_aliases
 
 NAME, PREFIX = "DistilBert", "distilbert."
 LAYER, OURS = "transformer.layer.{}", "layers.{}"
@@ -24,6 +24,7 @@ KEYS: dict[str, str | tuple[str, ...]] = {
 }
 TRANSPOSED: frozenset[str] = frozenset()
 IGNORED = frozenset({"embeddings.position_ids"})
+ALIASES = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"}
 
 
 def heads(c: Config) -> Mapping[str, HeadSpec]:
@@ -42,7 +43,7 @@ def heads(c: Config) -> Mapping[str, HeadSpec]:
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Read a published config; the norms' epsilon is not stated, it is always 1e-12."""
-    f = Fields(hf)
+    f = Fields(read_aliases(hf, ALIASES))
     heads, size = f.integer("n_heads", 12), f.integer("dim", 768)
     return Config(
         model_type="distilbert", block="post", causal=False, final_norm=False, embedding_norm=True, norm_eps=1e-12,
@@ -55,6 +56,7 @@ def config(hf: Mapping[str, Any]) -> Config:
 
 def to_hf(c: Config) -> dict[str, Any]:
     """Write what `config` reads."""
-    return {"dim": c.hidden_size, "n_layers": c.num_hidden_layers, "n_heads": c.num_attention_heads,
+    ours = {"dim": c.hidden_size, "n_layers": c.num_hidden_layers, "n_heads": c.num_attention_heads,
             "hidden_dim": c.intermediate_size, "activation": c.hidden_act, "dropout": c.dropout,
             "attention_dropout": c.dropout, "max_position_embeddings": c.max_position_embeddings}  # fmt: skip
+    return write_aliases(c, ours, ALIASES)

@@ -7,7 +7,7 @@ from typing import Any
 
 from lmworks.models.config import Config, HeadSpec, require
 from lmworks.models.hf_config import Fields
-from lmworks.models.hf_shared import decoder_heads, shared
+from lmworks.models.hf_shared import decoder_heads, read_aliases, shared, write_aliases
 
 NAME, PREFIX = "GPT2", "transformer."
 KEYS: dict[str, str | tuple[str, ...]] = {
@@ -25,6 +25,9 @@ TRANSPOSED = frozenset({"h.{}.attn.c_attn", "h.{}.attn.c_proj", "h.{}.mlp.c_fc",
 IGNORED = frozenset({  # old files hold the causal mask as well, and some a second head
     "h.{}.attn.bias", "h.{}.attn.masked_bias", "multiple_choice_head.summary"})  # fmt: skip
 
+ALIASES = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+           "max_position_embeddings": "n_positions"}  # fmt: skip
+
 
 def heads(c: Config) -> Mapping[str, HeadSpec]:
     """The heads of a decoder."""
@@ -33,7 +36,8 @@ def heads(c: Config) -> Mapping[str, HeadSpec]:
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Read a published config."""
-    f = Fields(hf)
+    f = Fields(read_aliases(hf, ALIASES))
+    f.must_look_back()
     f.must_be("scale_attn_weights", True)
     f.must_be("scale_attn_by_inverse_layer_idx", False)
     f.must_be("add_cross_attention", False)
@@ -47,11 +51,12 @@ def config(hf: Mapping[str, Any]) -> Config:
 
 def to_hf(c: Config) -> dict[str, Any]:
     """Write what `config` reads; transformers.js wants max_position_embeddings too."""
-    return {
+    ours = {
         "n_embd": c.hidden_size, "n_layer": c.num_hidden_layers, "n_head": c.num_attention_heads,
         "n_positions": c.max_position_embeddings, "max_position_embeddings": c.max_position_embeddings,
         "n_inner": c.intermediate_size, "activation_function": c.hidden_act, "layer_norm_epsilon": c.norm_eps,
         "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout}  # fmt: skip
+    return write_aliases(c, ours, ALIASES)
 
 
 def new(*, hidden_size: int, num_attention_heads: int, **rest: Any) -> Config:

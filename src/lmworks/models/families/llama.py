@@ -37,7 +37,7 @@ def config(hf: Mapping[str, Any]) -> Config:
 def to_hf(c: Config) -> dict[str, Any]:
     """Write what `config` reads."""
     biases = {"attention_bias": c.attention_bias, "mlp_bias": c.mlp_bias}
-    return {**write_decoder(c, norm="rms_norm_eps"), "head_dim": c.head_dim, **biases}
+    return {**write_decoder(c, norm="rms_norm_eps"), **biases}
 
 
 def new(*, hidden_size: int, num_attention_heads: int, **rest: Any) -> Config:

@@ -21,11 +21,11 @@ def heads(c: Config) -> Mapping[str, HeadSpec]:
 def config(hf: Mapping[str, Any]) -> Config:
     """Read a published config; no window where it states null, 4096 where it says nothing."""
     fields = read_decoder(hf, norm="rms_norm_eps", positions=4096 * 32)
-    window = read_window(hf, fields["num_hidden_layers"], hf.get("sliding_window", 4096), 0)
+    window = read_window({}, fields["num_hidden_layers"], hf.get("sliding_window", 4096), 0)  # layer_types say nothing
     return Config(model_type="mistral", norm="rms", gated=True, attention_bias=False, mlp_bias=False, **window,
                   **fields, **shared(hf, tie=False, bos=1, eos=2))  # fmt: skip
 
 
 def to_hf(c: Config) -> dict[str, Any]:
     """Write what `config` reads."""
-    return {**write_decoder(c, norm="rms_norm_eps"), "head_dim": c.head_dim, "sliding_window": c.window}
+    return {**write_decoder(c, norm="rms_norm_eps"), "sliding_window": c.window}

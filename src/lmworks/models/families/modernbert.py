@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lmworks.models.config import Config, HeadSpec, Rotary
-from lmworks.models.hf_config import Fields
-from lmworks.models.hf_shared import read_window, shared
+from lmworks.models.config import HEAD_ACTS, Config, HeadSpec, Rotary
+from lmworks.models.hf_config import Fields, plain_rope
+from lmworks.models.hf_shared import fill, read_window, shared
 
 NAME, PREFIX = "ModernBert", "model."
 OURS = "layers.{}.attention"
@@ -29,7 +29,7 @@ def heads(c: Config) -> Mapping[str, HeadSpec]:
     """Every head reads through one dense layer and norm."""
     f, keys = Fields(c.source), {"head.dense": "dense", "head.norm": "norm", "classifier": "project"}
     same: dict[str, Any] = {"dense": True, "dense_bias": f.flag("classifier_bias", False), "norm": c.norm,
-                            "act": f.text("classifier_activation", "gelu")}  # fmt: skip
+                            "act": f.choice("classifier_activation", "gelu", HEAD_ACTS)}  # fmt: skip
     pool: Any = {"cls": "first", "mean": "mean"}[f.choice("classifier_pooling", "cls", ("cls", "mean"))]
     words = {"head.dense": "dense", "head.norm": "norm", "decoder": "project"}
     return {
@@ -44,11 +44,11 @@ def heads(c: Config) -> Mapping[str, HeadSpec]:
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Read a published config of either generation."""
-    f, rope = Fields(hf), Fields(hf).table("rope_parameters")
+    f = Fields(hf)
     heads, size, layers = f.integer("num_attention_heads"), f.integer("hidden_size"), f.integer("num_hidden_layers")
-    every = f.integer("global_attn_every_n_layers", 3)
+    every, half = f.integer("global_attn_every_n_layers", 3), f.integer("local_attention", 128) // 2
     types = [("sliding" if i % every else "full") + "_attention" for i in range(layers)]
-    theta, local = (Fields(Fields(rope).table(kind)) for kind in ("full_attention", "sliding_attention"))
+    theta, local = (plain_rope(hf, kind) for kind in ("full_attention", "sliding_attention"))
     return Config(
         model_type="modernbert", causal=False, norm="layer" if f.flag("norm_bias", False) else "layer_nobias",
         positions="rope", gated=True, embedding_norm=True, first_norm=False, num_attention_heads=heads,
@@ -59,7 +59,7 @@ def config(hf: Mapping[str, Any]) -> Config:
         hidden_act=f.text("hidden_activation", "gelu"), dropout=f.number("mlp_dropout", 0.0),
         rotary=Rotary(theta=theta.number("rope_theta", f.number("global_rope_theta", 160_000.0)),
                       local_theta=local.number("rope_theta", f.number("local_rope_theta", 10_000.0))),
-        **read_window({"layer_types": types, **hf}, layers, f.integer("local_attention", 128) // 2, 0),
+        **read_window(fill(hf, layer_types=types), layers, f.integer("sliding_window", half), 0),
         **shared(hf, tie=True, bos=50281, eos=50282, pad=50283))  # fmt: skip
 
 

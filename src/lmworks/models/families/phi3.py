@@ -8,7 +8,7 @@ from typing import Any
 from lmworks.models.config import Config, HeadSpec
 from lmworks.models.families import llama
 from lmworks.models.hf_config import Fields
-from lmworks.models.hf_shared import decoder_heads, read_decoder, read_window, shared, write_decoder
+from lmworks.models.hf_shared import decoder_heads, fill, read_decoder, read_window, shared, write_decoder
 
 NAME, PREFIX = "Phi3", "model."
 OURS = "layers.{}.attention"
@@ -34,11 +34,11 @@ def heads(c: Config) -> Mapping[str, HeadSpec]:
 
 def config(hf: Mapping[str, Any]) -> Config:
     """Read a published config; every layer has the window where it states one."""
-    f = Fields({"original_max_position_embeddings": 4096, **hf})
+    f = Fields(fill(hf, original_max_position_embeddings=4096))
     f.must_be("attention_bias", False)
     fields = read_decoder(f.hf, norm="rms_norm_eps", positions=4096, partial=1.0)
     fields |= {"dropout": f.number("resid_pdrop", 0.0), "norm_eps": f.number("rms_norm_eps", 1e-5)}
-    window = read_window(hf, fields["num_hidden_layers"], hf.get("sliding_window"), 0)
+    window = read_window({}, fields["num_hidden_layers"], hf.get("sliding_window"), 0)  # layer_types say nothing
     return Config(model_type="phi3", norm="rms", gated=True, attention_bias=False, mlp_bias=False, **window, **fields,
                   **shared(hf, tie=False, bos=1, eos=32000, pad=32000))  # fmt: skip
 

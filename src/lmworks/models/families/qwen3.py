@@ -9,6 +9,7 @@ from typing import Any
 from lmworks.models.config import Config
 from lmworks.models.families import qwen2
 from lmworks.models.hf_config import Fields
+from lmworks.models.hf_shared import fill
 
 NAME, PREFIX = "Qwen3", "model."
 KEYS: dict[str, str | tuple[str, ...]] = {
@@ -21,10 +22,10 @@ TRANSPOSED, IGNORED, heads = qwen2.TRANSPOSED, qwen2.IGNORED, qwen2.heads
 def config(hf: Mapping[str, Any]) -> Config:
     """Read a published config; a head has 128 numbers where it says nothing."""
     bias = Fields(hf).flag("attention_bias", False)
-    found = qwen2.config({"head_dim": 128, **hf})
+    found = qwen2.config(fill(hf, head_dim=128))
     return replace(found, model_type="qwen3", qk_norm=True, attention_bias=bias, output_bias=None, source=hf)
 
 
 def to_hf(c: Config) -> dict[str, Any]:
     """Write what `config` reads."""
-    return {**qwen2.to_hf(c), "head_dim": c.head_dim, "attention_bias": c.attention_bias}
+    return {**qwen2.to_hf(c), "attention_bias": c.attention_bias}
