@@ -17,8 +17,9 @@ from scipy.stats import fisher_exact
 
 from lmworks.base.errors import InputError
 from lmworks.cli import main
+from lmworks.evaluation.significance import fisher_tail
 from lmworks.verbs.challenging import challenge
-from lmworks.verbs.monitoring_check import FALLEN, check_monitor, fisher_tail
+from lmworks.verbs.monitoring_check import FALLEN, check_monitor
 
 
 @given(st.integers(1, 400), st.integers(1, 400), st.data())

@@ -129,8 +129,24 @@ def share_beyond(found: Float64, seen: float) -> float:
 def mcnemar(only_a: int, only_b: int) -> float:
     """Return the exact two-sided p-value of so many examples that only a, or only b, has right (McNemar 1947)."""
     n, k = only_a + only_b, min(only_a, only_b)
-    logs = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) - n * math.log(2) for i in range(k + 1)]
+    logs = [log_choose(n, i) - n * math.log(2) for i in range(k + 1)]
     return min(1.0, 2 * math.fsum(map(math.exp, logs)))
+
+
+def fisher_tail(right: int, trials: int, known: int, texts: int) -> float:
+    """Return the probability that at most `right` of `trials` are right where `known` of `texts` alike are.
+
+    One-sided, of the hypergeometric distribution: given how many are right of all, and that both are drawn alike.
+    """
+    both = right + known
+    logs = [log_choose(trials, k) + log_choose(texts, both - k) for k in range(max(0, both - texts), right + 1)]
+    top = max(logs)
+    return min(1.0, math.exp(top - log_choose(trials + texts, both)) * sum(math.exp(one - top) for one in logs))
+
+
+def log_choose(n: int, k: int) -> float:
+    """Return the logarithm of n over k."""
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

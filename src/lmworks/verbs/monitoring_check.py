@@ -20,6 +20,7 @@ from typing import Any
 from lmworks.base.chart import Chart
 from lmworks.base.errors import InputError, LmworksError
 from lmworks.base.report import Cell, Report, Table, counted
+from lmworks.evaluation.significance import fisher_tail
 from lmworks.text.labelled import Labelled, read_labelled
 
 FALLEN = 0.01
@@ -141,22 +142,6 @@ def measure(url: str, name: str, watched: dict[str, Any], data: Labelled, key: s
     p = fisher_tail(right, len(data), round(expected * texts), texts)
     return {"texts": len(data), "accuracy": right / len(data), "expected": expected, "expected_texts": texts, "p": p,
             "fallen": p <= FALLEN}  # fmt: skip
-
-
-def fisher_tail(right: int, trials: int, known: int, texts: int) -> float:
-    """Return the probability that at most `right` of `trials` are right where `known` of `texts` alike are.
-
-    One-sided, of the hypergeometric distribution: given how many are right of all, and that both are drawn alike.
-    """
-    both = right + known
-    logs = [log_choose(trials, k) + log_choose(texts, both - k) for k in range(max(0, both - texts), right + 1)]
-    top = max(logs)
-    return min(1.0, math.exp(top - log_choose(trials + texts, both)) * sum(math.exp(one - top) for one in logs))
-
-
-def log_choose(n: int, k: int) -> float:
-    """Return the logarithm of n over k."""
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
 def make_report(values: dict[str, Any]) -> Report:

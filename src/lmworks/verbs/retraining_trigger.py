@@ -20,7 +20,7 @@ from typing import Any
 
 from lmworks.base.errors import FormatError, InputError
 from lmworks.base.files import read_json, write_json
-from lmworks.verbs.monitoring_check import fisher_tail
+from lmworks.evaluation.significance import fisher_tail
 
 STATE, FORMAT = "retraining.json", 1
 HOUR = 3600.0
