@@ -34,7 +34,7 @@ def write_recipe(source: Path, out: Path, task: FeatureExtraction, *, hidden_siz
         for name in (MODULES, SENTENCE):
             if (source / name).is_file():
                 shutil.copyfile(own_file(source / name), out / name)
-        first = str(read_value(source / MODULES)[0].get("path", ""))
+        first = str(read_value(source / MODULES)[0].get("path") or "")
         found = (confine(source, first, by=MODULES) / f"sentence_{name}_config.json" for name in SETTINGS)
         settings = next((read_json(path) for path in found if path.is_file()), settings)
         place = confine(out, first, by=MODULES)

@@ -25,10 +25,11 @@ from safetensors.torch import save as serialize
 from lmworks.base.errors import FormatError, InputError
 from lmworks.base.files import read_json, write_bytes, write_json
 from lmworks.base.safetensors_header import check_header
+from lmworks.models.families import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lmworks.models.hf_config import Fields
 from lmworks.models.weights import State
 
-CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, ADAPTER = ADAPTER_CONFIG, ADAPTER_WEIGHTS
 ROOT = "base_model.model."
 PREFIX_ROOT = "base_model."  # peft keeps a prefix beside the model, so it wraps once less
 TYPES = {"lora": "LORA", "adapter": "LMWORKS_BOTTLENECK", "prefix": "PREFIX_TUNING"}  # peft_type of a method

@@ -91,7 +91,8 @@ TASKS = {  # pipeline name -> the head that answers
     "image-classification": "ImageClassification",
 }
 ADAPTED = "adapted_config.json"  # beside an adapter, where transformers would take a config.json for a whole model's
-ADAPTER = "adapter_config.json"  # peft's, which alone says nothing of the model but the base's name and the task
+ADAPTER_CONFIG = "adapter_config.json"  # peft's: of the model it says nothing but the base's name and the task
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TASK_TYPES = {  # of peft
     "SequenceClassification": "SEQ_CLS",
     "TokenClassification": "TOKEN_CLS",
@@ -164,11 +165,12 @@ def read_config(folder: str | Path) -> Config:
         raise InputError("there is no such model folder", where=str(folder), fix="check the path")
     path = folder / (ADAPTED if (folder / ADAPTED).is_file() else "config.json")
     lone = path.exists() or path.is_symlink()
-    if not lone and (folder / ADAPTER).is_file():
-        base = find_base(folder, str(read_json(folder / ADAPTER).get("base_model_name_or_path") or ""))
-        if (base / ADAPTER).is_file() and not (base / "config.json").is_file():
-            raise InputError("the adapter's base is an adapter itself", where=str(folder / ADAPTER), found=str(base),
-                             expected="a whole model", fix="lmworks merge makes a LoRA a whole model")  # fmt: skip
+    if not lone and (folder / ADAPTER_CONFIG).is_file():
+        base = find_base(folder, str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or ""))
+        if (base / ADAPTER_CONFIG).is_file() and not (base / "config.json").is_file():
+            raise InputError("the adapter's base is an adapter itself", where=str(folder / ADAPTER_CONFIG),
+                             found=str(base), expected="a whole model",
+                             fix="lmworks merge makes a LoRA a whole model")  # fmt: skip
         return put_head(read_config(base), folder)
     inside = [] if lone else sorted(str(found.parent) for found in folder.glob("*/config.json"))
     if inside:  # of several tasks, say
@@ -205,7 +207,7 @@ def find_base(folder: Path, name: str) -> Path:
 
 def put_head(c: Config, folder: Path) -> Config:
     """Return a base's config with the head of an adapter of peft's and, where it was saved with others, its labels."""
-    task, tensors = read_json(folder / ADAPTER).get("task_type"), folder / "adapter_model.safetensors"
+    task, tensors = read_json(folder / ADAPTER_CONFIG).get("task_type"), folder / ADAPTER_WEIGHTS
     kind = next((kind for kind, name in TASK_TYPES.items() if name == task), read_kind(c))
     infos = check_header(tensors) if tensors.is_file() else {}
     rows = [  # of the head's last matrix, or its bias
