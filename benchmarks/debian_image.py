@@ -13,6 +13,9 @@ import os
 import shlex
 import shutil
 import subprocess
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +25,7 @@ RELEASES = {"3.11": "bookworm", "3.13": "trixie"}  # whose python3 it is
 PACKAGES = "python3,python3-venv,ca-certificates"
 CERTIFICATES = "etc/ssl/certs/ca-certificates.crt"
 PIP = ("/etc/pip.conf", "/etc/resolv.conf", f"/{CERTIFICATES}")  # of this machine, for the stages that fetch
+PATIENCE = 300  # seconds
 LEFT_ALONE = {"HEALTHCHECK", "EXPOSE", "STOPSIGNAL", "#"}
 
 
@@ -41,8 +45,8 @@ class Stage:
         return sum(path.lstat().st_size for top in self.copied for path in [top, *top.rglob("*")] if not path.is_dir())
 
 
-def build(folder: Path, work: Path) -> Stage:
-    """Build the Dockerfile in `folder` below `work`; return its last stage."""
+def build(folder: Path, work: Path, *, bases: Path | None = None) -> Stage:
+    """Build the Dockerfile in `folder` below `work`; return its last stage. `bases` keeps what is bootstrapped."""
     stages: dict[str, Stage] = {}
     stage: Stage | None = None
     for line in (folder / "Dockerfile").read_text().splitlines():
@@ -53,7 +57,7 @@ def build(folder: Path, work: Path) -> Stage:
             image, _, name = rest.partition(" AS ")
             stage = Stage(work / f"stage-{len(stages)}")
             shutil.rmtree(stage.root, ignore_errors=True)
-            subprocess.run(["cp", "-a", make_base(image, work), stage.root], check=True)
+            subprocess.run(["cp", "-a", make_base(image, bases or work), stage.root], check=True)
             stages[name or str(len(stages))] = stage
             continue
         assert stage is not None, "FROM comes first"
@@ -154,3 +158,15 @@ def running(stage: Stage, *more: str) -> Iterator[tuple[subprocess.Popen[bytes],
     finally:
         process.kill()
         process.wait()
+
+
+def wait_for(request: str | urllib.request.Request, process: subprocess.Popen[bytes]) -> tuple[float, bytes]:
+    """Ask until there is an answer; return the seconds that it took and the answer."""
+    start = time.perf_counter()
+    while process.poll() is None and time.perf_counter() - start < PATIENCE:
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return time.perf_counter() - start, answer.read()
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(0.02)
+    raise RuntimeError("the server ended" if process.poll() is not None else f"no answer in {PATIENCE} s")

@@ -1,8 +1,8 @@
-"""Extras as flavors: what each weighs and how soon it answers, beside transformers and torch by pip (or optimum).
+"""Extras as flavors: what each weighs, how soon it is imported and answers, beside transformers and torch (or optimum).
 
 Each is installed by pip into an environment of its own from this checkout's wheel, does its task there, opens no
-connection, and lacks what it should lack: `tests/test_flavors.py` asks the same of each. A cold answer is a fresh
-process, from its start to its end.
+connection, and lacks what it should lack: `tests/test_flavors.py` asks the same of each. A cold answer and an import
+are each a fresh process, from its start to its end.
 """
 
 from __future__ import annotations
@@ -30,24 +30,40 @@ ROUNDS = 5
 TORCH = (
     f"torch=={version('torch').partition('+')[0]}"  # a build for processors; that for graphics cards takes gigabytes
 )
-PEERS = {  # what a user installs for the same
-    "transformers torch": (
+IMPORT = "import lmworks\nlmworks.load, lmworks.predict"
+ASK = "import lmworks\nassert len(lmworks.load(model)('a cat')) == 3\n"
+
+
+class Peer(NamedTuple):
+    """What a user installs for the same, what its program imports, that program, and the model that it reads."""
+
+    wanted: list[str]
+    imports: str
+    program: str
+    model: str
+
+
+PIPELINE = "from transformers import pipeline"
+OPTIMUM = """from optimum.onnxruntime import ORTModelForSequenceClassification
+from transformers import AutoTokenizer, pipeline
+"""
+PEERS = {
+    "transformers torch": Peer(
         ["transformers", TORCH],
-        "from transformers import pipeline\nprint(pipeline('text-classification', model=sys.argv[1])('a cat'))",
+        PIPELINE,
+        f"{PIPELINE}\nprint(pipeline('text-classification', model=sys.argv[1])('a cat'))",
         "classifier",
     ),
-    "optimum[onnxruntime]": (
+    "optimum[onnxruntime]": Peer(
         ["optimum-onnx[onnxruntime]", TORCH],
-        """
-from optimum.onnxruntime import ORTModelForSequenceClassification
-from transformers import AutoTokenizer, pipeline
+        OPTIMUM,
+        f"""{OPTIMUM}
 model = ORTModelForSequenceClassification.from_pretrained(sys.argv[1], subfolder="onnx", file_name="model.onnx")
 print(pipeline("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(sys.argv[1]))("a cat"))
 """,
         "graph",
     ),
 }
-ASK = "import lmworks\nassert len(lmworks.load(model)('a cat')) == 3\n"
 
 
 class Flavor(NamedTuple):
@@ -280,7 +296,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         built = make_models(place)
-        peers = {name: install(place / name.split("[")[0].replace(" ", "-"), what[0]) for name, what in PEERS.items()}
+        peers = {
+            name: install(place / name.split("[")[0].replace(" ", "-"), what.wanted) for name, what in PEERS.items()
+        }
         sizes = {name: weigh(python.parents[1]) for name, python in peers.items()}
         for name, flavor in FLAVORS.items():
             python = install_flavor(place / "env", flavor, built)
@@ -293,26 +311,23 @@ def main() -> None:
                 {"what": f"{what} (peer: `pip install {peer}`)", "ours": size, "peer": sizes[peer], "unit": "MB",
                  "ratio": sizes[peer] / size, "target": None}
             )  # fmt: skip
+            rows.append(race(f"import of `{name}`", [(python, IMPORT), (peers[peer], PEERS[peer].imports)], peer))
             if flavor.peer:
-                rows.append(race(f"cold answer of `{flavor.extras}`", (python, ASK, flavor.model), peer, peers, built))
+                asked = (python, WATCH + ASK, str(built / flavor.model), str(built))
+                theirs = (peers[peer], f"import sys\n{PEERS[peer].program}", str(built / PEERS[peer].model))
+                rows.append(race(f"cold answer of `{name}`, a tiny classifier", [asked, theirs], peer))
             shutil.rmtree(place / "env")
             shutil.rmtree(place / "work")
     print(json.dumps(rows))
 
 
-def race(what: str, ours: tuple[Path, str, str], peer: str, peers: dict[str, Path], built: Path) -> dict[str, Any]:
-    """Ask both in turn, each in fresh processes."""
-    python, code, model = ours
-    _, peer_code, peer_model = PEERS[peer]
-    commands = [
-        (python, WATCH + code, str(built / model), str(built)),
-        (peers[peer], f"import sys\n{peer_code}", str(built / peer_model)),
-    ]
+def race(what: str, commands: list[tuple[Any, ...]], peer: str) -> dict[str, Any]:
+    """Run ours and the peer's in turn, each in fresh processes."""
     for command in commands:
         run(*command)
     times = [[seconds(*command) for command in commands] for _ in range(ROUNDS)]
     mine, theirs = (statistics.median(column) for column in zip(*times, strict=True))
-    return {"what": f"{what}, a tiny classifier (peer: {peer})", "ours": mine, "peer": theirs, "unit": "s",
+    return {"what": f"{what} (peer: {peer})", "ours": mine, "peer": theirs, "unit": "s",
             "ratio": statistics.median(b / a for a, b in times), "target": None}  # fmt: skip
 
 

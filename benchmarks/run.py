@@ -21,7 +21,19 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-SCRIPTS = ("startup", "cold", "load", "full_size", "encode", "graphs", "decode", "train_step", "lora", "flavors")
+SCRIPTS = (
+    "startup",
+    "cold",
+    "load",
+    "full_size",
+    "encode",
+    "graphs",
+    "decode",
+    "train_step",
+    "lora",
+    "flavors",
+    "image",
+)
 PACKAGES = ("lmworks", "torch", "transformers", "peft", "onnxruntime", "tokenizers", "numpy")
 
 

@@ -363,6 +363,11 @@ def test_a_dry_run_counts_and_writes_nothing(languages: Path, tmp_path: Path) ->
     assert full["parameters"] == full["trainable"] == theirs
     assert lora["trainable_share"] < 0.2 and lora["memory_bytes"] < full["memory_bytes"]
     assert full["steps"] == 4 * 50 and full["train_seconds"] >= 0
+    rows = languages / "train.jsonl"
+    report = finetune(
+        languages / "body", rows, tmp_path / "out", validation=rows, dry_run=True, **QUICK, task="text-classification"
+    )
+    assert len(report.notes) == 1 and "are also in the training data" in report.notes[0]
 
 
 def test_overfitting_is_said_and_the_best_weights_are_restored(languages: Path, tmp_path: Path) -> None:

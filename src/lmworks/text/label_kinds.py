@@ -15,22 +15,30 @@ SLIPS = 0.1  # of a column of numbers at most; with more that are none it holds 
 
 
 def unify(references: list[Any], places: Sequence[str], *, is_table: bool) -> list[Any]:
-    """Return labels of one kind; integers among numbers become numbers. Raises InputError for a mixture."""
-    is_integer = [isinstance(r, str) and bool(INTEGER.fullmatch(r)) for r in references]
-    if is_table and not all(is_integer) and all(is_number(r) for r in references):
-        return [float(r) for r in references]
-    if is_table and all(isinstance(r, str) for r in references):
+    """Return labels of one kind, names, tuples of names or numbers; integers are names, among numbers with a point not.
+
+    Raises InputError for a mixture, as of 1 and "x" in JSON.
+    """
+    kinds, integers = set(map(type, references)), [is_integer(r) for r in references]
+    if is_table and kinds == {str}:
+        if not all(integers) and all(map(is_number, references)):
+            return [float(r) for r in references]
         check_numbers(references, places)
-    kind = float if is_integer[0] and float in map(type, references) else type(references[0])
-    for reference, integer, where in zip(references, is_integer, places, strict=True):
-        if type(reference) is not kind and not (kind is float and integer):
+    kind = type(references[0])
+    if integers[0] and (float in kinds or (int in kinds and all(integers))):
+        kind = float if float in kinds else int
+    for reference, integer, where in zip(references, integers, places, strict=True):
+        if type(reference) is not kind and not (kind in (float, int) and integer):
             raise InputError(
                 "labels of different kinds",
                 where=where,
                 found=f"{reference!r}, after {KINDS[kind]}",
                 expected="a name, a list of names, or a number in every row",
+                fix="" if kinds & {tuple, float} else "write every name in quotes",
             )
-    return [float(r) for r in references] if kind is float else references
+    if kind is bool:
+        return [str(r).lower() for r in references]
+    return [float(r) if kind is float else str(r) if kind is int else r for r in references]
 
 
 def check_numbers(references: Sequence[str], places: Sequence[str]) -> None:
@@ -49,7 +57,14 @@ def check_numbers(references: Sequence[str], places: Sequence[str]) -> None:
         )
 
 
-KINDS: dict[type, str] = {str: "names", float: "numbers", tuple: "lists of names"}
+KINDS: dict[type, str] = {
+    str: "names", float: "numbers", int: "integers", bool: "true and false", tuple: "lists of names",
+}  # fmt: skip
+
+
+def is_integer(label: Any) -> bool:
+    """Tell an integer, or its digits."""
+    return type(label) is int or (isinstance(label, str) and bool(INTEGER.fullmatch(label)))
 
 
 def is_number(text: str) -> bool:

@@ -208,17 +208,14 @@ def read_text_row(row: dict[str, Any], where: str, columns: Columns) -> tuple[An
     return columns.texts(row, where), as_label(columns.reference(row, where), where)
 
 
-def as_label(value: Any, where: str) -> str | float | tuple[str, ...]:
-    """Return a JSON value as a label's name, a number, or a tuple of names."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str | int):
-        return str(value).strip()
-    if isinstance(value, float) and math.isfinite(value):
+def as_label(value: Any, where: str) -> str | float | bool | tuple[str, ...]:
+    """Return a JSON value as a label: a name, a number, true or false, or a tuple of names; `unify` makes one kind."""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         return value
-    names = [as_label(one, where) for one in value] if isinstance(value, list) else None
-    if names is not None and all(isinstance(name, str) and name for name in names):
-        return tuple(dict.fromkeys(name for name in names if isinstance(name, str)))
+    if isinstance(value, list) and all(type(name) in (str, int) and str(name).strip() for name in value):
+        return tuple(dict.fromkeys(str(name).strip() for name in value))
     raise InputError(
         "this is no label", where=where, found=repr(value)[:80], expected="a name, a number, or a list of names"
     )

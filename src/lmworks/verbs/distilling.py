@@ -216,7 +216,7 @@ def distill(
     if dry_run:
         from lmworks.verbs.tuning_report import estimate
 
-        return estimate(setup, tuning, task)
+        return estimate(setup, tuning, task, notes=(*data.notes, *held_out.notes))
     known = {"teacher": str(teacher), "teacher_sha256": opened.sha256}
     with ranks.on_first(tuning_folder(out, resume=resume, overwrite=overwrite)) as run:
         given = {**known, "task": task, **as_json(asdict(knobs))}

@@ -232,7 +232,10 @@ def estimate_tasks(setups: Sequence[Setup], parts: Sequence[Part], tuning: Tunin
     from lmworks.verbs.tuning_report import estimate
 
     join(setups, [part.weight for part in parts[1:]])
-    reports = [estimate(setup, tuning, part.task) for setup, part in zip(setups, parts, strict=True)]
+    reports = [
+        estimate(setup, tuning, part.task, notes=(*part.data.notes, *part.held_out.notes))
+        for setup, part in zip(setups, parts, strict=True)
+    ]
     every = [report.values for report in reports]
     values = {
         "tasks": {part.name: one for part, one in zip(parts, every, strict=True)},
@@ -243,4 +246,5 @@ def estimate_tasks(setups: Sequence[Setup], parts: Sequence[Part], tuning: Tunin
         "settings": asdict(tuning),
     }
     tables = (replace(report.tables[0], title=part.name) for report, part in zip(reports, parts, strict=True))
-    return Report("What this run would cost", values, tables=tuple(tables))
+    notes = (f"{part.name}: {note}" for report, part in zip(reports, parts, strict=True) for note in report.notes)
+    return Report("What this run would cost", values, tables=tuple(tables), notes=tuple(notes))

@@ -99,7 +99,8 @@ def finetune(
 
         if tuning.shots is not None:
             data = draw_shots(data, tuning.shots, tuning.seed)
-        return estimate(set_up(folder, data, held_out, task=task, tuning=tuning, domains=domains), tuning, task)
+        setup = set_up(folder, data, held_out, task=task, tuning=tuning, domains=domains)
+        return estimate(setup, tuning, task, notes=(*data.notes, *held_out.notes))
     with ranks.on_first(tuning_folder(out, resume=resume, overwrite=overwrite)) as run:
         settings = {"model": str(model), "task": task, **as_json(asdict(tuning))}
         others = [part for domain in domains for part in (domain.train, domain.held_out)]

@@ -204,8 +204,11 @@ def loss_chart(tuned: Tuned) -> Chart:
     return Chart("Loss while training", "step", "loss", series)
 
 
-def estimate(setup: Setup, tuning: Tuning, task: str) -> Report:
-    """Return parameters, memory, time and disk of a run; a few batches are timed, nothing is written."""
+def estimate(setup: Setup, tuning: Tuning, task: str, *, notes: Sequence[str] = ()) -> Report:
+    """Return parameters, memory, time and disk of a run; a few batches are timed, nothing is written.
+
+    `notes` are sentences about the data.
+    """
     from lmworks.training.lora import trainable_parameters
     from lmworks.training.state import forecast_bytes
     from lmworks.training.train_config import count_moments
@@ -244,7 +247,8 @@ def estimate(setup: Setup, tuning: Tuning, task: str) -> Report:
         ("speed", f"about {tokens:,.0f} {'pictures' if config.vision else 'tokens'}/s"),
         ("time", f"about {max(1, round(seconds / 60))} min: {counted(data.steps, 'step')} on {threads}"),
     )
-    return Report("What this run would cost", values, tables=(Table("Estimate", ("what", "value"), rows),))
+    table = Table("Estimate", ("what", "value"), rows)
+    return Report("What this run would cost", values, tables=(table,), notes=tuple(dict.fromkeys(notes)))
 
 
 def time_batches(setup: Setup, *, recompute: bool = False) -> tuple[float, float]:
