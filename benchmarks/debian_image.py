@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import time
 import urllib.error
@@ -150,12 +151,16 @@ def running(stage: Stage, *more: str) -> Iterator[tuple[subprocess.Popen[bytes],
         ["unshare", "--mount", "--pid", "--fork", "--kill-child", "/bin/sh", "-c", START],
         env={"PATH": os.environ["PATH"], "ROOT": str(stage.root), "USER_IDS": stage.user, **given},
     )
+    server = 0
     try:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         while process.poll() is None and not children.read_text().split():
             pass
-        yield process, int(children.read_text().split()[0])
+        server = int(children.read_text().split()[0])
+        yield process, server
     finally:
+        if server and process.poll() is None:  # --kill-child is forgotten when the child becomes another user
+            os.kill(server, signal.SIGKILL)
         process.kill()
         process.wait()
 

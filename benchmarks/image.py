@@ -65,6 +65,7 @@ def describe_peer(model: Path, folder: Path, port: int) -> Path:
     """Write a folder that an engine builds: the model, the server, and the Dockerfile."""
     packages = f"transformers=={version('transformers')} {TORCH} fastapi uvicorn"
     shutil.copytree(model, folder / "model")
+    (folder / "model/model.safetensors").chmod(0o644)  # which only its owner may read as it was saved
     shutil.copy(Path(__file__).parent / "serving/pipeline_server.py", folder / "server.py")
     written = DOCKERFILE.format(python=".".join(map(str, sys.version_info[:2])), packages=packages, port=port)
     (folder / "Dockerfile").write_text(written)
