@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmworks.models import short_attention
 from lmworks.models.config import Config
 from lmworks.models.layers import RMSNorm
 from lmworks.models.rope import Rope, rotate
@@ -107,13 +108,11 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, look: Context | Span) -> Tensor:
         """Take the weighted mean of the values: (B, H, T, E) -> (B, T, H * E)."""
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=look.mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=look.causal,
-            enable_gqa=self.heads != self.kv_heads,
-        )  # (B, H, T, E)
+        dropout, grouped = self.dropout if self.training else 0.0, self.heads != self.kv_heads
+        if short_attention.suits(q, k, dropout=dropout):
+            y = short_attention.attend(q, k, v, mask=look.mask, causal=look.causal)  # (B, H, T, E)
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=look.mask, dropout_p=dropout, is_causal=look.causal, enable_gqa=grouped
+            )  # (B, H, T, E)
         return y.transpose(1, 2).flatten(2)
