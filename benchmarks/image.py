@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import urllib.request
@@ -31,6 +32,7 @@ TEXT = "a gorgeous, witty, seductive movie"
 DOCKERFILE = """
 FROM python:{python}-slim AS build
 RUN python -m venv /opt/peer
+COPY wheels /wheels
 RUN /opt/peer/bin/pip install --no-cache-dir {packages}
 FROM python:{python}-slim
 COPY --from=build /opt/peer /opt/peer
@@ -63,7 +65,10 @@ def make_classifier(folder: Path) -> Path:
 
 def describe_peer(model: Path, folder: Path, port: int) -> Path:
     """Write a folder that an engine builds: the model, the server, and the Dockerfile."""
-    packages = f"transformers=={version('transformers')} {TORCH} fastapi uvicorn"
+    fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder / "wheels"), TORCH]
+    subprocess.run(fetch, check=True)  # this machine's build, for processors: that for graphics cards adds 4 GB
+    torch = next((folder / "wheels").glob("torch-*.whl")).name
+    packages = f"transformers=={version('transformers')} /wheels/{torch} fastapi uvicorn"
     shutil.copytree(model, folder / "model")
     (folder / "model/model.safetensors").chmod(0o644)  # which only its owner may read as it was saved
     shutil.copy(Path(__file__).parent / "serving/pipeline_server.py", folder / "server.py")
