@@ -61,7 +61,18 @@ def test_only_the_new_layer_and_the_head_are_trained(languages: Path, capsys: py
         capsys, "evaluate", out, languages / "train.jsonl", "--code", f"{LAYERS}:DenseReLU", "--json"
     )
     assert code == 0, err
-    assert json.loads(printed)["accuracy"] > 0.8
+    accuracy = json.loads(printed)["accuracy"]
+    assert accuracy > 0.8
+
+    code, _, err = run(capsys, "export", out, "--to", "onnx", "-o", languages / "graph")
+    assert code == 2 and "my_layers:DenseReLU" in err
+    named = ["--code", f"{LAYERS}:DenseReLU"]
+    code, _, err = run(capsys, "export", out, "--to", "web", "--dtype", "fp32", *named, "-o", languages / "graph")
+    assert code == 0, err
+    assert run(capsys, "verify", languages / "graph", "--runtimes", "onnx,node")[0] == 0
+    code, printed, err = run(capsys, "evaluate", languages / "graph", languages / "train.jsonl", "--json")
+    assert code == 0, err
+    assert json.loads(printed)["accuracy"] == accuracy
 
 
 @pytest.mark.parametrize(

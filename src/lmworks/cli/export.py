@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from lmworks.cli.output import Json, Model, Out, Overwrite, Revision, show
+from lmworks.cli.output import Code, Json, Model, Out, Overwrite, Revision, show
 
 DTYPES = (
     "hf: fp32, fp16 or bf16; as the file has it if not given. onnx and web: one or several of fp32, fp16, int8 (which "
@@ -51,6 +51,7 @@ def export(
             negative="",
         ),
     ] = False,
+    code: Code = (),
     overwrite: Overwrite = False,
     revision: Revision = None,
     json: Json = False,
@@ -66,7 +67,7 @@ def export(
     if to in ("hf", "gguf"):
         given = {
             "--external": external, "--data": data is not None, "--single-file": single_file,
-            "--attentions": attentions,
+            "--attentions": attentions, "--code": bool(code),
         }  # fmt: skip
         if any(given.values()):
             found = " ".join(name for name, value in given.items() if value)
@@ -85,6 +86,6 @@ def export(
     dtypes = [name.strip() for name in (dtype or "fp32,int8").split(",")]
     report = export_graphs(
         folder, out, to=to, dtypes=dtypes, external=external or None, data=data, single_file=single_file,
-        attentions=attentions, overwrite=overwrite,
+        attentions=attentions, code=code, overwrite=overwrite,
     )  # fmt: skip
     return show(report, json=json)

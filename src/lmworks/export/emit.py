@@ -20,6 +20,7 @@ from lmworks.export.emit_encoder import check_attends, declare_whole, emit_encod
 from lmworks.export.emit_head import declare_outputs, emit_head, finish
 from lmworks.export.emit_recurrent import declare_states, emit_feed_forward, emit_recurrent
 from lmworks.export.graph import Graph
+from lmworks.export.traced import Own
 from lmworks.export.walk import Emitters, Stream, Walk
 from lmworks.models.attention import Attention
 from lmworks.models.blocks import NeighbourBlock, ParallelBlock, PostNormBlock, PreNormBlock
@@ -32,21 +33,20 @@ from lmworks.models.transformer import PatchEmbeddings, TokenEmbeddings, Transfo
 
 
 def make_graph(
-    model: Model, *, dtype: str = "fp32", precision: Precision | None = None, attentions: bool = False
-) -> Graph:
+    model: Model, *, dtype: str = "fp32", precision: Precision | None = None, attentions: bool = False,
+    own: Own | None = None,
+) -> Graph:  # fmt: skip
     """Return the graph of a model with its head, with the inputs and outputs that transformers.js reads.
 
     A model that writes text goes on from a cache: past_key_values and present. All others read whole sequences.
     `precision` is what calibration found for this dtype. `attentions` adds attentions.0 (B, H, T, T) and so on, one
-    for each layer of an encoder. Raises InputError for what the exporter does not know.
+    for each layer of an encoder. `own` are the model's layers of a user's own, read before. Raises InputError for what
+    the exporter does not know.
     """
-    if model.parts:
-        found = ", ".join(sorted({part.code for part in model.parts}))
-        raise InputError("the ONNX exporter does not know layers of a user's own", found=found)
     arithmetic, half = ARITHMETIC[dtype]
     chosen = arithmetic()
     chosen.precision = precision or chosen.precision
-    walk = Walk(model, chosen, EMITTERS)
+    walk = Walk(model, chosen, EMITTERS, own or (Own(model) if model.parts else None))
     if attentions:
         check_attends(model)
     walk.attends = attentions

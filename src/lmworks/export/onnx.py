@@ -10,6 +10,7 @@ from lmworks.base.files import write_bytes
 from lmworks.compress.rounding import Precision
 from lmworks.export.arithmetic import ARITHMETIC
 from lmworks.export.emit import make_graph
+from lmworks.export.traced import Own
 from lmworks.models.checkpoint import load_model
 from lmworks.models.heads import Model
 from lmworks.runtime.onnx_runtime import FILES
@@ -32,9 +33,10 @@ def export_onnx(
     dtypes = check_dtypes(dtypes)
     found = model if isinstance(model, Model) else load_model(model)
     folder = Path(out_folder) / "onnx"
-    made = {}
+    made, own = {}, Own(found) if found.parts else None
     for dtype in dtypes:
-        graph = make_graph(found, dtype=dtype, precision=(precisions or {}).get(dtype), attentions=attentions)
+        precision = (precisions or {}).get(dtype)
+        graph = make_graph(found, dtype=dtype, precision=precision, attentions=attentions, own=own)
         files = graph.to_files(FILES[dtype], external=external, most=most)
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in reversed(files.items()):  # the graph last: what it names is there

@@ -34,6 +34,7 @@ from lmworks.export.reference import Arrays
 from lmworks.export.selftest import FP32_CLOSE, FP32_MOST, FP32_PART
 from lmworks.export.web_folder import add_page, check_page, find_task, record
 from lmworks.models.checkpoint import load_model
+from lmworks.models.families import PARTS as CUSTOM_KEY
 from lmworks.models.folder import has_tokenizer, write_folder
 from lmworks.models.heads import Model
 from lmworks.models.weights import WEIGHTS
@@ -49,7 +50,7 @@ PARTS = {"fp32": 1.1}  # of the weights' bytes that a graph takes at most; a sma
 def export_graphs(
     folder: str | Path, out: str | Path, *, to: str = "onnx", dtypes: Sequence[str] = ("fp32", "int8"),
     external: bool | None = None, data: str | Path | None = None, single_file: bool = False,
-    attentions: bool = False, batches: Sequence[Batch] = (), overwrite: bool = False,
+    attentions: bool = False, batches: Sequence[Batch] = (), code: Sequence[Any] = (), overwrite: bool = False,
 ) -> Report:  # fmt: skip
     """Write the graphs of the checkpoint in `folder` to the new folder `out`, which is whole or absent.
 
@@ -57,14 +58,15 @@ def export_graphs(
     beside the graphs; None: above 64 MB, which are then mapped and not read, and in a page above 2 GB. `data` is a file
     of real examples that torch answers for selftest.json, in place of the built-in ones; a head that no task has gets
     none. `single_file` puts the whole page into page.html as well. `attentions` lets an encoder's graphs also give out
-    where each layer looks. `batches` are real inputs that matrices are rounded for, else built-in texts. Raises
-    InputError for what cannot be exported, CheckFailed for a graph that does not give torch's answers.
+    where each layer looks. `batches` are real inputs that matrices are rounded for, else built-in texts. `code` is that
+    of layers of its maker's own, which become nodes (`lmworks.export.traced`). Raises InputError for what cannot be
+    exported, CheckFailed for a graph that does not give torch's answers.
     """
     folder, out, dtypes = Path(folder), Path(out), check_dtypes(dtypes)
     if single_file and to != "web":
         raise InputError("only a page can be a single file", found=f"--to {to}", fix="add --to web")
     with merged(folder) as source:
-        model = load_model(source).eval()
+        model = load_model(source, code=code).eval()
         if attentions:
             check_attends(model)
         if to == "web":
@@ -80,6 +82,10 @@ def export_graphs(
         with new_folder(out) as staged:
             write_folder(model, source, staged)
             (staged / WEIGHTS).unlink()  # the graphs hold them
+            if model.parts:  # and the layers of its maker's own
+                config = read_json(staged / "config.json")
+                published = config.pop(CUSTOM_KEY)["model_type"]
+                write_json(staged / "config.json", {**config, "model_type": published})
             limit_texts(staged, model.config.turn)
             chosen = find_precisions(model, source, dtypes, batches=batches)
             most = None if to == "web" else LARGE
@@ -107,6 +113,7 @@ def export_graphs(
                 "merged": source != folder, "source_sha": hash_weights(source),
             }  # fmt: skip
             values |= {"attentions": True} if attentions else {}
+            values |= {"own_layers": [part._asdict() for part in model.parts]} if model.parts else {}
             made_by = {"made_by": f"lmworks {__version__}", "source": folder.resolve().name}
             receipt = write_receipt(staged, {**made_by, **recall(folder), "export": values})
     values["files"] = sorted([*receipt["files"], RECEIPT])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,8 +15,12 @@ from lmworks.base.errors import InputError
 from lmworks.export.arithmetic import Arithmetic, Fp32
 from lmworks.export.graph import Graph
 from lmworks.models.config import Config
+from lmworks.models.custom import AFTER, Activation
 from lmworks.models.heads import Model
 from lmworks.models.layers import ACTIVATIONS
+
+if TYPE_CHECKING:
+    from lmworks.export.traced import Own
 
 Emitters = Mapping[type[nn.Module], Callable[..., Any]]
 
@@ -42,8 +46,9 @@ class Stream:
 class Walk:
     """The graph so far, the arithmetic, and the values that all layers share."""
 
-    def __init__(self, model: Model, arithmetic: Arithmetic, emitters: Emitters) -> None:
+    def __init__(self, model: Model, arithmetic: Arithmetic, emitters: Emitters, own: Own | None = None) -> None:
         self.model, self.graph, self.arithmetic, self.emitters = model, Graph(), arithmetic, emitters
+        self.own = own  # layers that no emitter knows
         self.exact = Fp32()  # for the small matrices, which cost nothing and decide much
         self.parameters = {id(p): name for name, p in model.named_parameters()}
         self.shared: dict[str, str] = {}  # what every attention reads: masks, lengths, cos, sin
@@ -66,11 +71,14 @@ class Walk:
         return self.model.kind != "Model" and project is not None and project.weight is getattr(tokens, "weight", None)
 
     def emit(self, module: nn.Module, path: str, *inputs: Any) -> Any:
-        """Emit one module with the emitter of exactly its class."""
+        """Emit one module with the emitter of exactly its class, and what follows it; or trace it."""
         emitter = self.emitters.get(type(module))
         if emitter is None:
-            raise self.unknown(module, path)
-        return emitter(self, module, path, *inputs)
+            if self.own is None or id(module) not in self.own.samples:
+                raise self.unknown(module, path)
+            return self.own.replace(self, module, path, inputs)
+        found = emitter(self, module, path, *inputs)
+        return found if self.own is None else self.own.follow(self, module, path, found, inputs)
 
     def unknown(self, module: nn.Module, path: str) -> InputError:
         """Return the error for a module that has no emitter."""
@@ -110,7 +118,7 @@ class Walk:
 
     def matrix(self, module: nn.Module, path: str) -> NDArray[np.float32]:
         """Return the weight of a plain Linear (O, I) or Embedding (V, D); one that is wrapped is an error."""
-        if not (type(module) is nn.Linear or type(module) is nn.Embedding):
+        if not (type(module) is nn.Linear or type(module) is nn.Embedding) or hasattr(module, AFTER):
             raise self.unknown(module, path)
         return self.read(module.weight)
 
@@ -125,6 +133,11 @@ class Walk:
 
     def activate(self, function: Callable[..., Any], path: str, x: str, bias: str) -> str:
         """Return function(x + bias) as one node, or as two where no node takes a bias."""
+        if isinstance(function, Activation):
+            function = ACTIVATIONS[function.name]
+        if isinstance(function, nn.Module) and self.own is not None:
+            x = self.graph.add("Add", [x, bias], name=f"{path}.bias") if bias else x
+            return self.own.trace(self, function, f"{path}.act", x)
         if function not in NODES:
             name = getattr(function, "__name__", type(function).__name__)
             raise InputError(f"the ONNX exporter does not know the activation {name}", where=path)

@@ -198,7 +198,7 @@ def save_model(model: Model, folder: str | Path) -> None:
     if layers or sizes:
         config = mark_compact(config, model.config, describe_layers(layers), sizes)
     if model.parts:
-        config = mark_custom(config, [part._asdict() for part in model.parts])
+        config = mark_custom(config, model.config, [part._asdict() for part in model.parts])
     write_json(folder / "config.json", {**config, "dtype": dtype, "torch_dtype": dtype})
 
 

@@ -240,9 +240,9 @@ def asks_for_code(key: str) -> bool:
     return key in CODE_KEYS or "implementation" in key
 
 
-def mark_custom(config: dict[str, Any], parts: list[dict[str, Any]]) -> dict[str, Any]:
+def mark_custom(config: dict[str, Any], c: Config, parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Return a config.json that no reader takes for the published model's: without its parts it answers otherwise."""
-    return {**config, "model_type": CUSTOM, PARTS: {"model_type": config["model_type"], "parts": parts}}
+    return {**config, "model_type": CUSTOM, PARTS: {"model_type": c.model_type, "parts": parts}}
 
 
 def mark_compact(config: dict[str, Any], c: Config, layers: Mapping[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
