@@ -12,6 +12,7 @@ import pytest
 from lmworks.base.errors import InputError
 from lmworks.text.boilerplate import drop_boilerplate
 from lmworks.text.clean import DEFAULT_STEPS, STEPS, choose_steps
+from lmworks.text.html import main_text
 
 
 @pytest.mark.parametrize("kind", ["in-the-wild", "synthetic", "language-names", "negative"])
@@ -99,3 +100,26 @@ def test_several_books_and_parts_of_books() -> None:
     assert drop_boilerplate(one[: one.index("*** END")]) == "Chapter 1\n"  # as of a file's first part
     novel = "He read about Project Gutenberg.\nEnd of story.\n"
     assert drop_boilerplate(novel) == novel
+
+
+def test_markup_leaves_no_words_glued_and_no_tag_with_a_bare_attribute() -> None:
+    table = "<table><tr><th>Name</th><th>Age</th></tr>\n<tr><td nowrap>Ann</td> <td>7</td></tr></table>"
+    assert STEPS["markup"](table).split() == ["Name", "Age", "Ann", "7"]
+    assert STEPS["markup"]("<title>A</title><pre>b</pre><dl><dt>c</dt><dd>d</dd></dl>").split() == ["A", "b", "c", "d"]
+    for tag in (
+        "<input disabled>",
+        "<details open>",
+        '<img src=x alt="a > b">',
+        "<video controls loop>",
+        "<hr noshade/>",
+    ):
+        assert STEPS["markup"](f"x {tag}y").split() in (["x", "y"], ["x y"])
+    for text in ("if a<b and b>c", "the a <time of day> b", "x <p q r> y", "<unk>"):
+        assert STEPS["markup"](text) == text
+
+
+def test_a_page_that_is_one_form_has_its_text() -> None:
+    text = "All of this page stands in a form, as ASP.NET writes it."
+    search = "<form><label>Search this site</label><input></form>"
+    assert main_text(f"<body><form id='aspnetForm'><div><p>{text}</p></div></form></body>") == text
+    assert main_text(f"<body>{search}<p>{text}</p></body>") == text
