@@ -50,7 +50,7 @@ FLAGS += "noshade novalidate nowrap open readonly required reversed selected"
 PROPER = rf"(?:\s+(?:[\w:@.-]+{VALUE}|(?:{'|'.join(FLAGS.split())})(?=[\s/>])))*\s*/?>"
 INSIDE = rf"(?:{PROPER}|(?:\s[^<>]*=[^<>]*)?\s*/?>)"
 NEW_LINE = re.compile(rf"(?i)</?(?:{'|'.join(LINES.split())}){INSIDE}")
-CELL = re.compile(rf"(?i)</t[dh]\s*>(?=\s*<t[dh]\b)")
+CELL = re.compile(r"(?i)</t[dh]\s*>(?=\s*<t[dh]\b)")
 TAG = re.compile(rf"(?i)</?(?:{'|'.join(TAGS.split())}){INSIDE}")
 MARKDOWN: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"^[ \t]*(?:```|~~~)[^\n]*\n?", re.MULTILINE), ""),  # a fence

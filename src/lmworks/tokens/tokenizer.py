@@ -161,7 +161,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of some ids; bytes that make no character show as U+FFFD."""
-        run, plain = self.backend.decode, [int(id) for id in ids]
+        run, plain = self.backend.decode, list(map(int, ids))
         return str(guard(lambda: run(plain, skip_special_tokens=skip_special_tokens), "these ids cannot be decoded"))
 
     def save(self, folder: str | Path, *, max_length: int | None = None) -> None:
@@ -263,11 +263,12 @@ class Tokenizer:
 
     @cached_property
     def is_lossless(self) -> bool:
-        """True when every text survives encoding and decoding: byte-level, all 256 bytes, no rewriting."""
+        """True when every text survives encoding and decoding: byte-level, all 256 bytes, nothing rewritten or eaten."""
         alphabet = require("tokenizers", extra="text").pre_tokenizers.ByteLevel.alphabet()
         byte_level = {"type": "ByteLevel", "add_prefix_space": False}.items() <= self.pre_tokenizer.items()
         whole = all(self.backend.token_to_id(byte) is not None for byte in alphabet)
-        return byte_level and whole and self.backend.normalizer is None and self.unk_id is None
+        eats = any(token.lstrip or token.rstrip for token in self.backend.get_added_tokens_decoder().values())  # blanks
+        return byte_level and whole and not eats and self.backend.normalizer is None and self.unk_id is None
 
     @property
     def pre_tokenizer(self) -> dict[str, Any]:
