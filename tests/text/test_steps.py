@@ -123,3 +123,20 @@ def test_a_page_that_is_one_form_has_its_text() -> None:
     search = "<form><label>Search this site</label><input></form>"
     assert main_text(f"<body><form id='aspnetForm'><div><p>{text}</p></div></form></body>") == text
     assert main_text(f"<body>{search}<p>{text}</p></body>") == text
+
+
+@pytest.mark.parametrize(
+    ("step", "text", "masked"),
+    [
+        ("mask-email", "имя@пример.рф, o'brien@example.com; 'a@b.com'", "[EMAIL], [EMAIL]; '[EMAIL]'"),
+        ("mask-email", "写信给 john@x.com的人 100%sure@x.de", "写信给 [EMAIL]的人 [EMAIL]"),
+        ("mask-email", "a@xn--e1afmkfd.xn--p1ai ?q=bob@x.com", "[EMAIL] ?q=[EMAIL]"),
+        ("mask-phone", "06 12 34 56 78 or 01.23.45.67.89", "[PHONE] or [PHONE]"),
+        ("mask-phone", "1-800-555-1234, 555 213 4567 (Tel.+15551234567)", "[PHONE], [PHONE] (Tel.[PHONE])"),
+        ("mask-phone", "Lee (2003) 1234 of 100 200 3000, (1999) 20 30 40", None),
+        ("mask-id", "192.168.0.1:8080 from 00-1A-2B-3C-4D-5E", "[ID]:8080 from [ID]"),
+        ("mask-id", "C::D ab::cd std::vector ba::ad 1.2.3.4.5", None),
+    ],
+)
+def test_more_of_what_masks_find_and_leave(step: str, text: str, masked: str | None) -> None:
+    assert STEPS[step](text) == (text if masked is None else masked)

@@ -263,7 +263,7 @@ class Tokenizer:
 
     @cached_property
     def is_lossless(self) -> bool:
-        """True when every text survives encoding and decoding: byte-level, all 256 bytes, nothing rewritten or eaten."""
+        """True when every text survives encoding and decoding: byte-level, all 256 bytes, nothing is rewritten."""
         alphabet = require("tokenizers", extra="text").pre_tokenizers.ByteLevel.alphabet()
         byte_level = {"type": "ByteLevel", "add_prefix_space": False}.items() <= self.pre_tokenizer.items()
         whole = all(self.backend.token_to_id(byte) is not None for byte in alphabet)
