@@ -110,6 +110,7 @@ def test_without_the_detector_its_pip_line_is_shown(monkeypatch: pytest.MonkeyPa
         ("L’été dernier, nous avons mangé des crêpes à la plage.", "cp1252"),
         ("Žluťoučký kůň úpěl ďábelské ódy.", "cp1250"), ("Türkiye'de yaşıyorum, çok güzel bir ülke.", "cp1254"),
         ("こんにちは、吾輩は猫である。", "shift_jis"), ("ｶﾀｶﾅ ﾃｽﾄ\n", "shift_jis"), ("人人生而自由", "gbk"),
+        ("吾輩は猫である。名前はまだ無い。\n" * 9, "shift_jis"), ("こんにちは世界", "euc_jp"),
     ],
 )  # fmt: skip
 def test_short_texts_of_one_or_two_accents_are_not_taken_for_chinese(text: str, encoding: str) -> None:
@@ -123,6 +124,17 @@ def test_western_languages_in_one_byte_a_letter(language: str, size: int, data_f
     encoding = "cp1254" if language == "tur" else "cp1252"
     data = path.read_text(encoding="utf-8").encode(encoding, "ignore")[200 : 200 + size]
     assert decode(data, language)[0] == data.decode(encoding)
+
+
+@pytest.mark.parametrize(
+    ("language", "encoding"),
+    [("jpn", "shift_jis"), ("jpn", "euc_jp"), ("cmn_hans", "gbk"), ("cmn_hant", "big5"), ("kor", "euc_kr")],
+)
+def test_a_torn_character_at_the_end_tells_nothing(language: str, encoding: str, data_folder: Path) -> None:
+    data = (data_folder / "udhr" / f"{language}.txt").read_text("utf-8").encode(encoding, "ignore")
+    for size in (1000, 1001, 2000, 2001):
+        whole = codecs.getincrementaldecoder(encoding)().decode(data[:size])
+        assert decode(data[:size], language)[0].removesuffix("\n") == whole.removesuffix("\n")
 
 
 JAPANESE = "日本語のテキストです。これは長い文章です。\n"

@@ -35,6 +35,7 @@ HIGH = re.compile(rb"[\x80-\xff]+")
 WITHIN = re.compile(rb"(?<=[A-Za-z])([\x80-\x91\x93-\x95\x98-\xac\xae-\xff])(?=[A-Za-z])")  # a word, signs apart
 WESTERN = {*"af an br ca da de en es eu fi fo fr ga gl id is it lb ms nb nl nn no oc pt sv sw und wa".split()}
 LETTER = re.compile(rb"[A-Za-z]")
+HIRAGANA = re.compile("[\u3041-\u3096]")
 SURROGATE = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]")
 
 
@@ -175,13 +176,17 @@ def detect(data: bytes, name: str) -> tuple[str, str]:
             fix=f"{getattr(error, 'fix', '')}, or convert the file: iconv -f OLD -t UTF-8",
         ) from None
     latin = is_latin(data)
-    if latin and (western := name_western(data)):
-        return data.decode(western), western
+    told = name_japanese(data) or (name_western(data) if latin else None)
+    if told is not None:
+        return attempt(data, told) or "", told
+    end = 1 + data.rfind(b"\n", len(data) // 2)  # the last character may be torn
+    whole = data[:end] if end else data
     among = {"cp_isolation": LATIN} if latin and len(HIGH.findall(data)) <= FEW else {"cp_exclusion": WIDE}
     for settings in ({}, {"threshold": LOOSER}):
-        best = library.from_bytes(data, **settings, **among).best()
-        if best is not None:
-            return str(best), str(best.encoding)
+        for found in library.from_bytes(whole, **settings, **among):  # the best first
+            text = attempt(data, found.encoding)
+            if text is not None:
+                return text, str(found.encoding)
     raise binary(name)
 
 
@@ -190,6 +195,15 @@ def is_latin(data: bytes) -> bool:
     runs = HIGH.findall(data)
     single = sum(len(run) == 1 for run in runs)
     return 3 * single >= 2 * len(runs) and 2 * len(LETTER.findall(data)) >= 5 * sum(map(len, runs))
+
+
+def name_japanese(data: bytes) -> str | None:
+    """Return the encoding in which a fourth of what is beyond ASCII is hiragana, which no other language has."""
+    for encoding in ("cp932", "euc_jp"):
+        text = attempt(data, encoding) or ""
+        if 4 * len(HIRAGANA.findall(text)) >= count_beyond(text) > 1:
+            return encoding
+    return None
 
 
 def name_western(data: bytes) -> str | None:
