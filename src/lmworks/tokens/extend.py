@@ -99,7 +99,7 @@ def add(tokenizer: Tokenizer, tokens: Sequence[str], *, whole: bool = False) -> 
             "the tokenizer would not give these tokens back: it decodes their letters as bytes",
             found=", ".join(lost[:8]),
             expected="tokens of ASCII letters, or with a space before them",
-            fix="lmworks tokenizer extend merges such words from their bytes instead",
+            fix="leave them out, or let lmworks tokenizer extend merge them from their bytes, where ids have no gaps",
         )  # fmt: skip
     cut = tokenizer.encode_batch(list(tokens))
     return new, {id: [i for i in old if i != tokenizer.unk_id] for id, old in zip(ids, cut, strict=True)}

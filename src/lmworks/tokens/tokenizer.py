@@ -161,7 +161,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of some ids; bytes that make no character show as U+FFFD."""
-        run, plain = self.backend.decode, list(map(int, ids))
+        run, plain = self.backend.decode, [int(id) for id in ids]
         return str(guard(lambda: run(plain, skip_special_tokens=skip_special_tokens), "these ids cannot be decoded"))
 
     def save(self, folder: str | Path, *, max_length: int | None = None) -> None:
@@ -266,9 +266,9 @@ class Tokenizer:
         """True when every text survives encoding and decoding: byte-level, all 256 bytes, nothing is rewritten."""
         alphabet = require("tokenizers", extra="text").pre_tokenizers.ByteLevel.alphabet()
         byte_level = {"type": "ByteLevel", "add_prefix_space": False}.items() <= self.pre_tokenizer.items()
-        whole = all(self.backend.token_to_id(byte) is not None for byte in alphabet)
         eats = any(token.lstrip or token.rstrip for token in self.backend.get_added_tokens_decoder().values())  # blanks
-        return byte_level and whole and not eats and self.backend.normalizer is None and self.unk_id is None
+        whole = not eats and all(self.backend.token_to_id(byte) is not None for byte in alphabet)
+        return byte_level and whole and self.backend.normalizer is None and self.unk_id is None
 
     @property
     def pre_tokenizer(self) -> dict[str, Any]:
@@ -294,8 +294,7 @@ class Tokenizer:
         names = [legacy.content(self.config[key])] if self.config.get(key) else []
         if key not in self.config:
             names = [*usual, *USUAL.get(key, ())]
-        ids = (self.backend.token_to_id(name) for name in names)
-        return next((id for id in ids if id is not None), None)
+        return next((id for name in names if (id := self.backend.token_to_id(name)) is not None), None)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
