@@ -322,3 +322,30 @@ def test_half_a_gigabyte_in_flat_memory(tmp_path: Path) -> None:
     assert most[1] < 500 and most[1] < 1.15 * most[0]
     kill_in_the_middle(tmp_path / "500.jsonl", tmp_path / "killed.jsonl", 20)
     assert not (tmp_path / "killed.jsonl").exists()
+
+
+def test_options_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("The quick brown fox jumps over the lazy dog and runs into the wood.\n")
+    for said, wrong in (
+        ({"threshold": 0.5}, "--threshold is for near duplicates"),
+        ({"stdin": "csv"}, "--stdin is for standard input"),
+        ({"language": "en", "among": "de,fr"}, "--among rules out"),
+        ({"language": "english"}, 'does not know "english"'),
+    ):
+        with pytest.raises(InputError, match=wrong):
+            clean([tmp_path / "a.txt"], tmp_path / "out.jsonl", **said)
+    assert clean([tmp_path / "a.txt"], tmp_path / "out.jsonl", language="EN").values["written"]["documents"] == 1
+
+
+def test_lines_of_an_old_macintosh_and_numbers_that_json_lacks(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\rtwo\r\nthree\r\rfour\r")
+    clean([tmp_path / "a.txt"], tmp_path / "lines.txt", unit="line")
+    assert (tmp_path / "lines.txt").read_text() == "one\ntwo\nthree\nfour\n"
+    clean([tmp_path / "a.txt"], tmp_path / "parts.jsonl", unit="paragraph")
+    assert [json.loads(line)["text"] for line in (tmp_path / "parts.jsonl").read_text().splitlines()] == [
+        "one\ntwo\nthree",
+        "four",
+    ]
+    (tmp_path / "b.jsonl").write_text('{"text": "x", "n": NaN, "m": {"k": [Infinity, 1]}}\n')
+    clean([tmp_path / "b.jsonl"], tmp_path / "b.out.jsonl")
+    assert json.loads((tmp_path / "b.out.jsonl").read_text()) == {"text": "x", "n": None, "m": {"k": [None, 1]}}

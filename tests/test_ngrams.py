@@ -124,3 +124,44 @@ def test_bad_input_says_what_to_do(folder: Path, tmp_path: Path, capsys: pytest.
     (broken / "model.safetensors").write_bytes(b"no")
     with pytest.raises(FormatError, match=r"model\.safetensors cannot be used"):
         ngrams.load(broken)
+
+
+def test_bits_per_byte_are_none_where_a_tokenizer_loses_blanks(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(FOX * 40)
+    (tmp_path / "same").write_text("the  dog   sleeps\n")
+    for kind, lossy in (("wordpiece", True), ("bpe", False)):
+        ngrams.train(tmp_path / "text", tmp_path / kind, order=2, kind=kind, vocab_size=300 - 200 * lossy)
+        found = ngrams.evaluate(tmp_path / kind, tmp_path / "same")
+        assert (found.values["bits_per_byte"] is None) == lossy and bool(found.notes) == lossy
+
+
+def test_an_end_token_that_is_spelled_out_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(FOX * 40)
+    ngrams.train(tmp_path / "text", tmp_path / "bpe", order=2, kind="bpe", vocab_size=300)
+    (tmp_path / "odd").write_text("the fox<|endoftext|> jumps\n\nthe dog\n")
+    found = ngrams.evaluate(tmp_path / "bpe", tmp_path / "odd").values
+    assert (found["lines"], found["blank_lines"]) == (2, 1) and found["tokens"] == found["tokens_with_blank_lines"] - 1
+
+
+def test_samples_of_mle_stop_where_nothing_is_known(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nothing follows this prompt"):
+        ngrams.sample(folder / "mle", prompt="zebras unheard")
+    for bad in ({"seed": -1}, {"count": 0}, {"max_tokens": -2}):
+        with pytest.raises(InputError, match="out of range"):
+            ngrams.sample(folder / "mle", **bad)
+    with pytest.raises(InputError, match="--top is out of range"):
+        ngrams.table(folder / "mle", "fox", top=0)
+
+
+def test_good_turing_on_a_word_says_so_without_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("word\n")
+    with pytest.raises(InputError, match="too little text for Good-Turing"):
+        ngrams.train(tmp_path / "text", tmp_path / "out", order=2, smoothing="good-turing")
+
+
+def test_the_capital_unk_of_other_writers(tmp_path: Path) -> None:
+    body = "\\data\\\nngram 1=4\n\n\\1-grams:\n-0.5\t<UNK>\n-99\t<s>\n-0.4\t</s>\n-0.6\ta\n\n\\end\\\n"
+    (tmp_path / "m.arpa").write_text(body)
+    (tmp_path / "text").write_text("a zebra\n")
+    found = ngrams.evaluate(tmp_path / "m.arpa", tmp_path / "text").values
+    assert found["logprob10"] == pytest.approx(-1.5) and found["oov"] == 1

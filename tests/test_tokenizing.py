@@ -251,3 +251,14 @@ def test_the_command_looks_inside(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert found["vocab_size"] == 30522 and found["round_trip"]
     assert main(["tokenizer", "inspect", str(tmp_path / "gone")]) == 2
     assert main(["tokenizer", "compare", str(MINILM), "--data", str(tmp_path / "gone.txt")]) == 2
+
+
+def test_rows_to_spare_and_another_order_of_sums_are_no_difference(tmp_path: Path) -> None:
+    """Published vocabularies are often padded; the rows beyond the tokens are those of the new ones then."""
+    import transformers
+
+    network = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=310, n_embd=32, n_layer=1, n_head=2))
+    network.save_pretrained(tmp_path / "old")
+    train_tokenizer(["some words of a text " * 9], vocab_size=270).save(tmp_path / "old")
+    report = extend(tmp_path / "old", "<tp>,kijetesantakalu", tmp_path / "new")
+    assert report.values["proved"] and report.values["rows"] == 310, report.values["proof"]

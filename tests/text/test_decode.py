@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from lmworks.base.errors import InputError
-from lmworks.text.decode import decode
+from lmworks.text.decode import DAMAGED, decode
+from lmworks.text.open import open_text
 
 # the file -> the codec that it is really in
 LEGACY = {
@@ -98,3 +99,60 @@ def test_without_the_detector_its_pip_line_is_shown(monkeypatch: pytest.MonkeyPa
     with pytest.raises(InputError, match=r'pip install "lmworks\[data\]"'):
         decode("café olé".encode("latin-1"), "x")
     assert decode(b"plain", "x") == ("plain", "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("café", "latin-1"), ("Temperature: 25 °C", "latin-1"), ("Price: 10 € each", "cp1252"), ("naïve", "latin-1"),
+        ("Smörgåsbord: 3 £", "latin-1"), ("“Quoted” – it’s naïve… costs 5 €", "cp1252"), ("Ärger über Öl", "latin-1"),
+        ("El niño comió una manzana en el jardín de la señora.", "latin-1"),
+        ("L’été dernier, nous avons mangé des crêpes à la plage.", "cp1252"),
+        ("Žluťoučký kůň úpěl ďábelské ódy.", "cp1250"), ("Türkiye'de yaşıyorum, çok güzel bir ülke.", "cp1254"),
+        ("こんにちは、吾輩は猫である。", "shift_jis"), ("ｶﾀｶﾅ ﾃｽﾄ\n", "shift_jis"), ("人人生而自由", "gbk"),
+        ("吾輩は猫である。名前はまだ無い。\n" * 9, "shift_jis"), ("こんにちは世界", "euc_jp"),
+    ],
+)  # fmt: skip
+def test_short_texts_of_one_or_two_accents_are_not_taken_for_chinese(text: str, encoding: str) -> None:
+    assert decode(text.encode(encoding), "it")[0] == text
+
+
+@pytest.mark.parametrize("language", ["deu", "fin", "fra", "isl", "ita", "spa", "swe", "tur"])
+@pytest.mark.parametrize("size", [300, 3000])
+def test_western_languages_in_one_byte_a_letter(language: str, size: int, data_folder: Path) -> None:
+    path = data_folder / "udhr" / f"{language}.txt"
+    encoding = "cp1254" if language == "tur" else "cp1252"
+    data = path.read_text(encoding="utf-8").encode(encoding, "ignore")[200 : 200 + size]
+    assert decode(data, language)[0] == data.decode(encoding)
+
+
+@pytest.mark.parametrize(
+    ("language", "encoding"),
+    [("jpn", "shift_jis"), ("jpn", "euc_jp"), ("cmn_hans", "gbk"), ("cmn_hant", "big5"), ("kor", "euc_kr")],
+)
+def test_a_torn_character_at_the_end_tells_nothing(language: str, encoding: str, data_folder: Path) -> None:
+    data = (data_folder / "udhr" / f"{language}.txt").read_text("utf-8").encode(encoding, "ignore")
+    for size in (1000, 1001, 2000, 2001):
+        whole = codecs.getincrementaldecoder(encoding)().decode(data[:size])
+        assert decode(data[:size], language)[0].removesuffix("\n") == whole.removesuffix("\n")
+
+
+JAPANESE = "日本語のテキストです。これは長い文章です。\n"
+
+
+def test_one_bad_byte_does_not_turn_a_file_of_utf8_into_something_else(tmp_path: Path) -> None:
+    data = (JAPANESE * 50).encode() + b"bad \xff byte\n" + JAPANESE.encode()
+    assert decode(data, "it") == (JAPANESE * 50 + "bad ÿ byte\n" + JAPANESE, DAMAGED)
+    mixed = ("naïve — résumé\n" * 40).encode() + "café\n".encode("latin-1")
+    assert decode(mixed, "it") == ("naïve — résumé\n" * 40 + "café\n", DAMAGED)
+    assert decode(b"abc\xed\xa0\x80def\n", "it") == ("abc\ufffddef\n", DAMAGED)
+    assert decode("Съешь ещё этих мягких французских булок".encode("cp1251"), "it")[1] == "cp1251"
+
+
+def test_a_long_file_with_a_bad_byte_at_its_end_stays_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    text = JAPANESE * (18_000_000 // len(JAPANESE.encode()))
+    path.write_bytes(text.encode() + b"bad \xff byte\n")
+    stream, encoding = open_text(path)
+    with stream:
+        assert (stream.read(), encoding) == (text + "bad ÿ byte\n", DAMAGED)

@@ -181,3 +181,16 @@ def test_one_line_of_fifty_megabytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_old_macintosh_tables_and_mixed_line_ends(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b'id,text\r1,one\r2,"two\rlines"\r\n3,three\n')
     assert [d.text for d in read_all(tmp_path / "a.csv")] == ["one", "two\rlines", "three"]
+
+
+def test_a_zst_file_that_was_cut_off_is_an_error_and_a_long_window_is_read(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    lines = "".join(json.dumps({"text": f"{RUSSIAN} {rng.random()}"}) + "\n" for _ in range(20_000)).encode()
+    packed, path = zstandard.ZstdCompressor().compress(lines), tmp_path / "a.jsonl.zst"
+    path.write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(InputError, match="ended before its last frame did"):
+        read_all(path)
+    far = zstandard.ZstdCompressionParameters.from_level(3, window_log=30, enable_ldm=True)  # as zstd --long=30
+    writer = zstandard.ZstdCompressor(compression_params=far).compressobj()
+    path.write_bytes(writer.compress(lines) + writer.flush())
+    assert len(read_all(path)) == 20_000

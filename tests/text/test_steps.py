@@ -12,6 +12,7 @@ import pytest
 from lmworks.base.errors import InputError
 from lmworks.text.boilerplate import drop_boilerplate
 from lmworks.text.clean import DEFAULT_STEPS, STEPS, choose_steps
+from lmworks.text.html import main_text
 
 
 @pytest.mark.parametrize("kind", ["in-the-wild", "synthetic", "language-names", "negative"])
@@ -99,3 +100,43 @@ def test_several_books_and_parts_of_books() -> None:
     assert drop_boilerplate(one[: one.index("*** END")]) == "Chapter 1\n"  # as of a file's first part
     novel = "He read about Project Gutenberg.\nEnd of story.\n"
     assert drop_boilerplate(novel) == novel
+
+
+def test_markup_leaves_no_words_glued_and_no_tag_with_a_bare_attribute() -> None:
+    table = "<table><tr><th>Name</th><th>Age</th></tr>\n<tr><td nowrap>Ann</td> <td>7</td></tr></table>"
+    assert STEPS["markup"](table).split() == ["Name", "Age", "Ann", "7"]
+    assert STEPS["markup"]("<title>A</title><pre>b</pre><dl><dt>c</dt><dd>d</dd></dl>").split() == ["A", "b", "c", "d"]
+    for tag in (
+        "<input disabled>",
+        "<details open>",
+        '<img src=x alt="a > b">',
+        "<video controls loop>",
+        "<hr noshade/>",
+    ):
+        assert STEPS["markup"](f"x {tag}y").split() in (["x", "y"], ["x y"])
+    for text in ("if a<b and b>c", "the a <time of day> b", "x <p q r> y", "<unk>"):
+        assert STEPS["markup"](text) == text
+
+
+def test_a_page_that_is_one_form_has_its_text() -> None:
+    text = "All of this page stands in a form, as ASP.NET writes it."
+    search = "<form><label>Search this site</label><input></form>"
+    assert main_text(f"<body><form id='aspnetForm'><div><p>{text}</p></div></form></body>") == text
+    assert main_text(f"<body>{search}<p>{text}</p></body>") == text
+
+
+@pytest.mark.parametrize(
+    ("step", "text", "masked"),
+    [
+        ("mask-email", "имя@пример.рф, o'brien@example.com; 'a@b.com'", "[EMAIL], [EMAIL]; '[EMAIL]'"),
+        ("mask-email", "写信给 john@x.com的人 100%sure@x.de", "写信给 [EMAIL]的人 [EMAIL]"),
+        ("mask-email", "a@xn--e1afmkfd.xn--p1ai ?q=bob@x.com", "[EMAIL] ?q=[EMAIL]"),
+        ("mask-phone", "06 12 34 56 78 or 01.23.45.67.89", "[PHONE] or [PHONE]"),
+        ("mask-phone", "1-800-555-1234, 555 213 4567 (Tel.+15551234567)", "[PHONE], [PHONE] (Tel.[PHONE])"),
+        ("mask-phone", "Lee (2003) 1234 of 100 200 3000, (1999) 20 30 40", None),
+        ("mask-id", "192.168.0.1:8080 from 00-1A-2B-3C-4D-5E", "[ID]:8080 from [ID]"),
+        ("mask-id", "C::D ab::cd std::vector ba::ad 1.2.3.4.5", None),
+    ],
+)
+def test_more_of_what_masks_find_and_leave(step: str, text: str, masked: str | None) -> None:
+    assert STEPS[step](text) == (text if masked is None else masked)

@@ -85,3 +85,39 @@ def test_texts_of_every_kind_of_example() -> None:
     chat = {"messages": [{"role": "user", "content": "c"}]}
     assert plain_texts(["a", ("b", "c"), {"prompt": "d", "completion": "e"}]) == ["a", "b", "c", "d", "e"]
     assert "c" in plain_texts([chat])
+
+
+def test_a_tokenizer_with_tokens_beyond_its_vocabulary_gets_merges_too(
+    english: Tokenizer, toki_pona: list[str], tmp_path: Path
+) -> None:
+    """As Qwen's and Phi's have them; their ids and flags stay, and no text takes more tokens."""
+    named = extend(english, "<tp>,foo bar", []).tokenizer
+    assert is_mergeable(named)
+    found = extend(named, "auto:60", toki_pona)
+    new = found.tokenizer
+    new.save(tmp_path)
+    reference = t.AutoTokenizer.from_pretrained(tmp_path)
+    assert [new.backend.token_to_id(token) for token in ("<tp>", "foo bar")] == [600, 601]
+    assert min(found.pieces) == 602 and max(found.pieces) == new.vocab_size - 1
+    for text in (*toki_pona[:500], "a foo bar <tp>toki"):
+        ids = new.encode(text)
+        assert ids == reference(text, add_special_tokens=False)["input_ids"] and new.decode(ids) == text
+        assert len(ids) <= len(named.encode(text))
+
+
+@pytest.mark.parametrize("recipe", [{"kind": "unigram"}, {"level": "char"}, {"kind": "char"}, {"kind": "wordpiece"}])
+def test_found_words_that_are_added_tokens_save_some_after_a_space_too(
+    recipe: dict[str, str], toki_pona: list[str]
+) -> None:
+    old = train_tokenizer(toki_pona[:200], vocab_size=120, **recipe)
+    new = extend(old, "auto:40", toki_pona).tokenizer
+    assert new.vocab_size > old.vocab_size
+    for a, b in zip(old.encode_batch(toki_pona), new.encode_batch(toki_pona), strict=True):
+        assert len(b) <= len(a)
+
+
+def test_a_name_that_the_normalizer_makes_a_known_token_is_refused() -> None:
+    tokenizer = train_tokenizer(["us and them, because of us " * 20], kind="wordpiece", vocab_size=60, lowercase=True)
+    assert tokenizer.backend.token_to_id("us") is not None
+    with pytest.raises(InputError, match=r"has these tokens already[\s\S]*US"):
+        extend(tokenizer, "US", [])

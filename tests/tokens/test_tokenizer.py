@@ -155,3 +155,10 @@ def test_wrong_ids_end_in_an_error_or_in_nothing(bpe: Tokenizer) -> None:
     assert bpe.decode([10**6]) == ""
     with pytest.raises(FormatError, match="cannot be decoded"):
         bpe.decode([-1])
+
+
+def test_a_token_that_eats_blanks_loses_something(bpe: Tokenizer) -> None:
+    backend = tokenizers.Tokenizer.from_str(bpe.backend.to_str())
+    backend.add_tokens([tokenizers.AddedToken("<ent>", rstrip=True)])
+    tokenizer = Tokenizer(backend)
+    assert not tokenizer.is_lossless and tokenizer.knows("a b") and not tokenizer.knows("a <ent> b")

@@ -149,11 +149,16 @@ class NgramModel:
         return np.full(self.vocab_size, np.exp(self.floor)) if missing else probabilities
 
     def sample(self, *, max_tokens: int, prompt: Sequence[int] = (), seed: int = 0) -> list[int]:
-        """Draw tokens after eos and `prompt` until the next eos (which is left out) or `max_tokens`."""
+        """Draw tokens after eos and `prompt` until the next eos (which is left out) or `max_tokens`.
+
+        Nothing is drawn after a context that `mle` has not seen.
+        """
         rng = np.random.Generator(np.random.Philox(seed))
         tokens = [self.eos_id, *prompt]
         for _ in range(max_tokens):
             cumulative = np.cumsum(self.distribution(tokens))
+            if not cumulative[-1]:
+                break
             token = int(np.searchsorted(cumulative[:-1], rng.random() * cumulative[-1], "right"))
             if token == self.eos_id:
                 break

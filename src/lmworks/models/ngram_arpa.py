@@ -99,7 +99,7 @@ def read_arpa(path: Path) -> tuple[NgramModel, list[str]]:
         counts = read_counts(lines, path)
         if sum(counts) * SHORTEST > path.stat().st_size:
             raise damaged(path, f"{sum(counts)} n-grams cannot be in {path.stat().st_size} bytes")
-        ids: dict[str, int] = {END: 0, BEGIN: 0, UNKNOWN: 1}
+        ids: dict[str, int] = {END: 0, BEGIN: 0, UNKNOWN: 1, UNKNOWN.upper(): 1}  # as KenLM reads it
         names, V = [END, UNKNOWN], 0
         levels: list[Level] = []
         unigrams, weights = np.zeros(0), np.zeros(0)

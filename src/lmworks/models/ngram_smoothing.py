@@ -178,7 +178,8 @@ def katz(counts: Counts) -> Fitted:
     below[seen] = adjusted[np.searchsorted(r, counts.unigrams[seen])]
     below *= (1 - freed) / below.sum()
     below[~seen] = freed / max(1, (~seen).sum())
-    unigrams, levels, lower = np.log(below), [], below
+    with np.errstate(divide="ignore"):
+        unigrams, levels, lower = np.log(below), [], below
     for k, this in enumerate(counts.tallies, 2):
         r, adjusted = good_turing(this.counts, f"sequences of {k} tokens")
         keeps = np.minimum(adjusted / r, 1.0)  # (R,)

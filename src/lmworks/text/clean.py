@@ -40,8 +40,18 @@ TAGS = (
     "sup svg table tbody td template textarea tfoot th thead time title tr tt u ul var video wbr"
 )
 UNSEEN = re.compile(r"(?is)<(script|style|template)\b[^>]*>.*?</\1\s*>|<!--.*?-->|<!doctype[^>]*>")
-NEW_LINE = re.compile(r"(?i)<(?:br|/?(?:p|div|h[1-6]|li|tr|table|ul|ol|blockquote|section|article))\b[^<>]*>")
-TAG = re.compile(rf"(?i)</?(?:{'|'.join(TAGS.split())})(?:\s[^<>]*=[^<>]*)?\s*/?>")
+LINES = (
+    "br p div h[1-6] li tr table ul ol dl dt dd blockquote section article header footer nav aside main form pre hr "
+    "title option figure figcaption caption address"
+)
+VALUE = r"""\s*=\s*(?:"[^"]*"|'[^']*'|[^\s"'<>]+)"""
+FLAGS = "allowfullscreen async autofocus autoplay checked controls defer disabled hidden itemscope loop multiple muted "
+FLAGS += "noshade novalidate nowrap open readonly required reversed selected"
+PROPER = rf"(?:\s+(?:[\w:@.-]+{VALUE}|(?:{'|'.join(FLAGS.split())})(?=[\s/>])))*\s*/?>"
+INSIDE = rf"(?:{PROPER}|(?:\s[^<>]*=[^<>]*)?\s*/?>)"
+NEW_LINE = re.compile(rf"(?i)</?(?:{'|'.join(LINES.split())}){INSIDE}")
+CELL = re.compile(r"(?i)</t[dh]\s*>(?=\s*<t[dh]\b)")
+TAG = re.compile(rf"(?i)</?(?:{'|'.join(TAGS.split())}){INSIDE}")
 MARKDOWN: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"^[ \t]*(?:```|~~~)[^\n]*\n?", re.MULTILINE), ""),  # a fence
     (re.compile(r"^[ \t]*(?:[-*_][ \t]*){3,}$\n?", re.MULTILINE), ""),  # a rule
@@ -89,7 +99,7 @@ def drop_blanks(text: str) -> str:
 def drop_markup(text: str) -> str:
     """Return the text without HTML; a tag that HTML does not have, such as <unk>, stays, and so does "a < b"."""
     if "<" in text:
-        text = TAG.sub("", NEW_LINE.sub("\n", UNSEEN.sub("", text)))
+        text = TAG.sub("", NEW_LINE.sub("\n", CELL.sub("\t", UNSEEN.sub("", text))))
     return html.unescape(text) if "&" in text else text
 
 

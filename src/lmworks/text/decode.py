@@ -9,6 +9,7 @@ from itertools import chain
 
 from lmworks.base.errors import InputError
 from lmworks.base.optional import require
+from lmworks.text.language import identify
 
 MARKS = (  # byte order marks, the longest first
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -25,12 +26,24 @@ SEVEN_BIT = (  # encodings that look like ASCII: what gives them away
 DECLARED = re.compile(rb"""<meta[^>]{0,200}charset\s{0,9}=\s{0,9}["']?([\w.:-]{1,40})""", re.IGNORECASE)
 WINDOW = 1 << 18  # bytes that tell the encoding of a long text
 LOOSER = 1.0  # charset-normalizer's tolerance of odd characters, on the second try (its own default is 0.2)
+DAMAGED = "utf-8 (damaged)"  # some bytes are not UTF-8: they are read as cp1252, halves of surrogate pairs as U+FFFD
+MOSTLY = 4  # characters of UTF-8 for each byte that is none, in a damaged file; legacy encodings have less than 1
+WIDE = ["utf_16", "utf_16_be", "utf_16_le", "utf_32", "utf_32_be", "utf_32_le", "utf_7"]  # told by marks and zeros
+LATIN = ["cp1252", "cp1250", "cp1254", "cp1257", "iso8859_2", "iso8859_15", "mac_roman", "cp850", "cp437", "cp852"]
+FEW = 24  # accents, which tell charset-normalizer too little
+HIGH = re.compile(rb"[\x80-\xff]+")
+WITHIN = re.compile(rb"(?<=[A-Za-z])([\x80-\x91\x93-\x95\x98-\xac\xae-\xff])(?=[A-Za-z])")  # a word, signs apart
+WESTERN = {*"af an br ca da de en es eu fi fo fr ga gl id is it lb ms nb nl nn no oc pt sv sw und wa".split()}
+LETTER = re.compile(rb"[A-Za-z]")
+HIRAGANA = re.compile("[\u3041-\u3096]")
+SURROGATE = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]")
 
 
 def decode(data: bytes, name: str, encoding: str | None = None) -> tuple[str, str]:
     """Return the text and its encoding: byte order mark, UTF-8, what an HTML page declares, else detection.
 
-    A last character that is cut off is left out. Raises InputError for bytes that are no text, or not in `encoding`.
+    A last character that is cut off is left out. A file that is UTF-8 but for some bytes is read as such (DAMAGED).
+    Raises InputError for bytes that are no text, or not in `encoding`.
     """
     if encoding is not None:
         text = attempt(data, encoding)
@@ -60,7 +73,33 @@ def decode(data: bytes, name: str, encoding: str | None = None) -> tuple[str, st
         text = attempt(data, encoding)
         if text is not None:
             return text, encoding
+    if is_damaged(data):
+        return data.decode("utf-8", DAMAGED), DAMAGED
     return detect(data, name)
+
+
+def is_damaged(data: bytes, good: int = 0) -> bool:
+    """Say whether bytes, after `good` characters beyond ASCII, are UTF-8 with a few others among them."""
+    data = SURROGATE.sub(b"", data)
+    good += count_beyond(data.decode("utf-8", "ignore"))
+    bad = data.decode("utf-8", "replace").count("\ufffd") - data.count(b"\xef\xbf\xbd")
+    return good >= MOSTLY * bad
+
+
+def count_beyond(text: str) -> int:
+    """Return how many characters are beyond ASCII."""
+    return len(text) - len(text.encode("ascii", "ignore"))
+
+
+def mend_bytes(error: UnicodeError) -> tuple[str, int]:
+    """Return what stands for bytes that are not UTF-8, and where to go on: an error handler of the codecs."""
+    assert isinstance(error, UnicodeDecodeError)
+    if SURROGATE.match(error.object, error.start):
+        return "\ufffd", error.start + 3
+    return error.object[error.start : error.end].decode("cp1252", "replace"), error.end
+
+
+codecs.register_error(DAMAGED, mend_bytes)
 
 
 def sniff(chunks: Iterator[bytes], name: str) -> tuple[str, int]:
@@ -76,15 +115,17 @@ def sniff(chunks: Iterator[bytes], name: str) -> tuple[str, int]:
     if b"\0" in head[:4096]:
         return decode_wide(head[: 1 << 20], name)[1], 0
     utf8 = codecs.getincrementaldecoder("utf-8")("strict")
-    at = 0
+    at = good = 0
     for chunk in chain([head], chunks):
         if b"\0" in chunk:
             raise binary(name, f"binary data: a zero byte at byte {at + chunk.index(0):,}")
         try:
-            utf8.decode(chunk)
+            good += count_beyond(utf8.decode(chunk))
         except UnicodeDecodeError as error:
+            good += count_beyond(chunk[: error.start].decode("utf-8", "ignore"))
             rest = chunk[1 + chunk.rfind(b"\n", 0, error.start) :] + next(chunks, b"")
-            return decode(telling_lines(rest, chunks) or rest[:WINDOW], name)[1], 0
+            lines = telling_lines(rest, chunks) or rest[:WINDOW]
+            return (DAMAGED if is_damaged(lines, good) else decode(lines, name)[1]), 0
         at += len(chunk)
     return "utf-8", 0
 
@@ -134,11 +175,47 @@ def detect(data: bytes, name: str) -> tuple[str, str]:
             expected="UTF-8, or the package that detects other encodings",
             fix=f"{getattr(error, 'fix', '')}, or convert the file: iconv -f OLD -t UTF-8",
         ) from None
+    latin = is_latin(data)
+    told = name_japanese(data) or (name_western(data) if latin else None)
+    if told is not None:
+        return attempt(data, told) or "", told
+    end = 1 + data.rfind(b"\n", len(data) // 2)  # the last character may be torn
+    whole = data[:end] if end else data
+    among = {"cp_isolation": LATIN} if latin and len(HIGH.findall(data)) <= FEW else {"cp_exclusion": WIDE}
     for settings in ({}, {"threshold": LOOSER}):
-        best = library.from_bytes(data, **settings).best()
-        if best is not None:
-            return str(best), str(best.encoding)
+        for found in library.from_bytes(whole, **settings, **among):  # the best first
+            text = attempt(data, found.encoding)
+            if text is not None:
+                return text, str(found.encoding)
     raise binary(name)
+
+
+def is_latin(data: bytes) -> bool:
+    """Say whether bytes are Latin letters with accents here and there, mostly single ones: those of CJK are pairs."""
+    runs = HIGH.findall(data)
+    single = sum(len(run) == 1 for run in runs)
+    return 3 * single >= 2 * len(runs) and 2 * len(LETTER.findall(data)) >= 5 * sum(map(len, runs))
+
+
+def name_japanese(data: bytes) -> str | None:
+    """Return the encoding in which a fourth of what is beyond ASCII is hiragana, which no other language has."""
+    for encoding in ("cp932", "euc_jp"):
+        text = attempt(data, encoding) or ""
+        if 4 * len(HIRAGANA.findall(text)) >= count_beyond(text) > 1:
+            return encoding
+    return None
+
+
+def name_western(data: bytes) -> str | None:
+    """Return the encoding of a Western language's Latin letters, or of too few to tell; None for others.
+
+    Its plain letters tell a language, whatever stands for the others.
+    """
+    within = WITHIN.findall(data)
+    odd = sum(not byte >= b"\xc0" for byte in within)
+    language = identify(data.decode("cp1252", "replace")) if 10 * odd <= len(within) else ""
+    encoding = "cp1254" if language == "tr" else "cp1252" if language in WESTERN else None
+    return encoding if encoding is not None and attempt(data, encoding) is not None else None
 
 
 def binary(name: str, found: str = "binary data, or an encoding that cannot be told") -> InputError:

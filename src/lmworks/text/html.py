@@ -10,7 +10,7 @@ from typing import Any
 from lmworks.base.optional import require
 
 NOISE = (
-    "script, style, noscript, template, head, nav, footer, aside, form, button, select, iframe, object, embed, "
+    "script, style, noscript, template, head, nav, footer, aside, button, select, iframe, object, embed, "
     "svg, canvas, audio, video, dialog, [hidden], [aria-hidden=true], [role=navigation], [role=banner], "
     "[role=complementary], [role=contentinfo], [role=search]"
 )
@@ -53,6 +53,9 @@ def main_text(page: str) -> str:
     sizes = measure(tree.body, skipped)
     skipped |= {id for id, size in sizes.items() if size.links > 2 and size.linked > MOST_LINKED * size.text}
     root = tree.body
+    whole = sizes[root.mem_id].text  # ASP.NET's pages are one form: only a small one is noise
+    forms = [node.mem_id for node in tree.css("form") if node.mem_id in sizes]
+    skipped |= {id for id in forms if 2 * sizes[id].text <= whole}
     for selector in MAIN:  # the longest article, else main, if it has most of the body's text
         found = [node for node in tree.css(selector) if node.mem_id in sizes]
         best = max(found, key=lambda node: sizes[node.mem_id].text, default=None)
@@ -87,7 +90,7 @@ def measure(body: Any, skipped: set[int]) -> dict[int, Size]:
         elif node.tag == "a":
             in_link += 1 if entering else -1
             above[-1].links += entering
-        elif node.tag in MENUS or node.tag in ("body", "article", "main") or "role" in node.attributes:
+        elif node.tag in MENUS or node.tag in ("body", "article", "main", "form") or "role" in node.attributes:
             if entering:
                 above.append(sizes.setdefault(node.mem_id, Size()))
             else:

@@ -12,19 +12,25 @@ from __future__ import annotations
 import ipaddress
 import re
 
-EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[\w-]{1,63}\.){1,8}[A-Za-zÀ-ɏ]{2,24}(?![\w@])")
+EMAIL = re.compile(
+    r"(?<![\w.+%-])[\w.+%-](?:[\w.+%'-]{0,62}[\w.+%-])?@(?:[\w-]{1,63}\.){1,8}"
+    r"(?:xn--[a-z0-9-]{2,59}(?![\w@-])|[A-Za-zÀ-ɏ]{2,24}(?![A-Za-zÀ-ɏ\d_@-])|[^\W\d_A-Za-zÀ-ɏ]{2,10}(?![\w@]))"
+)
 URL = re.compile(r"\b(?:https?://|www\.)[^\s<>\"'“”‘’]{2,2000}(?<![.,;:!?)\]])", re.IGNORECASE)
 IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
 CARD = re.compile(r"(?<![\d.-])\d(?:[ -]?\d){12,18}(?![\d-])")
 SSN = re.compile(r"(?<![\d-])(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\d-])")
 UUID = re.compile(r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b", re.IGNORECASE)
-MAC = re.compile(r"\b(?:[0-9a-f]{2}:){5}[0-9a-f]{2}\b", re.IGNORECASE)
-IP = re.compile(r"(?i)(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9a-f]{0,4}(?::[0-9a-f]{0,4}){2,7})(?![\w:]|\.\d)")
+MAC = re.compile(r"\b[0-9a-f]{2}([:-])(?:[0-9a-f]{2}\1){4}[0-9a-f]{2}\b", re.IGNORECASE)
+IP = re.compile(
+    r"(?i)(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}(?!\.?\d|\w)|[0-9a-f]{0,4}(?::[0-9a-f]{0,4}){2,7}(?![\w:]|\.\d))"
+)
 PHONE = re.compile(
-    r"(?<![\w.,/-])(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,5}(?:[ ./-]?\d{2,5}){1,5}"
-    r"|\(\d{2,5}\)[ .-]?\d{2,5}(?:[ .-]?\d{2,5}){1,3}"
+    r"(?:(?<![\w,/-])\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,5}(?:[ ./-]?\d{2,5}){1,5}|(?<![\w.,/-])(?:"
+    r"\((?!(?:1[89]|20)\d\d\))\d{2,5}\)[ .-]?\d{2,5}(?:[ .-]?\d{2,5}){1,3}"
     r"|0\d{1,5}[ /-]\d{3,8}(?:[ -]\d{1,5}){0,3}"
-    r"|\d{3}[.-]\d{3}[.-]\d{4})(?![\w-]|[.,]\d)"
+    r"|0[1-9]([ .-])\d\d(?:\1\d\d){3}"
+    r"|(?:1[ .-])?(?:\d{3}([.-])\d{3}\2\d{4}|[2-9]\d\d [2-9]\d\d \d{4})))(?![\w-]|[.,]\d)"
 )
 
 
@@ -72,4 +78,7 @@ def is_address(text: str) -> bool:
         address = ipaddress.ip_address(text)
     except ValueError:
         return False
-    return address.version == 4 or text.count(":") > 2 or "::" in text.strip(":")
+    if address.version == 4:
+        return True
+    digits = any(c.isdigit() for c in text)  # "a::b" is C++
+    return text.count(":") > 2 or ("::" in text.strip(":") and (digits or len(text) > 8))

@@ -11,15 +11,17 @@ from collections.abc import Callable, Iterator
 from encodings.aliases import aliases
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, TextIO, cast
+from typing import Any, BinaryIO, TextIO, cast
 
 from lmworks.base.errors import InputError, did_you_mean, from_os_error
 from lmworks.base.optional import require
-from lmworks.text.decode import decode, sniff
+from lmworks.text.decode import DAMAGED, decode, sniff
 
 STDIN = Path("-")
 WHOLE = 1 << 24  # bytes: a text up to this is decoded at once; of a longer one little more than a line is held
 CHUNK = 1 << 20
+SLICE = 1 << 10  # bytes of a .zst file that are unpacked at once: no more than 33 MB
+LARGEST_WINDOW = 1 << 31  # bytes: what `zstd --long=31` writes
 LONGEST_LINE = 1 << 28  # characters of a row; a longer one is refused rather than held
 
 
@@ -32,8 +34,43 @@ def unpack_gzip(file: BinaryIO) -> BinaryIO:
 
 def unpack_zstd(file: BinaryIO) -> BinaryIO:
     """Return what a .zst file holds, all its frames; needs the [data] extra."""
-    reader = require("zstandard", extra="data").ZstdDecompressor().stream_reader(file, read_across_frames=True)
-    return cast(BinaryIO, reader)
+    library = require("zstandard", extra="data")
+    return io.BufferedReader(Frames(file, library.ZstdDecompressor(max_window_size=LARGEST_WINDOW)), CHUNK)
+
+
+class Frames(io.RawIOBase):
+    """The frames of a .zst file; one that ends early is an EOFError, which the library's own reader passes over."""
+
+    def __init__(self, file: BinaryIO, unpacker: Any) -> None:
+        super().__init__()
+        self.file, self.unpacker = file, unpacker
+        self.frame: Any = None
+        self.packed = self.held = b""
+
+    def readable(self) -> bool:
+        """Say that it can be read."""
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        """Fill the buffer, and return how many bytes that are."""
+        while not self.held:
+            self.packed = self.packed or self.file.read(SLICE)
+            if not self.packed:
+                if self.frame is not None:
+                    raise EOFError("the file ended before its last frame did")
+                return 0
+            self.frame = self.frame or self.unpacker.decompressobj()
+            self.held, self.packed = self.frame.decompress(self.packed), b""
+            if self.frame.eof:
+                self.packed, self.frame = self.frame.unused_data, None
+        size = min(len(buffer), len(self.held))
+        buffer[:size], self.held = self.held[:size], self.held[size:]
+        return size
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+        super().close()
 
 
 PACKED: dict[str, Callable[[BinaryIO], BinaryIO]] = {".gz": unpack_gzip, ".zst": unpack_zstd}
@@ -140,7 +177,8 @@ def open_text(
         source = Source(open_bytes(path, tell), name)
     stream = io.BufferedReader(source, CHUNK)
     stream.read(mark)
-    return io.TextIOWrapper(stream, encoding=encoding, errors="strict", newline="\n"), encoding
+    codec, errors = ("utf-8", DAMAGED) if encoding == DAMAGED else (encoding, "strict")
+    return io.TextIOWrapper(stream, encoding=codec, errors=errors, newline="\n"), encoding
 
 
 def check_encoding(name: str) -> None:

@@ -16,7 +16,7 @@ from lmworks.text.read import READERS, Document, Part, describe, find_files, ope
 Unit = Literal["file", "paragraph", "line"]
 LONGEST_PART = 1 << 22  # characters of plain text: a longer file, paragraph or line is cut, best between paragraphs
 BATCH_TEXT, BATCH_DOCUMENTS = 1 << 19, 2000  # characters, documents
-BLANK_LINES = re.compile(r"\r?\n(?:[ \t\r]*\n)+")
+BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def cut(document: Record, unit: Unit) -> list[Record]:
     """Return a plain text or page as documents: as it is, its paragraphs or its lines, without blank ones."""
     if unit == "file" or document.row is not None:
         return [document]
-    texts = BLANK_LINES.split(document.text) if unit == "paragraph" else document.text.split("\n")
+    whole = re.sub("\r\n?", "\n", document.text)  # an old Macintosh ends its lines in \r
+    texts = BLANK_LINES.split(whole) if unit == "paragraph" else whole.split("\n")
     kept = [text.strip("\r\n") for text in texts if text.strip()]
     return [replace(document, name=f"{document.name}:{i}", text=text) for i, text in enumerate(kept, 1)]
 

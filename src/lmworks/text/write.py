@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -52,5 +53,17 @@ def to_bytes(document: Record, text: str, ending: str, *, unit: Unit = "file", e
     row = {"text": text, "source": document.name}
     if document.row is not None:
         row = {**document.row, document.column: text}
-    line = json.dumps({**row, **extra}, ensure_ascii=False, default=str)
+    try:
+        line = json.dumps({**row, **extra}, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        line = json.dumps(finite({**row, **extra}), ensure_ascii=False, default=str)
     return (mend_surrogates(line) + "\n").encode("utf-8")
+
+
+def finite(value: Any) -> Any:
+    """Return a value of a row with null for what is no number, or infinite: JSON has neither."""
+    if isinstance(value, dict):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

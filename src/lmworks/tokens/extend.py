@@ -81,14 +81,14 @@ def copy_backend(tokenizer: Tokenizer) -> Any:
 
 def add(tokenizer: Tokenizer, tokens: Sequence[str], *, whole: bool = False) -> Added:
     """Return the tokenizer with added tokens; with `whole` they match whole words only."""
-    known = [token for token in tokens if tokenizer.backend.token_to_id(token) is not None]
+    library, backend = require("tokenizers", extra="text"), copy_backend(tokenizer)
+    rewrite = str if backend.normalizer is None else backend.normalizer.normalize_str  # as texts, and the decoder, do
+    known = [t for t in tokens if any(backend.token_to_id(form) is not None for form in (t, rewrite(t)))]
     if known:
         raise InputError("the tokenizer has these tokens already", found=", ".join(known[:8]), fix="leave them out")
-    library, backend = require("tokenizers", extra="text"), copy_backend(tokenizer)
     backend.add_tokens([library.AddedToken(token, single_word=whole, normalized=True) for token in tokens])
     new = Tokenizer(backend, config=tokenizer.config)
     ids = [backend.token_to_id(token) for token in tokens]
-    rewrite = str if backend.normalizer is None else backend.normalizer.normalize_str  # as the decoder gives a token
     lost = [
         token
         for token, i in zip(tokens, ids, strict=True)
@@ -99,7 +99,7 @@ def add(tokenizer: Tokenizer, tokens: Sequence[str], *, whole: bool = False) -> 
             "the tokenizer would not give these tokens back: it decodes their letters as bytes",
             found=", ".join(lost[:8]),
             expected="tokens of ASCII letters, or with a space before them",
-            fix="lmworks tokenizer extend merges such words from their bytes instead",
+            fix="leave them out, or let lmworks tokenizer extend merge them from their bytes, where ids have no gaps",
         )  # fmt: skip
     cut = tokenizer.encode_batch(list(tokens))
     return new, {id: [i for i in old if i != tokenizer.unk_id] for id, old in zip(ids, cut, strict=True)}
@@ -124,13 +124,18 @@ def find_words(tokenizer: Tokenizer, texts: Sequence[str], count: int) -> list[s
 
     With a byte-level tokenizer a word has the space before it. Of equal savings the first in the alphabet comes first.
     """
-    pattern = SPACED if is_mergeable(tokenizer) else BARE
+    mergeable = is_mergeable(tokenizer)
+    pattern = SPACED if mergeable else BARE
+    blank = len(tokenizer.encode(" "))
     seen = Counter(match for text in texts for match in pattern.findall(text))
     saved = {}
     for words in batches(sorted(word for word, times in seen.items() if times > 1)):
-        for word, ids in zip(words, tokenizer.encode_batch(words), strict=True):
-            if len(ids) > 1 and tokenizer.decode(ids).strip() == word.strip():
-                saved[word] = (len(ids) - 1) * seen[word]
+        after = words if mergeable else [f" {word}" for word in words]  # an added token leaves the space by itself
+        both = zip(words, tokenizer.encode_batch(words), tokenizer.encode_batch(after), strict=True)
+        for word, ids, spaced in both:
+            gain = len(ids) - 1 if mergeable else min(len(ids) - 1, len(spaced) - blank - 1)
+            if gain > 0 and tokenizer.decode(ids).strip() == word.strip():
+                saved[word] = gain * seen[word]
     if not saved:
         raise InputError("no word of the training data is cut in pieces more than once", fix="leave --add-tokens out")
     return sorted(saved, key=lambda word: (-saved[word], word))[:count]
@@ -143,11 +148,10 @@ def batches(words: Sequence[str]) -> Iterator[list[str]]:
 
 
 def is_mergeable(tokenizer: Tokenizer) -> bool:
-    """Tell whether words can be merged from pieces: byte-level pairs, and no token beyond the vocabulary."""
+    """Tell whether words can be merged from pieces: byte-level pairs, and no id that is left out."""
     model = json.loads(tokenizer.backend.to_str())["model"]
     plain = model.get("type") == "BPE" and not model.get("ignore_merges") and not model.get("dropout")
-    ids = (model.get("vocab") or {"": 0}).values() if plain else [0]
-    inside = len(ids) == tokenizer.vocab_size == max(ids) + 1
+    inside = max(tokenizer.backend.get_vocab().values(), default=0) + 1 == tokenizer.vocab_size
     return bool(plain and inside and '"ByteLevel"' in json.dumps(tokenizer.pre_tokenizer))
 
 
@@ -157,6 +161,7 @@ def grow(tokenizer: Tokenizer, words: Sequence[str], count: int) -> Added:
         return add(tokenizer, [w for w in words if tokenizer.backend.token_to_id(w) is None], whole=True)
     state = json.loads(tokenizer.backend.to_str())
     vocabulary, merges = state["model"]["vocab"], state["model"]["merges"]
+    vocabulary |= {token["content"]: token["id"] for token in state["added_tokens"]}  # else they would give way
     pairs = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in merges]
     ranks, old = {pair: rank for rank, pair in enumerate(pairs)}, len(vocabulary)
     origin: dict[str, list[int]] = {}

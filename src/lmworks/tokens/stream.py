@@ -56,7 +56,8 @@ class Texts:
                 yield piece
         self.sha256 = digest.hexdigest()
         if not self.characters:
-            raise InputError("there is no text here", where=", ".join(map(str, self.files)), fix="give other files")
+            fix = "give other files" if self.sample is None else "a larger --sample, or another --seed: none was drawn"
+            raise InputError("there is no text here", where=", ".join(map(str, self.files)), fix=fix)
 
     def draw(self) -> Iterator[str]:
         """Yield all pieces, or those of the documents that are drawn, in their order."""

@@ -263,10 +263,11 @@ class Tokenizer:
 
     @cached_property
     def is_lossless(self) -> bool:
-        """True when every text survives encoding and decoding: byte-level, all 256 bytes, no rewriting."""
+        """True when every text survives encoding and decoding: byte-level, all 256 bytes, nothing is rewritten."""
         alphabet = require("tokenizers", extra="text").pre_tokenizers.ByteLevel.alphabet()
         byte_level = {"type": "ByteLevel", "add_prefix_space": False}.items() <= self.pre_tokenizer.items()
-        whole = all(self.backend.token_to_id(byte) is not None for byte in alphabet)
+        eats = any(token.lstrip or token.rstrip for token in self.backend.get_added_tokens_decoder().values())  # blanks
+        whole = not eats and all(self.backend.token_to_id(byte) is not None for byte in alphabet)
         return byte_level and whole and self.backend.normalizer is None and self.unk_id is None
 
     @property
@@ -293,8 +294,7 @@ class Tokenizer:
         names = [legacy.content(self.config[key])] if self.config.get(key) else []
         if key not in self.config:
             names = [*usual, *USUAL.get(key, ())]
-        ids = (self.backend.token_to_id(name) for name in names)
-        return next((id for id in ids if id is not None), None)
+        return next((id for name in names if (id := self.backend.token_to_id(name)) is not None), None)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 
 from lmworks.base.errors import InputError
 from lmworks.base.files import STAGED, new_file, write_text
+from lmworks.base.knobs import check_useful
 from lmworks.base.pool import map_batches, show_progress
 from lmworks.base.report import Report, Table, counted
 from lmworks.text.clean import DEFAULT_STEPS, STEPS, choose_steps
 from lmworks.text.duplicates import Fingerprints, key, sign
-from lmworks.text.language import identify
-from lmworks.text.open import plain_ending
+from lmworks.text.language import check_languages, identify
+from lmworks.text.open import STDIN, plain_ending
 from lmworks.text.stream import Record, Unit, cut, list_files, make_batches, stream_documents, total_bytes
 from lmworks.text.write import check_ending, open_packed, to_bytes
 
@@ -105,14 +106,23 @@ def clean(
     check(out, files, threshold, overwrite)
     plan = Plan(
         steps=choose_steps(parse_names(steps)),
-        languages=parse_names(language),
-        among=parse_names(among),
+        languages=parse_names(language.lower()),
+        among=parse_names(among.lower()),
         min_chars=max(1, min_chars),
         exact=dedup is not None,
         near=dedup == "near",
         ending=plain_ending(out),
         unit=unit,
     )
+    named = set(plan.languages) - {"und"}
+    strange = sorted(named - set(plan.among)) if plan.among else []
+    check_useful({
+        "--threshold is for near duplicates": (dedup != "near" and threshold != THRESHOLD, "no --dedup near"),
+        "--stdin is for standard input": (stdin != "txt" and STDIN not in dict(files), "no - among the files"),
+        "--language keeps what --among rules out": (bool(strange), ", ".join(strange)),
+    })  # fmt: skip
+    if named:
+        check_languages(sorted(named))
     total = Tally()
     with show_progress("cleaning", total_bytes(files)) as tell:
         documents = stream_documents(

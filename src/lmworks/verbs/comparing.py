@@ -130,9 +130,8 @@ def score_ngram(path: Path, file: str | Path, column: str | None) -> TextScores:
         coded = [line.encode("utf-8", "replace") for line in lines]
         stream = opened.encode(coded)
         logprobs, _ = opened.model.score(stream)
-        ends = np.flatnonzero(stream[1:] == opened.model.eos_id)[: len(lines)]
-        starts = np.concatenate([[0], ends[:-1] + 1])
-        nats, sizes = np.add.reduceat(-logprobs, starts), np.diff(np.append(starts, len(logprobs)))
+        sizes = opened.sizes(coded, stream)
+        nats = np.add.reduceat(-logprobs, np.cumsum(sizes) - sizes)
         if opened.tokenizer is not None:
             scores.is_whole = scores.is_whole and all(map(opened.tokenizer.knows, lines))
         elif scores.is_whole:

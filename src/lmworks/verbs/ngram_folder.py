@@ -67,6 +67,13 @@ class Opened:
             stream += end
         return np.frombuffer(stream, np.int32)
 
+    def sizes(self, lines: Sequence[bytes], stream: Ints) -> NDArray[np.int64]:
+        """Return how many tokens of their stream each line takes, its end included."""
+        ends = np.flatnonzero(stream[1:] == self.model.eos_id)
+        if self.tokenizer is not None and len(ends) != len(lines):  # the end token is spelled out in a line
+            return np.array([1 + len(ids) for ids in self.tokenizer.encode_batch([line.decode() for line in lines])])
+        return np.diff(ends, prepend=-1)
+
     def context(self, text: str) -> list[int]:
         """Return the tokens of a context; one that begins with <s> begins a sentence."""
         begins = text.lstrip().startswith(BEGIN)

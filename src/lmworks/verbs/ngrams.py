@@ -4,7 +4,8 @@ A line is a sentence: `<s>` before it gives context, `</s>` after it is predicte
 words in training, as for KenLM's lmplz; the perplexity skips it, and `perplexity_with_blank_lines` does not, which is
 what KenLM's `query` prints.
 
-Bits per byte count the words, one blank between two, and the line's end; they are None where a token was unknown.
+Bits per byte count the words, one blank between two, and the line's end; they are None where a token was unknown, or a
+tokenizer lost something.
 
 Shapes: N tokens of a stream, V vocabulary.
 """
@@ -54,7 +55,7 @@ def train(
     else:
         decoded = [line.decode() for line in lines]
         texts_of = (f"{line}\n" for line in decoded)
-        tokenizer = train_tokenizer(texts_of, kind=kind, vocab_size=vocab_size or 4096)
+        tokenizer = train_tokenizer(texts_of, kind=kind, vocab_size=4096 if vocab_size is None else vocab_size)
         stream = make_stream(tokenizer, decoded)
         names = [tokenizer.token(i) or f"<{i}>" for i in range(tokenizer.vocab_size)]
     eos = 0 if tokenizer is None else tokenizer.eos_id
@@ -110,6 +111,12 @@ def check_choices(order: int, smoothing: str, kind: str, min_count: int, prune: 
         raise InputError("--prune is out of range", found=str(prune), expected="0 to 1, such as 1e-7")
 
 
+def check_least(option: str, value: int, least: int) -> None:
+    """Raise InputError for a number that is too small."""
+    if value < least:
+        raise InputError(f"--{option} is out of range", found=str(value), expected=f"{least} or more")
+
+
 def growth(model: NgramModel, stream: Ints) -> list[dict[str, Any]]:
     """Return, for each order, the n-grams held, how many there could be, and the share of those that the text has."""
     rows, total = [], 0
@@ -136,8 +143,7 @@ def evaluate(model: str | Path, texts: str | Path, *, column: str | None = None)
     everything = opened.encode(lines)  # (N,)
     logprobs, lengths = opened.model.score(everything)
     tokens = everything[1:]
-    ends = np.flatnonzero(tokens == opened.model.eos_id)
-    scored = np.repeat(np.array(filled), np.diff(ends, prepend=-1))  # (N-1,) not of a blank line
+    scored = np.repeat(np.array(filled), opened.sizes(lines, everything))  # (N-1,) not of a blank line
     unknown = tokens == (-1 if opened.unknown is None else opened.unknown)
     kept, oov = logprobs[scored], int((unknown & scored).sum())
     count = int((scored & (tokens != opened.model.eos_id)).sum())
@@ -145,7 +151,7 @@ def evaluate(model: str | Path, texts: str | Path, *, column: str | None = None)
         size = sum(len(line) + 1 for line, full in zip(lines, filled, strict=True) if full)
     else:
         size = sum(sum(map(len, row)) + len(row) for row in words if row)
-    known = oov == 0 and (opened.tokenizer is None or opened.tokenizer.is_lossless or opened.unknown is not None)
+    known = oov == 0 and (opened.tokenizer is None or all(opened.tokenizer.knows(line.decode()) for line in lines))
     shares = np.bincount(lengths[scored], minlength=opened.model.order + 1)[1:] / max(1, len(kept))
     values: dict[str, Any] = {
         "perplexity": finite(perplexity(kept)), "bits_per_byte": finite(bits_per_byte(kept, size if known else None)),
@@ -165,6 +171,8 @@ def evaluate(model: str | Path, texts: str | Path, *, column: str | None = None)
         )
     if oov:
         notes.append(f"{oov:,} of {count:,} tokens are not in the vocabulary: bits per byte would flatter the model.")
+    elif not known:
+        notes.append("The tokenizer loses something of this text: bits per byte would flatter the model.")
     rows = tuple((name.replace("_", " "), values[name]) for name in (
         "perplexity", "perplexity_excluding_oov", "perplexity_with_blank_lines", "bits_per_byte", "oov_rate", "tokens",
         "lines"))  # fmt: skip
@@ -183,9 +191,14 @@ def finite(value: float | None) -> float | None:
 
 def sample(model: str | Path, *, prompt: str = "", count: int = 5, max_tokens: int = 50, seed: int = 0) -> Report:
     """Draw sentences, each from the beginning or after a prompt."""
+    for option, value, low in (("count", count, 1), ("max-tokens", max_tokens, 1), ("seed", seed, 0)):
+        check_least(option, value, low)
     opened = load(model)
     ids = opened.context(prompt)
     ids = ids[1:] if ids[:1] == [opened.model.eos_id] else ids
+    if not opened.model.distribution([opened.model.eos_id, *ids]).any():
+        raise InputError("nothing follows this prompt: mle knows the contexts of its text alone", found=prompt,
+                         fix="another --prompt, or a model of another smoothing")  # fmt: skip
     texts = []
     for i in range(count):
         drawn = opened.model.sample(max_tokens=max_tokens, prompt=ids, seed=seed + i)
@@ -196,6 +209,7 @@ def sample(model: str | Path, *, prompt: str = "", count: int = 5, max_tokens: i
 
 def table(model: str | Path, context: str = "", *, top: int = 20) -> Report:
     """Return the likeliest tokens after a context, `<s>` for the beginning of a sentence: P(jumps | fox) = 1.0000."""
+    check_least("top", top, 1)
     opened = load(model)
     ids = opened.context(context)
     if opened.unknown in ids and opened.unknown is not None:

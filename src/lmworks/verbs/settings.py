@@ -170,6 +170,9 @@ class Settings:
     def check(self, *, page: bool = False) -> None:
         """Raise InputError for the first knob outside its range; `page`: for what a web page cannot run."""
         check_ranges(self, RANGES)
+        if self.lr is not None and self.min_lr is not None and self.min_lr > self.lr:
+            raise InputError("--min-lr is above --lr", found=f"{self.min_lr:g} and {self.lr:g}",
+                             expected="the rate falls to --min-lr")  # fmt: skip
         for name, kind in CHOICES.items():
             if getattr(self, name) not in (*get_args(kind), getattr(Settings(), name)):
                 found, known = str(getattr(self, name)), get_args(kind)

@@ -102,6 +102,7 @@ TASK_TYPES = {  # of peft
 }
 HEADS = ("classifier", "score", "qa_outputs")  # peft saves these for their tasks, with everything that they hold
 CUSTOM, PARTS = "lmworks-custom", "lmworks_custom"  # the type, and the key, of a model with layers of a user's own
+NGRAM = "lmworks-ngram"  # no network
 SIZES = ("num_attention_heads", "num_key_value_heads", "head_dim")  # that some published configs derive
 COMPACT_TYPE, COMPACT_KEY = "lmworks-compact", "lmworks_quantization"  # the same for layers held in another form
 CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
@@ -114,7 +115,9 @@ def find_family(model_type: str) -> Family:
         raise InputError(
             f"the model type {model_type!r} is not supported",
             expected=", ".join(sorted(FAMILIES)),
-            fix=did_you_mean(model_type, FAMILIES).strip(),
+            fix="lmworks ngram, or lmworks compare"
+            if model_type == NGRAM
+            else did_you_mean(model_type, FAMILIES).strip(),
         )
     return FAMILIES[model_type]
 
