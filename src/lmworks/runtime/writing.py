@@ -31,8 +31,9 @@ class Decodes(Protocol):
 class Characters:
     """Turn tokens into text that never ends inside a character.
 
-    A token of a byte-level BPE may hold a part of a UTF-8 sequence. Decoding shows such a part as one U+FFFD at the end
-    of the text, so a last character that is one waits for the next token; `flush` gives it out when none comes.
+    A token may hold a part of a UTF-8 sequence, which decoding shows as U+FFFD: as one (byte-level BPE), or as one for
+    each byte of a whole run of such tokens, until its last character is complete (byte fallback). So U+FFFD at the end
+    waits for the next token; `flush` gives it out when none comes.
     """
 
     def __init__(self, tokenizer: Decodes) -> None:
@@ -40,17 +41,21 @@ class Characters:
         self.tokens: list[int] = []  # those since the text was last whole, after one more for context
         self.shown = 0  # characters of their text that were given out
         self.waiting = ""
+        self.context: tuple[list[int], int] | None = None  # the last token that is text by itself, and its characters
 
     def push(self, token: int) -> str:
         """Add a token; return the characters that it completes, perhaps none."""
         self.tokens.append(token)
-        new = self.tokenizer.decode(self.tokens)[self.shown :]
-        end = len(new) - new.endswith(INCOMPLETE)
-        piece, self.waiting = new[:end], new[end:]
-        self.shown += end
-        if not self.waiting:  # start over, but keep a token of context: some decoders look at the one before
-            self.tokens = [token]
-            self.shown = len(self.tokenizer.decode(self.tokens))
+        text, alone = self.tokenizer.decode(self.tokens), self.tokenizer.decode([token])
+        new = text[self.shown :]
+        piece = new.rstrip(INCOMPLETE)
+        self.waiting = new[len(piece) :]
+        self.shown += len(piece)
+        if alone and INCOMPLETE not in alone:
+            self.context = [token], len(alone)
+        if not self.waiting and self.context is not None:  # start over, with a token that decoders may look at
+            kept, self.shown = self.context
+            self.tokens = list(kept)
         return piece
 
     def flush(self) -> str:
