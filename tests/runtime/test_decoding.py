@@ -114,9 +114,12 @@ def test_tokens_that_cut_anywhere_still_give_whole_characters(words, data):
 
 
 @settings(deadline=None)
-@given(st.text(alphabet="ab é日本語😀\ufffd", max_size=12))
-def test_byte_fallback_gives_whole_characters(text):
-    """Llama's decoder shows a run of byte tokens as U+FFFD for each byte until all of the run is whole."""
+@given(st.text(alphabet="ab é日本語😀\ufffd", max_size=12), st.booleans())
+def test_byte_fallback_gives_whole_characters(text, after):
+    """Llama's decoder shows a run of byte tokens as U+FFFD for each byte until all of the run is whole.
+
+    And it takes the space off the first token: a text that goes on `after` a prompt keeps it.
+    """
     vocab = {"<unk>": 0} | {f"<0x{i:02X}>": i + 1 for i in range(256)} | {"▁": 257, "a": 258, "b": 259, "▁a": 260}
     backend = tokenizers.Tokenizer(
         tokenizers.models.BPE(vocab=vocab, merges=[("▁", "a")], unk_token="<unk>", byte_fallback=True)
@@ -126,7 +129,8 @@ def test_byte_fallback_gives_whole_characters(text):
         [parts.Replace("▁", " "), parts.ByteFallback(), parts.Fuse(), parts.Strip(" ", 1, 0)]
     )
     ids = backend.encode("▁" + text.replace(" ", "▁")).ids
-    characters, shown = Characters(backend), ""
+    characters, shown = Characters(backend, [1, 259, 200] if after else ()), ""
+    text = " " * after + text
     for id in ids:
         shown += characters.push(id)
         assert text.startswith(shown)
