@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -207,7 +208,8 @@ def test_null_is_the_default_and_what_asks_for_nothing_is_taken(client: openai.O
     for back in (said, said.model_dump()):
         assert client.chat.completions.create(messages=[*turns, back, *turns], **settings).usage
     with pytest.raises(openai.BadRequestError, match="tool_calls is not supported"):
-        client.chat.completions.create(messages=[*turns, {**said.model_dump(), "tool_calls": [{"id": "1"}]}], **settings)
+        turns.append({**said.model_dump(), "tool_calls": [{"id": "1"}]})
+        client.chat.completions.create(messages=turns, **settings)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +218,7 @@ def test_null_is_the_default_and_what_asks_for_nothing_is_taken(client: openai.O
         ("embeddings", {"input": []}, "at least 1 item"),
         ("embeddings", {"input": ["a"] * 2049}, "at most 2048 items"),
         ("embeddings", {"input": "a", "dimensions": 100}, "384 dimensions"),
-        ("chat/completions", {"messages": [{"role": "user", "content": "a", "colour": 1}]}, "unknown parameter: colour"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a", "hue": 1}]}, "unknown parameter: hue"),
         ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}, "needs logprobs"),
     ],
 )
