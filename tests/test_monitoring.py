@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from dataclasses import replace
@@ -180,6 +181,24 @@ def test_a_graph_without_features_has_scores_of_its_logits_alone(place: Path, tm
     assert opened(tmp_path / "old")(["a text"], check=True)[0].features is None
     with pytest.raises(InputError, match="does not give"):
         fit_monitor(tmp_path / "old", place / "held.csv", score="nearest")
+
+
+def test_data_may_number_labels_that_have_no_names(place: Path, tmp_path: Path) -> None:
+    """As `evaluate` takes them."""
+    shutil.copytree(place / "news", tmp_path / "plain")
+    names = {str(i): f"LABEL_{i}" for i in range(4)}
+    config = {**read_json(tmp_path / "plain/config.json"), "id2label": names}
+    config["label2id"] = {name: int(i) for i, name in names.items()}
+    (tmp_path / "plain/config.json").write_text(json.dumps(config))
+    with (
+        (place / "held.csv").open(encoding="utf-8", newline="") as read,
+        (tmp_path / "held.csv").open("w", encoding="utf-8", newline="") as file,
+    ):
+        numbered = ((row["text"], TOPICS.index(row["label"])) for row in csv.DictReader(read))
+        csv.writer(file).writerows([("text", "label"), *numbered])
+    found = fit_monitor(tmp_path / "plain", tmp_path / "held.csv", validation=tmp_path / "held.csv").values
+    assert found["accuracy"] == read_json(place / "news/monitor.json")["accuracy"]
+    assert list(found["reference"]["classes"]) == list(names.values())
 
 
 def test_tasks_without_a_monitor_are_refused(place: Path, tmp_path: Path) -> None:

@@ -66,7 +66,18 @@ def stranger() -> Iterator[dict[str, Any]]:
 WINDOW = {"requests": 200, "window": 200, "level": 1e-5, "out_of_domain": 0.1, "drift": [],
           "tests": {"score": {"p": 0.5, "statistic": 0.1}}}  # fmt: skip
 MODEL = {"drift": False, "requests": 200, "window": 200, "comparisons": [WINDOW],
-         "reference": {"accuracy": 0.9, "texts": 50, "false_alarms": 0.1}}  # fmt: skip
+         "reference": {"accuracy": 0.9, "accuracy_kept": 0.8, "texts": 50, "false_alarms": 0.1}}  # fmt: skip
+
+
+def test_who_steps_back_is_held_to_the_accuracy_with_that(stranger: dict[str, Any], tmp_path: Path) -> None:
+    """And LABEL_1 is what data call 1."""
+    data = tmp_path / "data.csv"
+    data.write_text("text,label\na,1\nb,0\n")
+    for second, expected, right in (("LABEL_0", 0.9, 1.0), (None, 0.8, 0.5)):
+        answers = [{"label": "LABEL_1"}, {"label": second}]
+        stranger["said"] = json.dumps({"models": {"a": MODEL}, "answers": answers}).encode()
+        found = check_monitor(stranger["url"], data=data).values["accuracy"]
+        assert (found["expected"], found["accuracy"]) == (expected, right)
 
 
 def test_answers_that_are_not_ours_are_told(stranger: dict[str, Any], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -110,6 +111,30 @@ def test_tokens_that_cut_anywhere_still_give_whole_characters(words, data):
         valid = before.decode(errors="ignore")  # without an unfinished end
         assert shown == valid or shown == valid.removesuffix("\ufffd")
     assert shown + characters.flush() == whole.decode()
+
+
+@settings(deadline=None)
+@given(st.text(alphabet="ab é日本語😀\ufffd", max_size=12), st.booleans())
+def test_byte_fallback_gives_whole_characters(text, after):
+    """Llama's decoder shows a run of byte tokens as U+FFFD for each byte until all of the run is whole.
+
+    And it takes the space off the first token: a text that goes on `after` a prompt keeps it.
+    """
+    vocab = {"<unk>": 0} | {f"<0x{i:02X}>": i + 1 for i in range(256)} | {"▁": 257, "a": 258, "b": 259, "▁a": 260}
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab=vocab, merges=[("▁", "a")], unk_token="<unk>", byte_fallback=True)
+    )
+    parts = tokenizers.decoders
+    backend.decoder = parts.Sequence(
+        [parts.Replace("▁", " "), parts.ByteFallback(), parts.Fuse(), parts.Strip(" ", 1, 0)]
+    )
+    ids = backend.encode("▁" + text.replace(" ", "▁")).ids
+    characters, shown = Characters(backend, [1, 259, 200] if after else ()), ""
+    text = " " * after + text
+    for id in ids:
+        shown += characters.push(id)
+        assert text.startswith(shown)
+    assert shown + characters.flush() == text
 
 
 def test_a_decoder_that_looks_at_the_token_before_keeps_its_spaces():

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -138,6 +139,21 @@ def test_a_folder_that_cannot_be_served_is_said_before_listening(tmp_path: Path)
         make_app([describe(made_folder()), describe(copy_folder(tmp_path / "a" / made_folder().name))])
 
 
+def test_a_models_name_is_that_of_the_folder_or_of_the_link_to_it(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "current").symlink_to(made_folder())
+    assert describe(tmp_path / "current").name == "current", "where it leads changes with each release"
+    monkeypatch.chdir(made_folder() / "onnx")
+    assert describe("..").name == made_folder().resolve().name
+
+
+def test_what_cannot_work_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options, said in (
+        ((), "no model to serve"), ((str(made_folder()), "--drift-log", str(tmp_path / "no/x")), "no such folder"),
+    ):  # fmt: skip
+        assert main(["serve", *options, "--port", "0"]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_a_model_that_cannot_be_loaded_is_never_ready_and_says_why(tmp_path: Path) -> None:
     folder = copy_folder(tmp_path / "broken")
     (folder / "onnx" / "model.onnx").write_bytes(b"nothing")
@@ -149,6 +165,7 @@ def test_a_model_that_cannot_be_loaded_is_never_ready_and_says_why(tmp_path: Pat
             time.sleep(0.02)
         assert reason == "broken is not usable"
         assert httpx.get(f"{one.base}/health/live").status_code == 200
+        assert [httpx.head(f"{one.base}/health/{name}").status_code for name in ("live", "ready")] == [200, 503]
         answer = one.post("/v1/completions", {"prompt": "a"})
         assert answer.status_code == 500
         assert "model.onnx" in answer.json()["error"]["message"]

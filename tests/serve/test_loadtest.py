@@ -25,8 +25,8 @@ from lmworks.cli import main
 from lmworks.serve.app import listen
 from lmworks.serve.guard import digest
 from lmworks.serve.load_client import read_url
-from lmworks.serve.load_requests import make_plan
-from lmworks.serve.loadtest import GROWTH, Load, loadtest, percentiles
+from lmworks.serve.load_requests import Plan, make_plan
+from lmworks.serve.loadtest import COUNT, GROWTH, Load, closed, loadtest, percentiles
 
 KEY = "a-right-key-of-some-length"
 Send = Callable[[Any], Any]
@@ -234,6 +234,28 @@ def test_a_curve_ends_where_the_throughput_does(how: dict[str, Any]) -> None:
     assert [step[key] for step in found["curve"]] == [how[key] * 2**i for i in range(len(reached))]
 
 
+@pytest.mark.parametrize("how", [{"clients": 1}, {"rate": 20.0, "clients": 200}])
+def test_a_curve_ends_where_nothing_is_answered(how: dict[str, Any]) -> None:
+    async def answer(number: int, send: Send) -> None:
+        await say(send, 500 if number else 200, b"{}")
+
+    with stub(answer) as url:
+        found = run(url, curve=True, requests=None, duration=0.3, **how)
+    assert [step["succeeded"] for step in found["curve"]] == [0]
+
+
+def test_a_server_that_is_gone_is_not_asked_without_a_pause() -> None:
+    async def work() -> int:
+        plan = Plan("/classify", None, None, [{"text": "a"}], own=False)
+        return len(await closed(read_url("http://127.0.0.1:9"), plan, Load(clients=2, requests=None, duration=0.8)))
+
+    assert asyncio.run(work()) == 4
+
+
+def test_a_models_name_may_hold_braces() -> None:
+    assert COUNT.findall('lmworks_batches_total{model="a}b"} 5.0') == [("lmworks_batches_total", "5.0")]
+
+
 # -- the real server -------------------------------------------------------------------------------------------------
 
 
@@ -247,7 +269,7 @@ def writer() -> Iterator[Running]:
 @pytest.fixture
 def key_file(tmp_path: Path) -> Path:
     path = tmp_path / "keys"
-    path.write_text(f"# mine\n{KEY}\n")
+    path.write_text(f"# mine\n{KEY}\n", "utf-8-sig")
     return path
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import trustme
 from monitored import german, make_news_classifier, news
@@ -25,11 +26,11 @@ from serving import Running, server
 from lmworks.base.errors import InputError
 from lmworks.base.files import read_json, write_json
 from lmworks.cli import main
-from lmworks.evaluation.monitor import attach, read_monitor
+from lmworks.evaluation.monitor import Monitor, Seen, attach, read_monitor
 from lmworks.export.onnx_folder import export_graphs
 from lmworks.runtime.predictor import load
 from lmworks.serve.app import make_app
-from lmworks.serve.monitor import Watching
+from lmworks.serve.monitor import Watch, Watching
 from lmworks.serve.monitor_alerts import Target, read_target, send
 from lmworks.serve.service import describe
 from lmworks.verbs.monitoring import fit_monitor
@@ -112,7 +113,7 @@ def test_each_answer_says_how_sure_it_is(watched: Running, place: Path, data_fol
     assert {one.ood for one in known} == {True, False}
     answers = watched.post("/classify", {"text": texts, "model": "news"}).json()["answers"]
     for one, answer in zip(known, answers, strict=True):
-        assert answer["confidence"] == pytest.approx(one.confidence, abs=1e-5)
+        assert answer["confidence"] == (None if one.ood else pytest.approx(one.confidence, abs=1e-5)), "of whose label?"
         assert answer["ood_score"] == pytest.approx(one.ood_score, abs=1e-5)
         assert (answer["ood"], answer.get("answered_by")) == (one.ood, "plain" if one.ood else None)
         assert answer["label"] == one.labels[0].label, "the other model is the same one"
@@ -178,7 +179,9 @@ def test_the_dashboard_names_what_the_server_tells(watched: Running) -> None:
 
 def test_accuracy_on_a_labelled_sample(watched: Running, place: Path) -> None:
     same = check_monitor(watched.base, data=place / "held.csv").values["accuracy"]
-    assert not same["fallen"] and same["accuracy"] == pytest.approx(same["expected"], abs=0.02)
+    facts = read_json(place / "news/monitor.json")
+    assert not same["fallen"] and same["accuracy"] == pytest.approx(facts["accuracy"], abs=0.02)
+    assert same["expected"] == facts["accuracy_kept"], "the other model might be wrong"
     lines = (place / "held.csv").read_text("utf-8").splitlines()
     turned = [line.rsplit(",", 1)[0] + ",Sports" for line in lines[1:]]
     (place / "wrong.csv").write_text("\n".join([lines[0], *turned]), "utf-8")
@@ -191,6 +194,18 @@ def test_who_abstains_says_null(place: Path, data_folder: Path) -> None:
         assert any(answer["ood"] for answer in answers)
         for answer in answers:
             assert (answer["label"] is None) == answer["ood"] == (answer["labels"] == [])
+        kept = check_monitor(one.base, data=place / "held.csv").values["accuracy"]
+        assert kept["accuracy"] == pytest.approx(kept["expected"], abs=0.005) and not kept["fallen"]
+
+
+def test_confidence_that_is_almost_one_does_not_differ_from_itself() -> None:
+    """The reference keeps four bytes a number: what rounds to 1 there must be rounded in a window too."""
+    rng = np.random.default_rng(0)
+    sure, rest = 1 - rng.random(800) * 1e-9, {"score": np.zeros(400, np.float32), "length": np.ones(400, np.float32)}
+    facts = {"reference": {"classes": {"a": 200, "b": 200}, "texts": 400}}
+    watch = Watch("m", Monitor(facts, {"confidence": sure[:400].astype(np.float32), **rest}), 200)
+    seen = [Seen([], i % 2, float(p), 0.0, False, 1, None) for i, p in enumerate(sure[400:600])]
+    assert watch.compare(200, seen)["drift"] == []
 
 
 def test_a_stale_monitor_and_senseless_policies_stop_the_server(place: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -178,6 +179,7 @@ def test_many_clients_at_once_get_what_each_would_get_alone(base: str, predictor
         ({"prompt": "a", "echo": True}, "echo"),
         ({"prompt": "a", "presence_penalty": 0.5}, "presence_penalty"),
         ({"prompt": "a", "colour": "red"}, "colour"),
+        ({"prompt": None}, "prompt"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -195,6 +197,35 @@ def test_a_bad_value_is_refused_by_name(body: dict[str, object], param: str, bas
 def test_neutral_values_of_what_is_not_supported_are_accepted(base: str) -> None:
     body = {"n": 1, "echo": False, "logprobs": None, "presence_penalty": 0, "user": "me", "stop": None, "best_of": 1}
     assert ask(base, prompt="a", max_tokens=1, **body).status_code == 200
+
+
+def test_null_is_the_default_and_what_asks_for_nothing_is_taken(client: openai.OpenAI, base: str) -> None:
+    nothing = {"stream": None, "max_tokens": None, "logprobs": None, "top_p": None, "seed": None, "stop": None}
+    assert ask(base, prompt="a", logit_bias={}, suffix="", **nothing).json()["usage"]["completion_tokens"] <= 16
+    turns: list[Any] = [{"role": "user", "content": "Who?"}]
+    settings: Any = {"model": "chatty", "max_completion_tokens": 2}
+    said = client.chat.completions.create(messages=turns, **settings, logprobs=None, tools=[]).choices[0].message
+    for back in (said, said.model_dump()):
+        assert client.chat.completions.create(messages=[*turns, back, *turns], **settings).usage
+    with pytest.raises(openai.BadRequestError, match="tool_calls is not supported"):
+        turns.append({**said.model_dump(), "tool_calls": [{"id": "1"}]})
+        client.chat.completions.create(messages=turns, **settings)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        ("embeddings", {"input": []}, "at least 1 item"),
+        ("embeddings", {"input": ["a"] * 2049}, "at most 2048 items"),
+        ("embeddings", {"input": "a", "dimensions": 100}, "384 dimensions"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a", "hue": 1}]}, "unknown parameter: hue"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}, "needs logprobs"),
+    ],
+)
+def test_what_is_wrong_is_said(path: str, body: dict[str, Any], said: str, base: str) -> None:
+    """Not that a list is no text, where a list may stand too."""
+    answer = httpx.post(f"{base}/v1/{path}", json=body)
+    assert (answer.status_code, said in answer.json()["error"]["message"]) == (400, True), answer.text
 
 
 def test_the_openai_client_raises_its_own_error(client: openai.OpenAI) -> None:
@@ -278,6 +309,22 @@ def test_log_probabilities_are_those_of_the_models_logits(client: openai.OpenAI,
     assert noted.tokens == [predictor.tokenizer.decode([i]) for i in ids[start:]]
     assert all(max(top.values()) == pytest.approx(p, abs=1e-9) for top, p in
                zip(noted.top_logprobs, noted.token_logprobs, strict=True))  # fmt: skip
+
+
+def test_tokens_that_hold_a_part_of_a_character_are_told_by_their_bytes(client: openai.OpenAI) -> None:
+    """The bytes of all tokens together are the text; alternatives that would look alike stay apart."""
+    settings: Any = {"model": "chatty", "max_tokens": 40, "temperature": 2.0, "seed": 3}
+    made = client.completions.create(prompt="Who", logprobs=5, **settings).choices[0]
+    assert made.logprobs is not None and made.logprobs.tokens is not None
+    parts = [token for token in made.logprobs.tokens if token.startswith("bytes:")]
+    assert parts and {len(top) for top in made.logprobs.top_logprobs or ()} <= {5, 6}
+    for token, start in zip(made.logprobs.tokens, made.logprobs.text_offset or (), strict=True):
+        assert token.startswith("bytes:") or made.text[start:].startswith(token)
+    turns: Any = [{"role": "user", "content": "Who"}]
+    chat = client.chat.completions.create(messages=turns, logprobs=True, **settings).choices[0]
+    assert chat.logprobs is not None and chat.logprobs.content is not None
+    spelled = b"".join(bytes(token.bytes or ()) for token in chat.logprobs.content)
+    assert spelled.decode(errors="replace") == chat.message.content
 
 
 # -- chat ------------------------------------------------------------------------------------------------------------

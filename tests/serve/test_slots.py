@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,31 @@ def test_a_prompt_that_begins_alike_is_read_once(alone: Predictor, heard: Heard)
     slots.add(3, writer(alone, start, 6), time.monotonic() + 60)  # the same prompt again: its last token is read
     finish(slots)
     assert heard.pieces[3] == heard.pieces[1]
+
+
+def test_conversations_in_turn_keep_a_slot_each(alone: Predictor, heard: Heard) -> None:
+    slots = make(heard, 2)
+    prompts = ("The small bird sees the river. " * 4, "Who sings to nobody? " * 6)
+    for number, prompt in enumerate(prompts * 2):
+        slots.add(number, writer(alone, prompt, 3), time.monotonic() + 60)
+        finish(slots)
+    assert [heard.done[number].reused > 0 for number in range(4)] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_what_was_asked_before_changes_no_answer(dtype: str, heard: Heard, monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8 rounds by call: there whole parts of a prompt are kept, and nothing that was read otherwise."""
+    monkeypatch.setattr("lmworks.serve.slots.PART", 16)
+    single, slots = load(made_folder(), runtime="onnx", dtype=dtype), make(heard, 1, dtype)
+    long = "The small bird sees the river — today. The old fox paints two hats. Who sings?"
+    for number, prompt in enumerate((long, long, long + " The old", long)):
+        one = writer(single, prompt, 6)
+        one.limits = replace(one.limits, logprobs=0)
+        slots.add(number, one, time.monotonic() + 60)
+        finish(slots)
+    first, second, _, last = ([one.logprob for one in heard.done[i].writer.chosen] for i in range(4))
+    assert heard.done[1].reused == (len(heard.done[1].prompt) - 1 if dtype == "fp32" else 16)
+    assert (first == second == last) if dtype == "int8" else np.allclose([first, first], [second, last], atol=1e-5)
 
 
 def test_a_long_prompt_is_read_in_parts_between_the_steps_of_others(

@@ -126,6 +126,10 @@ def test_hugging_face_shapes_are_those_of_its_pipelines(
     alone = load(made_folder(), runtime="onnx").generate(PROMPTS[0], max_tokens=9).text
     assert written == [{"generated_text": PROMPTS[0] + alone}]
     assert infer(name, PROMPTS[0], max_new_tokens=9, return_full_text=False) == [{"generated_text": alone}]
+    assert infer(name, [PROMPTS[0]] * 2, max_new_tokens=9) == [written, written], "a list for each text"
+    beside = {"inputs": ["a cat"], "normalize": False, "truncate": True}  # as huggingface_hub sends them
+    assert np.linalg.norm(served.post("/models/minilm", beside).json()) > 2
+    assert served.post("/models/sentiment", {"inputs": "a", "normalize": True}).status_code == 400
     for body in (
         {"inputs": "a", "parameters": {"aggregation_strategy": "first"}},
         {"inputs": {"question": "a", "context": "b"}},

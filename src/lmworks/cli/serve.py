@@ -19,7 +19,7 @@ def serve(
     ] = None,
     rate: Annotated[float | None, Parameter(help="Requests a second of each key, or of each address without.")] = None,
     queue: Annotated[int, Parameter(help="Requests that may wait; more are told to come back (429).")] = 256,
-    timeout: Annotated[float, Parameter(help="Seconds that a request may take (503 beyond).")] = 120.0,
+    timeout: Annotated[float, Parameter(help="Seconds that a request may take (504 beyond).")] = 120.0,
     grace: Annotated[float, Parameter(help="Seconds that requests have to end when the server is told to.")] = 30.0,
     slots: Annotated[int, Parameter(help="Texts that a model writes at the same time.")] = 8,
     threads: Annotated[
@@ -64,6 +64,10 @@ def serve(
     for name, value, low, high in ranges:
         if value is not None and not low <= value <= high:
             raise InputError(f"--{name} is out of range", found=str(value), expected=f"{low} to {high}")
+    if not models:
+        raise InputError("there is no model to serve", fix="lmworks serve FOLDER")
+    if drift_log is not None and not drift_log.parent.is_dir():
+        raise InputError("there is no such folder for the log", found=str(drift_log), fix="make it, or check the path")
     specs = [describe(model, slots=slots, threads=threads, dtype=dtype, warm=not lazy) for model in models]
     keys = None if api_key_file is None else read_keys(api_key_file)
     alert = None if alert_url is None else read_target(alert_url)

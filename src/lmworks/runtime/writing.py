@@ -16,6 +16,7 @@ import numpy as np
 from lmworks.base.types import Floats
 from lmworks.runtime.sampling import Sampling, choose
 
+NEAR = 8  # tokens of a prompt among which one is text by itself, as good as always
 INCOMPLETE = "\ufffd"  # what decoding shows for bytes that do not (yet) make a character
 
 
@@ -31,27 +32,46 @@ class Decodes(Protocol):
 class Characters:
     """Turn tokens into text that never ends inside a character.
 
-    A token of a byte-level BPE may hold a part of a UTF-8 sequence. Decoding shows such a part as one U+FFFD at the end
-    of the text, so a last character that is one waits for the next token; `flush` gives it out when none comes.
+    A token may hold a part of a UTF-8 sequence, which decoding shows as U+FFFD: as one (byte-level BPE), or as one for
+    each byte of a whole run of such tokens, until its last character is complete (byte fallback). So U+FFFD at the end
+    waits for the next token; `flush` gives it out when none comes. Decoders take the space off the first token of all:
+    the text goes on after the tokens `before` it.
     """
 
-    def __init__(self, tokenizer: Decodes) -> None:
+    def __init__(self, tokenizer: Decodes, before: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
         self.tokens: list[int] = []  # those since the text was last whole, after one more for context
         self.shown = 0  # characters of their text that were given out
         self.waiting = ""
+        self.context: tuple[int, int] | None = None  # the last token that is text by itself, and its characters
+        if any(self._stands_alone(token) for token in reversed(before[-NEAR:])):
+            self._start_over()
 
     def push(self, token: int) -> str:
         """Add a token; return the characters that it completes, perhaps none."""
         self.tokens.append(token)
         new = self.tokenizer.decode(self.tokens)[self.shown :]
-        end = len(new) - new.endswith(INCOMPLETE)
-        piece, self.waiting = new[:end], new[end:]
-        self.shown += end
-        if not self.waiting:  # start over, but keep a token of context: some decoders look at the one before
-            self.tokens = [token]
-            self.shown = len(self.tokenizer.decode(self.tokens))
+        piece = new.rstrip(INCOMPLETE)
+        self.waiting = new[len(piece) :]
+        self.shown += len(piece)
+        self._stands_alone(token)
+        if not self.waiting:
+            self._start_over()
         return piece
+
+    def _stands_alone(self, token: int) -> bool:
+        """Say whether a token is text by itself, and so can be context; note it then."""
+        text = self.tokenizer.decode([token])
+        if text and INCOMPLETE not in text:
+            self.context = token, len(text)
+            return True
+        return False
+
+    def _start_over(self) -> None:
+        """Forget what was given out, but for a token of context."""
+        if self.context is not None:
+            token, self.shown = self.context
+            self.tokens = [token]
 
     def flush(self) -> str:
         """Return what still waits."""
@@ -114,7 +134,7 @@ class Writer:
     def __init__(self, history: list[int], limits: Limits) -> None:
         """`history`: the prompt's tokens, to which each new one is added."""
         self.history, self.limits = history, limits
-        self.characters, self.stops = Characters(limits.tokenizer), StopStrings(limits.stop)
+        self.characters, self.stops = Characters(limits.tokenizer, history), StopStrings(limits.stop)
         self.rng = limits.sampling.make_rng()
         self.tokens: list[int] = []
         self.chosen: list[Chosen] = []

@@ -168,7 +168,9 @@ def add_errors(app: FastAPI) -> None:
 
 def name_the_wrong(error: RequestValidationError) -> Refused:
     """Return the answer that names the first parameter that is wrong."""
-    first = error.errors()[0]
+    found = error.errors()
+    same = [one for one in found if one["loc"][:2] == found[0]["loc"][:2]]  # of a union: the branch of the right kind
+    first = next((one for one in same if not one["type"].endswith("_type")), found[0])
     cause = (first.get("ctx") or {}).get("error")
     if isinstance(cause, Unsupported):
         return Refused(400, str(cause), param=cause.name, code="unsupported_parameter")
@@ -179,18 +181,20 @@ def name_the_wrong(error: RequestValidationError) -> Refused:
     if name is None and isinstance(first.get("input"), str | bytes):
         return Refused(415, "send the body as JSON, with Content-Type: application/json", code="invalid_content_type")
     unknown = first["type"] == "extra_forbidden"
-    what = f"unknown parameter: {name}" if unknown else f"{name or 'body'}: {first['msg']}"
+    what = f"unknown parameter: {first['loc'][-1]}" if unknown else f"{name or 'body'}: {first['msg']}"
     return Refused(400, what, param=name, code="unknown_parameter" if unknown else "invalid_value")
 
 
 def add_own(app: FastAPI, service: Service) -> None:
     """Add health, metrics and what is served."""
 
+    @app.head("/health/live", include_in_schema=False)
     @app.get("/health/live", tags=["operation"])
     async def live() -> dict[str, str]:
         """Say that the process answers."""
         return {"status": "live"}
 
+    @app.head("/health/ready", include_in_schema=False)
     @app.get("/health/ready", tags=["operation"])
     async def ready() -> JSONResponse:
         """Say whether requests are answered now."""

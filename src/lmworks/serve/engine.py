@@ -16,8 +16,9 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from lmworks.runtime.predictor import Predictor, load
 from lmworks.runtime.sampling import Sampling
 from lmworks.serve.batches import Batches
 from lmworks.serve.slots import LateError, Slots, Tell, Text, Took
+from lmworks.tokens.look import make_speller
 
 BEAT = 0.2  # seconds between two signs of life
 IDLE = 0.2  # seconds to wait for a request where there is nothing to do
@@ -57,7 +59,7 @@ class Written:
     generation: Generation
     prompt_tokens: int
     reused_tokens: int
-    chosen: list[tuple[str, float, list[tuple[str, float]]]] | None = None
+    chosen: list[tuple[bytes, float, list[tuple[bytes, float]]]] | None = None
 
 
 class Loaded:
@@ -102,7 +104,7 @@ class Loaded:
         began = time.time_ns()
         if kind == "tokenize":
             encodings = self.predictor.tokenizer.encode_inputs(payload["texts"])
-            self.tell(request, "done", [
+            self.tell(request, "done", [len(one.ids) for one in encodings] if payload.get("count") else [
                 [(id, token, *offset, bool(special)) for id, token, offset, special in zip(
                     one.ids, one.tokens, one.offsets, one.special_tokens_mask, strict=True)] for one in encodings
             ], Took(began, time.time_ns()))  # fmt: skip
@@ -134,18 +136,24 @@ class Loaded:
     def tell_text(self, request: int, what: str, value: Any, took: Took | None = None) -> None:
         """Tell about a text; one that is done becomes what the server needs of it."""
         if isinstance(value, Text):
-            writer, decode = value.writer, self.predictor.tokenizer.decode
+            writer = value.writer
             done = Generation("".join(writer.text), list(writer.tokens), None, writer.reason or "length")
             chosen = None
             if writer.limits.logprobs is not None:
+                spell = self.spell
                 chosen = [
-                    (decode([one.token]), one.logprob, [(decode([token]), p) for token, p in one.top])
+                    (spell(one.token), one.logprob, [(spell(token), p) for token, p in one.top])
                     for one in writer.chosen
                 ]
             facts = {"prompt_tokens": len(value.prompt), "reused_tokens": value.reused, "tokens": len(done.tokens)}
             took = Took(value.began, time.time_ns(), facts)
             value = Written(done, len(value.prompt), value.reused, chosen)
         self.tell(request, what, value, took)
+
+    @cached_property
+    def spell(self) -> Callable[[int], bytes]:
+        """What gives the bytes of a token."""
+        return make_speller(self.predictor.tokenizer)
 
     def turn(self) -> bool:
         """Do a little of whatever waits."""

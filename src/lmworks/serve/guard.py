@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import math
 import re
 import time
 from collections import OrderedDict
@@ -44,7 +45,7 @@ def read_keys(path: str | Path) -> list[bytes]:
     path = Path(path)
     if not path.is_file():
         raise InputError("there is no such file of keys", where=str(path))
-    keys = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    keys = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
     keys = [key for key in keys if key and not key.startswith("#")]
     for number, key in enumerate(keys, 1):
         if not KEY.fullmatch(key):
@@ -155,7 +156,7 @@ class Guard:
         wait = 0.0 if self.rates is None or scope["path"] in OPEN else self.rates.wait(client)
         if wait:
             often = Refused(429, "too many requests", code="rate_limit_exceeded", type="rate_limit_error")
-            await self.refuse(scope, receive, send, often, {"Retry-After": f"{max(1, round(wait))}"})
+            await self.refuse(scope, receive, send, often, {"Retry-After": f"{math.ceil(wait)}"})
             return
         try:
             check_size(scope)

@@ -13,7 +13,7 @@ from lmworks.base.optional import require
 from lmworks.serve.refusals import Refused
 from lmworks.serve.service import Service
 from lmworks.serve.supervisor import Model
-from lmworks.serve.task_schema import HubParameters, HubRequest, Question, Sentences
+from lmworks.serve.task_schema import HubRequest, Question, Sentences
 
 require("fastapi", extra="serve")
 from fastapi import APIRouter, Path, Request  # noqa: E402
@@ -43,7 +43,7 @@ def make_router(service: Service) -> APIRouter:
         task = str(model.spec.task)
         if task not in TAKES:
             raise Refused(400, f"{name} does {task}, which this interface has no shape for", param="inputs")
-        options = read_parameters(wanted.parameters, task)
+        options = read_parameters(wanted.given(), task)
         inputs = wanted.inputs
         if isinstance(inputs, Question) != (task == "question-answering"):
             expected = "{question, context}" if task == "question-answering" else "a text, or a list of texts"
@@ -61,7 +61,8 @@ def make_router(service: Service) -> APIRouter:
             return (vectors[1:] @ vectors[0]).tolist()
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
         if task == "text-generation":
-            return [await write(request, model, text, dict(options)) for text in texts]
+            written = [[await write(request, model, text, dict(options))] for text in texts]
+            return written[0] if isinstance(inputs, str) else written
         found = [shape(task, answer) for answer in await service.answers(request, model, texts, **options)]
         if task == "text-classification":
             return found  # [[{label, score}]] also for a single text, as the interface answers
@@ -78,9 +79,8 @@ def make_router(service: Service) -> APIRouter:
     return router
 
 
-def read_parameters(given: HubParameters | None, task: str) -> dict[str, Any]:
+def read_parameters(options: dict[str, Any], task: str) -> dict[str, Any]:
     """Return our names of the parameters. Raises Refused for one that the task does not have."""
-    options = {} if given is None else given.given()
     for name in options:
         if name not in TAKES[task]:
             raise Refused(400, f"{task} has no parameter {name}", param=name, code="unsupported_parameter")

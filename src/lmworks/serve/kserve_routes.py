@@ -218,7 +218,7 @@ async def answer(service: Service, request: Request, model: Model, examples: Seq
     if task == CLASSIFY:
         rows = await monitor_routes.classify(service, request, model, examples, labelled)
         kinds = TENSORS[CLASSIFY] | WATCHED
-        empty = {"label": "", "score": 0.0}  # of a model that abstains
+        empty = {"label": "", "score": 0.0, "confidence": 0.0}  # of a model that abstains, or lets another one answer
         return {
             name: (kind, [empty[name] if row[name] is None else row[name] for row in rows])
             for name, kind in kinds.items() if name in rows[0]

@@ -34,10 +34,12 @@ CLIENTS, REQUESTS = 8, 200
 MOST_CLIENTS, MOST_OPEN = 1024, 1000  # of a curve; connections of an open loop
 GROWTH = 1.05  # a step of a curve that brings less is its last
 LONGEST_WAIT = 5.0  # seconds of a Retry-After that a client obeys
+GONE = ("connection refused", "connection lost")
+PAUSE = 0.5  # seconds after which a client looks for a server that is gone
 LOOK = 0.5  # seconds between two looks at the server's own counts
 DRAWN = 400  # dots of a chart
 PERCENTILES = (50, 90, 95, 99)
-COUNT = re.compile(r"^(lmworks_\w+)(?:\{[^}]*\})? ([-+.eE\d]+)$", re.MULTILINE)
+COUNT = re.compile(r"^(lmworks_\w+)(?:\{.*\})? ([-+.eE\d]+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +96,7 @@ def read_key(path: Path | None) -> str | None:
         return None
     if not path.is_file():
         raise InputError("there is no such file of keys", where=str(path))
-    lines = (line.strip() for line in path.read_text("utf-8").splitlines())
+    lines = (line.strip() for line in path.read_text("utf-8-sig").splitlines())
     key = next((line for line in lines if line and not line.startswith("#")), None)
     if key is None:
         raise InputError("the file holds no key", where=str(path), expected="a key a line")
@@ -112,7 +114,7 @@ async def climb(target: Target, plan: Plan, load: Load, *, least: int = 1) -> li
                     seed=load.seed + power)  # fmt: skip
         steps.append(await measure(target, plan, step))
         reached = steps[-1]["requests_per_second"]
-        if (reached < GROWTH * best and len(steps) >= least) or (load.rate is None and clients == MOST_CLIENTS):
+        if (reached <= GROWTH * best and len(steps) >= least) or (load.rate is None and clients == MOST_CLIENTS):
             break
         best = max(best, reached)
     return steps
@@ -153,7 +155,8 @@ async def closed(target: Target, plan: Plan, load: Load) -> list[Answer]:
             answer = await ask(connection, plan, number, load)
             answers.append(answer)
             if answer.error is not None:
-                await asyncio.sleep(min(answer.wait, LONGEST_WAIT, max(0.0, end - time.perf_counter())))
+                wait = PAUSE if answer.error in GONE else answer.wait
+                await asyncio.sleep(min(wait, LONGEST_WAIT, max(0.0, end - time.perf_counter())))
         connection.close()
 
     await asyncio.gather(*(client() for _ in range(load.clients)))

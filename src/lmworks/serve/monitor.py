@@ -91,7 +91,7 @@ class Watch:
         features = [one.features for one in rows if one.features is not None]
         window = Profile(
             classes,
-            {name: np.array(numbers[name]) for name in self.reference.numbers},
+            {name: np.array(numbers[name], np.float32) for name in self.reference.numbers},  # rounded as those are
             np.array(features) if features else None,
         )
         tests = compare(self.reference, window)
@@ -115,6 +115,7 @@ class Watch:
             "drift": self.drifting, "requests": self.requests, "window": self.window,
             "step": max(1, self.window // PARTS), "alpha": ALPHA, "horizon": HORIZON,
             "reference": {"texts": facts["reference"]["texts"], "accuracy": facts.get("accuracy"),
+                          "accuracy_kept": facts.get("accuracy_kept"),
                           "false_alarms": facts["false_alarms"], "score": facts["score"],
                           "threshold": facts["threshold"]},
             "comparisons": list(self.found),

@@ -43,7 +43,7 @@ async def classify(
     """Return the answers of a classifier; one with a monitor says confidence, ood_score and ood, and may step back.
 
     `shape` makes an answer of labels. Where an input is strange and the policy says so, its label is null (abstain), or
-    another model's, which is then named (`answered_by`).
+    another model's, which is then named (`answered_by`), without a confidence.
     """
     watches = service.watches
     if (watch := watches.watches.get(model.spec.name)) is None:  # looked up at once, as long as it is the model's
@@ -62,5 +62,5 @@ async def classify(
         for i, labels in zip(
             strange, await service.answers(request, other, [examples[i] for i in strange], **options), strict=True
         ):
-            answers[i] |= {**shape(labels), "answered_by": name}
+            answers[i] |= {**shape(labels), "confidence": None, "answered_by": name}  # which was in another label
     return answers

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import codecs
 import json
 import secrets
 import time
@@ -83,11 +84,11 @@ class Answering:
             return {"content": [
                 {**token(text, p), "top_logprobs": [token(*one) for one in top]} for text, p, top in written.chosen
             ]}  # fmt: skip
-        texts = [text for text, _, _ in written.chosen]
-        starts = np.cumsum([0, *map(len, texts)])[:-1].tolist()
+        spelled = [text for text, _, _ in written.chosen]
         return {
-            "tokens": texts, "token_logprobs": [p for _, p, _ in written.chosen],
-            "top_logprobs": [dict(reversed(top)) for _, _, top in written.chosen], "text_offset": starts,
+            "tokens": [name_of(text) for text in spelled], "token_logprobs": [p for _, p, _ in written.chosen],
+            "top_logprobs": [{name_of(text): p for text, p in reversed(top)} for _, _, top in written.chosen],
+            "text_offset": starts_of(spelled),
         }  # fmt: skip
 
     def error(self, error: LmworksError) -> dict[str, Any]:
@@ -179,9 +180,27 @@ def event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value)}\n\n"
 
 
-def token(text: str, logprob: float) -> dict[str, Any]:
+def token(text: bytes, logprob: float) -> dict[str, Any]:
     """Return a token's probability as a chat answer shows it."""
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    return {"token": name_of(text), "logprob": logprob, "bytes": list(text)}
+
+
+def name_of(text: bytes) -> str:
+    """Return a token as text; a part of a character as OpenAI writes it, bytes:\\xe2\\x98."""
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in text)
+
+
+def starts_of(tokens: Sequence[bytes]) -> list[int]:
+    """Return where each token begins in the text, in characters; one that goes on with a character begins at it."""
+    decoder, place, found = codecs.getincrementaldecoder("utf-8")("replace"), 0, []
+    for token in tokens:
+        cut = decoder.getstate()[0] and token[:1] and token[0] & 0xC0 != 0x80  # a character that is not gone on with
+        found.append(place + bool(cut))
+        place += len(decoder.decode(token))
+    return found
 
 
 def make_router(service: Service) -> APIRouter:
@@ -237,8 +256,10 @@ def make_router(service: Service) -> APIRouter:
         model = service.find(wanted.model, "feature-extraction")
         texts = [wanted.input] if isinstance(wanted.input, str) else wanted.input
         vectors = await service.answers(request, model, texts)
-        counted = await service.ask(request, model, "tokenize", texts=texts)
-        tokens = sum(map(len, counted))
+        if wanted.dimensions not in (None, size := len(vectors[0])):
+            raise Refused(400, f"the vectors of {model.spec.name} have {size} dimensions", param="dimensions",
+                          code="invalid_value")  # fmt: skip
+        tokens = sum(await service.ask(request, model, "tokenize", texts=texts, count=True))
         data = [
             {"object": "embedding", "index": index, "embedding": shown(vector, wanted.encoding_format)}
             for index, vector in enumerate(vectors)

@@ -1,6 +1,7 @@
 """What OpenAI's clients send: completions, chat completions, embeddings, as far as they mean something here.
 
-A parameter that this server cannot honour is refused by name, never ignored; the value that changes nothing is taken.
+A parameter that this server cannot honour is refused by name, never ignored; the value that changes nothing is taken,
+and null stands for the default.
 Every number, list and text has a bound. `top_k` and `repeat_penalty` are ours.
 """
 
@@ -12,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MOST_TEXTS, MOST_CHARACTERS, MOST_STOPS, MOST_TOKENS = 64, 200_000, 4, 100_000
+MOST_INPUTS = 2048  # of embeddings, as OpenAI allows
 MOST_CHOICES, MOST_LOGPROBS, MOST_MESSAGES = 8, 5, 256
 MOST_IN_ADDRESS = 8_000  # characters; servers and proxies refuse longer lines
 Name = Annotated[str, Field(max_length=200)]
@@ -38,13 +40,17 @@ class Asked(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def refuse_the_unsupported(cls, body: Any) -> Any:
-        """Drop known parameters that ask for nothing; refuse them when they ask for something."""
+        """Drop known parameters that ask for nothing, and null; refuse them when they ask for something."""
         if not isinstance(body, dict):
-            raise ValueError("the body must be a JSON object")
+            raise ValueError("this must be a JSON object")
         for name, value in cls.neutral.items():
-            if name in body and body[name] not in (value, None):
+            if name in body and body[name] not in (value, None, "", [], {}):
                 raise Unsupported(name)
-        return {name: value for name, value in body.items() if name not in cls.neutral}
+        fields = cls.model_fields
+        return {
+            name: value for name, value in body.items() if name not in cls.neutral
+            and (value is not None or name not in fields or fields[name].is_required())
+        }  # fmt: skip
 
 
 class StreamOptions(BaseModel):
@@ -73,13 +79,7 @@ class Writing(Asked):
     @classmethod
     def one_is_a_list(cls, value: Any) -> Any:
         """Take a text where a list of texts may stand."""
-        return [value] if isinstance(value, str) else [] if value is None else value
-
-    @field_validator("temperature", "top_p", "n", mode="before")
-    @classmethod
-    def none_is_the_default(cls, value: Any, info: Any) -> Any:
-        """Take null where a number may stand, as OpenAI does."""
-        return cls.model_fields[info.field_name].default if value is None else value
+        return [value] if isinstance(value, str) else value
 
     @property
     def wants_usage(self) -> bool:
@@ -120,10 +120,13 @@ class Part(BaseModel):
     text: Text
 
 
-class Message(BaseModel):
-    """One turn of a conversation."""
+class Message(Asked):
+    """One turn of a conversation; an answer's message can be sent back as the client gives it."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    neutral: ClassVar[Mapping[str, Any]] = dict.fromkeys(
+        ("refusal", "annotations", "audio", "function_call", "tool_calls", "tool_call_id", "reasoning")
+    )
+
     role: Annotated[str, Field(min_length=1, max_length=40)]
     content: Text | Annotated[list[Part], Field(min_length=1, max_length=MOST_TEXTS)]
     name: Name | None = None
@@ -144,6 +147,14 @@ class ChatRequest(Writing):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
 
+    @field_validator("top_logprobs")
+    @classmethod
+    def not_in_vain(cls, value: int | None, info: Any) -> int | None:
+        """Refuse alternatives where no probabilities are asked for, as OpenAI does."""
+        if value and not info.data.get("logprobs"):
+            raise ValueError("it needs logprobs: true")
+        return value
+
     def turns(self) -> list[dict[str, str]]:
         """Return what a chat template reads."""
         return [
@@ -156,9 +167,8 @@ class ChatRequest(Writing):
 class EmbeddingRequest(Asked):
     """The body of POST /v1/embeddings."""
 
-    neutral: ClassVar[Mapping[str, Any]] = {"dimensions": None}
-
-    input: Text | Texts
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=MOST_INPUTS)]
+    dimensions: int | None = Field(None, ge=1, le=MOST_TOKENS)  # those of the model and no others
     model: Name | None = None
     encoding_format: Literal["float", "base64"] = "float"
     user: Name | None = None

@@ -116,7 +116,8 @@ def describe(folder: str | Path, task: str | None = None, **settings: Any) -> Sp
     if exported and settings.get("dtype", "auto") != "auto":
         find_graph(folder, settings["dtype"])
     runtime = {"runtime": "onnx" if exported else "torch"}  # a server measures nothing: it answers as it did yesterday
-    return Spec(folder.resolve().name, str(folder), doing, **{**runtime, **settings})
+    name = folder.name if folder.name.strip(".") else folder.resolve().name  # a link's own: where it leads may change
+    return Spec(name, str(folder), doing, **{**runtime, **settings})
 
 
 def labels_of(spec: Spec) -> tuple[str, ...]:

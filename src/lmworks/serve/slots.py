@@ -4,8 +4,8 @@ Each text has a slot of the runtime's cache. A turn reads at most one part of on
 text: a long prompt never stops the others, and a text that ends makes room at once. A slot keeps what it has read, so
 a prompt that begins like an earlier one (a conversation that goes on) reads only what is new.
 
-An int8 graph scales its numbers over all rows of a call; there each text steps alone, so that nobody's answer depends
-on who else is writing.
+An int8 graph scales its numbers over all rows of a call; there each text steps alone, and only what was read in the
+very same parts is kept, so that nobody's answer depends on who else is writing, or has asked before.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ class Slot:
 
     held: list[int] = field(default_factory=list)
     text: Text | None = None
+    parts: int = 0  # tokens of those held that were read as whole parts of a prompt
+    used: int = 0  # when it was last given to a text, in nanoseconds since 1970
 
 
 class Slots:
@@ -130,17 +132,26 @@ class Slots:
             self.cancel(text.request)
 
     def _seat(self, text: Text) -> None:
-        """Give a text the free slot that holds most of its beginning; the last token is always read again."""
+        """Give a text the free slot that holds most of its beginning; the last token is always read again.
+
+        One that begins like nothing takes the slot that was used longest ago: the others may still be gone on with.
+        """
         free = [slot for slot in self.slots if slot.text is None]
-        slot = free[0]
+        slot = min(free, key=lambda one: one.used)
         if self.extend is not None:
-            best = max(free, key=lambda one: shared(one.held, text.prompt))
-            count = min(shared(best.held, text.prompt), len(text.prompt) - 1)
+            best = max(free, key=lambda one: self._known(one, text.prompt))
+            count = self._known(best, text.prompt)
             if count >= WORTH and (self.runtime.rewinds or count == len(best.held)):
                 slot, text.read, text.reused = best, count, count
         del slot.held[text.read :]
-        slot.text, text.began = text, time_ns()
+        slot.text, slot.parts = text, text.read
+        slot.used = text.began = time_ns()
         self.reused_tokens += text.reused
+
+    def _known(self, slot: Slot, prompt: list[int]) -> int:
+        """Return how many tokens of a prompt need not be read again in a slot."""
+        count = min(shared(slot.held, prompt), len(prompt) - 1)
+        return min(count, slot.parts) // PART * PART if self.runtime.dtype in ALONE else count
 
     def _read(self, slots: list[Slot]) -> None:
         """Read the next part of a slot's prompt."""
@@ -154,6 +165,7 @@ class Slots:
             logits = self.extend(place, part, at=text.read)
         text.read += len(part)
         slot.held += part
+        slot.parts = text.read // PART * PART
         self.read_tokens += len(part)
         if text.read == len(text.prompt):
             text.last = logits

@@ -131,10 +131,6 @@ class HubParameters(Asked):
     targets: Texts | None = None
     normalize: bool | None = None
 
-    def given(self) -> dict[str, Any]:
-        """Return what was named, and not as null."""
-        return {name: value for name, value in self if value is not None}
-
 
 class Question(Asked):
     """The inputs of question answering."""
@@ -149,3 +145,10 @@ class HubRequest(Asked):
     inputs: Text | Texts | Question | Sentences
     parameters: HubParameters | None = None
     options: dict[Annotated[str, Field(max_length=40)], bool] | None = Field(None, max_length=10)
+    normalize: bool | None = None  # where huggingface_hub puts the parameters of vectors
+    truncate: bool | None = None
+
+    def given(self) -> dict[str, Any]:
+        """Return the parameters that were named, and not as null."""
+        beside = (("normalize", self.normalize), ("truncation", self.truncate))
+        return {name: value for name, value in (*beside, *(self.parameters or ())) if value is not None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ PROBES = {  # what a tokenizer may lose: the smallest text that shows it
     "Hindi": "शब्द",
     "Chinese": "词语",
 }
+BYTE = re.compile("<0x[0-9A-F]{2}>")
 PLACEHOLDER = re.compile(r"\W*(unused|reserved|extra_id|placeholder)\w*\W*", re.IGNORECASE)
 
 
@@ -95,6 +96,30 @@ def has_byte_fallback(tokenizer: Tokenizer) -> bool:
     return '"ByteLevel"' in json.dumps(tokenizer.pre_tokenizer) and all(
         known(letter) is not None for letter in alphabet
     )
+
+
+def make_speller(tokenizer: Tokenizer) -> Callable[[int], bytes]:
+    """Return what gives the bytes that a token stands for, be they a part of a character; b"" for a special one.
+
+    Byte-level BPE writes each byte as a letter: what prints as itself, the others as the letters from 256 on, in order.
+    """
+    decoder = json.dumps(json.loads(tokenizer.backend.to_str())["decoder"], ensure_ascii=False)
+    special = {id for id, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in plain]
+    letters = {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+    def spell(id: int) -> bytes:
+        name = str(tokenizer.token(id))
+        if id in special:
+            return b""
+        if '"ByteLevel"' in decoder and letters.keys() >= set(name):
+            return bytes(letters[letter] for letter in name)
+        if '"ByteFallback"' in decoder and BYTE.fullmatch(name):
+            return bytes.fromhex(name[3:5])
+        return (name.replace("▁", " ") if "▁" in decoder else tokenizer.decode([id])).encode()
+
+    return spell
 
 
 def find_lost(tokenizer: Tokenizer) -> list[str]:

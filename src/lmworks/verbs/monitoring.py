@@ -54,6 +54,7 @@ from lmworks.runtime.predictor import Predictor, load
 from lmworks.tasks.registry import find_task
 from lmworks.text.labelled import Labelled, read_labelled
 from lmworks.text.read import read_documents
+from lmworks.training.measure import number_labels
 from lmworks.training.mixture import find_split
 from lmworks.verbs.finetune_data import fingerprint, read_data, take
 from lmworks.verbs.monitoring_report import Measured, make_report
@@ -206,15 +207,16 @@ def measure_classifier(
 
 def read(predictor: Predictor, examples: list[Any], labelled: Labelled | None, labels: tuple[str, ...]) -> Read:
     """Run texts; raise InputError for a label that the model does not have."""
-    place = {label: i for i, label in enumerate(labels)}
-    for i, label in enumerate(() if labelled is None else labelled.references):
+    wanted = () if labelled is None else labelled.references
+    place = {label: i for i, label in enumerate(number_labels(labels, wanted))}
+    for i, label in enumerate(wanted):
         if label not in place:
             raise InputError("a label of the data is not one of the model's", found=str(label),
                              where=f"{labelled and labelled.where}, example {i + 1}",
                              expected=", ".join(labels[:8]) + (" …" if len(labels) > 8 else ""))  # fmt: skip
     rows = predictor(list(examples), check=True, long="window")
     features = None if rows[0][1] is None else np.stack([row[1] for row in rows])
-    targets = np.array([place[label] for label in (() if labelled is None else labelled.references)], np.int64)
+    targets = np.array([place[label] for label in wanted], np.int64)
     return Read(np.stack([row[0] for row in rows]), features, np.array([row[2] for row in rows]), targets)
 
 

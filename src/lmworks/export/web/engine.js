@@ -11,6 +11,7 @@ export const GRAPHS = { // the file itself
   q4: "onnx/model_q4.onnx", q4f16: "onnx/model_q4f16.onnx", bnb4: "onnx/model_bnb4.onnx",
 };
 
+const NEAR = 8; // tokens of a prompt among which one is text by itself, as good as always
 const INCOMPLETE = "\ufffd"; // what decoding shows for bytes that do not (yet) make a character
 
 export class Engine {
@@ -124,7 +125,8 @@ class Written {
 
   put([ids]) {
     if (!this.seenPrompt) {
-      this.seenPrompt = true;
+      this.seenPrompt = true; // decoders take the space off the first token of all: the text goes on after the prompt's
+      if (this.onText && Array.from(ids).slice(-NEAR).reverse().some((id) => this.standsAlone(Number(id)))) this.startOver();
       return;
     }
     const token = Number(ids[0]);
@@ -134,13 +136,26 @@ class Written {
     if (!this.onText) return;
     this.waiting.push(token);
     const text = this.engine.decode(this.waiting).slice(this.shown);
-    const whole = text.endsWith(INCOMPLETE) ? text.slice(0, -1) : text;
+    const whole = text.replace(/\ufffd+$/, ""); // of a run of byte tokens, none is shown before all are there
     this.shown += whole.length;
-    if (whole === text) {
-      this.waiting = [token];
-      this.shown = this.engine.decode(this.waiting).length;
-    }
+    this.standsAlone(token);
+    if (whole === text) this.startOver();
     this.onText(whole, this.tokens.length);
+  }
+
+  // Whether a token is text by itself, and so can be context; it is kept then.
+  standsAlone(token) {
+    const text = this.engine.decode([token]);
+    if (!text || text.includes(INCOMPLETE)) return false;
+    this.context = [token, text.length];
+    return true;
+  }
+
+  // Forget what was given out, but for a token of context.
+  startOver() {
+    if (!this.context) return;
+    this.waiting = [this.context[0]];
+    this.shown = this.context[1];
   }
 
   end() {
