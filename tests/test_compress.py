@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ from tuning_models import make_languages, two_languages, write_rows
 from lmworks.base.errors import InputError
 from lmworks.cli import main
 from lmworks.export.receipt import check_receipt
+from lmworks.models.families import read_config
 from lmworks.runtime.predictor import load
+from lmworks.text.labelled import Labelled
 from lmworks.verbs.compress_budget import compress, report_path
 from lmworks.verbs.compress_knobs import Pruning, Quantizing
 from lmworks.verbs.compressing import prune, quantize
-from lmworks.verbs.finetuning import evaluate_task, finetune
+from lmworks.verbs.finetuning import evaluate_task, finetune, match_labels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -124,11 +127,12 @@ def test_what_cannot_be_is_refused_before_anything_is_written(root: Path, tmp_pa
     out, model = tmp_path / "out", root / "model"
     for how in (Quantizing(group=32, per_tensor=True), Quantizing(group=32, activations="dynamic"),
                 Quantizing(tolerance=0.1), Quantizing(activations="static"), Quantizing(percentile=3),
-                Quantizing(skip=("nothing",))):  # fmt: skip
+                Quantizing(skip=("nothing",)), Quantizing(percentile=99), Quantizing(tolerance=-1)):  # fmt: skip
         with pytest.raises(InputError):
             quantize(model, out, how=how)
     for pruning in (Pruning(sparsity=1.5), Pruning(heads=0.5), Pruning(energy=0.5, structured=True), Pruning(epochs=1),
-                    Pruning(structured=True, importance="taylor")):  # fmt: skip
+                    Pruning(structured=True, importance="taylor"), Pruning(energy=0.5, sparsity=0.9),
+                    Pruning(importance="taylor"), Pruning(lr=1.0), Pruning(energy=0.5, scope="layer")):  # fmt: skip
         with pytest.raises(InputError):
             prune(model, out, how=pruning)
     for budget, candidates in (("speed>=2", ""), ("accuracy>=-1%", "int9")):
@@ -138,6 +142,11 @@ def test_what_cannot_be_is_refused_before_anything_is_written(root: Path, tmp_pa
         compress(model, out, budget="perplexity<=+1%", candidates="fp32", **data(root))
     with pytest.raises(InputError, match="replace the model itself"):
         quantize(model, model, overwrite=True)
+    with pytest.raises(InputError, match="a budget chooses") as caught:
+        compress(model, out, budget="size<=1x", how=Pruning(sparsity=0.9), **data(root))
+    assert caught.value.found == "--sparsity"
+    with pytest.raises(InputError, match="those of --data"):
+        quantize(model, out, text_column="nope")
     assert main(["quantize", str(model), "-o", str(out), "--budget", "speed>=2x"]) == 2
     assert main(["prune", str(model), "-o", str(out), "--candidates", "int8"]) == 2
     assert not any(tmp_path.iterdir())
@@ -151,7 +160,27 @@ def test_what_cannot_be_is_refused_before_anything_is_written(root: Path, tmp_pa
 def test_labels_that_the_model_does_not_have_are_refused(root: Path, tmp_path: Path) -> None:
     """Before anything is trained: the message names the row, and what the model knows."""
     (tmp_path / "other.csv").write_text("text,label\n" + "a man,0\nein Mann,1\n" * 10)
-    with pytest.raises(InputError, match='label "0" does not occur') as caught:
+    with pytest.raises(InputError, match="is not one of the model's labels") as caught:
         prune(root / "model", tmp_path / "out", how=Pruning(sparsity=0.5, epochs=1), data=tmp_path / "other.csv")
     assert "en" in caught.value.expected and "other.csv" in caught.value.where
     assert not (tmp_path / "out").exists()
+
+
+def test_labels_are_matched_as_evaluate_matches_them(root: Path) -> None:
+    """0, 1 … for labels without names, and numbers for a model that gives a number."""
+    rows = Labelled("text-classification", ["a", "b"], ["1", "0"], ("0", "1"), "rows")
+    config = read_config(root / "model")
+    plain, number = (replace(config, labels=labels) for labels in (("LABEL_0", "LABEL_1"), ("LABEL_0",)))
+    assert match_labels(rows, plain).references == ["LABEL_1", "LABEL_0"]
+    assert match_labels(rows, number).references == [1.0, 0.0]
+
+
+def test_a_folder_that_fails_spoils_no_budget(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one that cannot be read nor what costs more than the model counts."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/config.json").write_bytes((root / "model/config.json").read_bytes())
+    monkeypatch.setattr("lmworks.verbs.compress_trial.weigh", lambda *args: 100.0)
+    values = compress(root / "model", tmp_path / "out", budget="accuracy>=-1%", candidates="fp32",
+                      also=[tmp_path / "broken"], **data(root)).values  # fmt: skip
+    assert values["picked"] == "fp32" and values["candidates"][1]["failed"]
+    assert "no graph was measured" in values["recommendations"]["browser"]

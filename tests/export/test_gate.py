@@ -124,3 +124,19 @@ def test_fp32_is_judged_by_its_largest_difference() -> None:
 def test_what_cannot_be_compared_is_infinitely_far(given: list[float]) -> None:
     gaps = measure_gaps([(np.array(given, np.float32), np.zeros(2, np.float32))])
     assert gaps == {"max_abs_diff": float("inf"), "rms_diff": float("inf")}
+
+
+def test_one_number_is_not_judged_by_how_little_it_changes(tmp_path: Path) -> None:
+    """A model of prices about 50 says nearly the same for every text: no dtype may have less room than float16 has."""
+    config = transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                                     num_labels=1)  # fmt: skip
+    model = transformers.BertForSequenceClassification(config)
+    with torch.no_grad():
+        model.classifier.weight.mul_(1e-3)
+        model.classifier.bias.fill_(50)
+    model.save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(MINILM).save_pretrained(tmp_path)
+    allowed = record_task(TorchRuntime(tmp_path, head="SequenceClassification"), tmp_path, "text-classification")
+    tolerance = allowed["tolerance"]
+    assert tolerance["fp16"] > 50 / 2**12 and tolerance["int8"] < 0.5  # half a step of float16 at 50; one in a hundred
+    assert min(tolerances(9.0, 1e-9).values()) == tolerances(9.0, 1e-9)["fp32"]

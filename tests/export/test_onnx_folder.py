@@ -10,18 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
 import transformers
+from parity import zoo
 
 import lmworks
 from lmworks import api
 from lmworks.base.errors import CheckFailed, FormatError, InputError
 from lmworks.cli import main
+from lmworks.compress.lowrank import lower_ranks
+from lmworks.compress.quantize import quantize
 from lmworks.export import onnx_folder
+from lmworks.export.hf import export
 from lmworks.export.onnx_folder import export_graphs
 from lmworks.models.checkpoint import load_model
+from lmworks.models.compact import Grid
+from lmworks.models.folder import write_folder
 from lmworks.runtime.onnx_runtime import OnnxRuntime
 from lmworks.runtime.torch_runtime import TorchRuntime
 from lmworks.tokens.tokenizer import Tokenizer
@@ -171,6 +178,9 @@ def test_the_graph_is_taken_for_its_own_task_only(made):
     with pytest.raises(InputError, match="another task") as caught:
         lmworks.load(graphs, "feature-extraction", runtime="onnx")
     assert (caught.value.found, caught.value.expected) == ("SequenceClassification", "Model")
+    with pytest.raises(FormatError, match="graphs alone") as error:
+        lmworks.load(graphs, "feature-extraction")
+    assert "model_quantized.onnx" in error.value.found
     with pytest.raises(InputError, match="cannot write"):
         OnnxRuntime(graphs).prefill([0], [[1]])
     with pytest.raises(InputError, match="vocabulary"):
@@ -336,3 +346,32 @@ def test_a_language_model_gets_its_page(tmp_path):
     certificate = lmworks.verify(tmp_path / "m", runtimes=["onnx"])
     values = certificate if isinstance(certificate, dict) else certificate.values
     assert values["passed"], values["problems"]
+
+
+@pytest.mark.parametrize(("family", "head"), [("bert", "SequenceClassification"), ("qwen3", "CausalLM")])
+def test_factors_become_two_products_and_one_matrix_again(family, head, tmp_path):
+    """A model of factors is a graph in every dtype, and today's layout that transformers reads; whole numbers are
+    neither, and are said to be."""
+    zoo.make_reference(family, head).save_pretrained(tmp_path / "whole")
+    model = load_model(tmp_path / "whole").eval()
+    lower_ranks(model, rank=4)
+    write_folder(model, tmp_path / "whole", tmp_path / "thin")
+    export_graphs(tmp_path / "thin", tmp_path / "graphs", dtypes=("fp32", "int8", "q4"))
+    graph = onnx.load(tmp_path / "graphs/onnx/model.onnx").graph
+    assert {"layers.0.mlp.up_proj.left.weight", "layers.0.mlp.up_proj.right.weight"} <= {
+        w.name for w in graph.initializer
+    }
+    batch = {"input_ids": np.arange(1, 9)[None]}
+    known = TorchRuntime(tmp_path / "thin", head=head).run(batch)["logits"]
+    np.testing.assert_allclose(OnnxRuntime(tmp_path / "graphs").run(batch)["logits"], known, atol=1e-4)
+    values = export(tmp_path / "thin", tmp_path / "flat").values
+    assert not values["left_out"]
+    auto = "AutoModelForCausalLM" if head == "CausalLM" else f"AutoModelFor{head}"
+    theirs = getattr(transformers, auto).from_pretrained(tmp_path / "flat", dtype=torch.float32).eval()
+    with torch.no_grad():
+        given = theirs(torch.from_numpy(batch["input_ids"])).logits.numpy()
+    np.testing.assert_allclose(given, known, atol=1e-4)
+    write_folder(quantize(load_model(tmp_path / "whole"), Grid(bits=8)), tmp_path / "whole", tmp_path / "int8")
+    for write in (export_graphs, export):
+        with pytest.raises(InputError, match=r"made of the model in floats|no published layout"):
+            write(tmp_path / "int8", tmp_path / "none")

@@ -219,3 +219,18 @@ def test_a_folder_of_one_way_is_never_measured(tmp_path: Path, monkeypatch: pyte
     zoo.make_reference("vit", "ImageClassification").save_pretrained(tmp_path)
     runtime, why = open_runtime(tmp_path, "auto", "auto", 1, 1, head="ImageClassification")
     assert runtime.name == "torch" and "only way" in why
+
+
+def test_graphs_of_other_weights_are_not_used(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Weights that were trained on, in the middle of their file too, are measured anew; what disagrees is left out."""
+    before = content_hash(folder)
+    assert open_runtime(folder, "auto", "auto", 1, None, head="SequenceClassification")[0].name
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 8 * 4  # a weight, far from both ends
+    data[middle : middle + 40_000] = np.frombuffer(data[middle : middle + 40_000], "<f4").__mul__(-3).tobytes()
+    path.write_bytes(data)
+    assert content_hash(folder) != before
+    with caplog.at_level(logging.WARNING, "lmworks"):
+        runtime, why = open_runtime(folder, "auto", "auto", 1, None, head="SequenceClassification")
+    assert runtime.name == "torch" and "made of other weights" in why and "made of other weights" in caplog.text

@@ -29,7 +29,9 @@ def verify(
     ] = None,
     head: Annotated[str | None, Parameter(help="Compare this head rather than the one config.json names.")] = None,
     texts: Annotated[Path | None, Parameter(help="A file of texts to compare on, beside the built-in ones.")] = None,
-    tolerance: Annotated[float, Parameter(help="The largest difference that passes.")] = 1e-5,
+    tolerance: Annotated[
+        float | None, Parameter(help="With --against the largest difference that passes; 1e-5 if not given.")
+    ] = None,
     save_fixture: Annotated[Path | None, Parameter(help="Keep transformers' answers, to compare without it.")] = None,
     revision: Revision = None,
     json: Json = False,
@@ -42,7 +44,10 @@ def verify(
     from lmworks.base.hub import find_folder
 
     if against is None:
-        given = {"--head": head, "--texts": texts, "--save-fixture": save_fixture, "--revision": revision}
+        given = {
+            "--head": head, "--texts": texts, "--save-fixture": save_fixture, "--revision": revision,
+            "--tolerance": tolerance,
+        }  # fmt: skip
         if any(value is not None for value in given.values()):
             found = ", ".join(name for name, value in given.items() if value is not None)
             raise InputError("this option compares with another implementation", found=found, fix="add --against")
@@ -62,7 +67,7 @@ def verify(
         lines = None if texts is None else read_lines(texts, None)
         report = verify_against(
             find_folder(model, revision=revision), against, head=head, texts=lines, save_fixture=save_fixture,
-            tolerance=tolerance,
+            tolerance=1e-5 if tolerance is None else tolerance,
         )  # fmt: skip
     show(report, json=json)
     return 0 if report.values["passed"] else 1

@@ -120,7 +120,9 @@ def recommend(
     said = {}
     for scene, (choices, key, why) in scenes.items():
         if not choices:
-            said[scene] = "nothing here: no graph keeps the quality." if scene == "browser" else "the model as it is."
+            graphs = any(one.kind == "graphs" and not one.failed for one in candidates)
+            none = "no graph keeps the quality" if graphs else "no graph was measured"
+            said[scene] = f"nothing here: {none}." if scene == "browser" else "the model as it is."
             continue
         best = min(choices, key=key)
         f = best.found

@@ -14,6 +14,7 @@ from lmworks.base.errors import InputError
 from lmworks.export.graph import Shape
 from lmworks.export.walk import Stream, Walk
 from lmworks.models.attention import Attention
+from lmworks.models.compact import LowRankLinear
 from lmworks.models.config import LongRope
 
 HIDDEN = -1e9  # added to the score of a key that may not be seen
@@ -88,8 +89,12 @@ def emit_causal_attention(walk: Walk, attention: Attention, path: str, x: str, l
         shape = ["batch_size", heads, "total_sequence_length", size]
         present = [graph.output(f"present.{name}", np.float32, shape) for name in names]
     parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-    weight = np.concatenate([walk.matrix(part, path) for part in parts]).T  # (D, (H + 2K) E)
-    qkv = walk.arithmetic.linear(graph, x, weight, name=f"{path}.qkv_proj")
+    if any(isinstance(part, LowRankLinear) for part in parts):
+        each = [walk.linear(part, f"{path}.{name}_proj", x) for name, part in zip("qkv", parts, strict=True)]
+        qkv = graph.add("Concat", each, name=f"{path}.qkv_proj", axis=-1)
+    else:
+        weight = np.concatenate([walk.matrix(part, path) for part in parts]).T  # (D, (H + 2K) E)
+        qkv = walk.arithmetic.linear(graph, x, weight, name=f"{path}.qkv_proj")
     if attention.q_proj.bias is not None:
         bias = graph.weight(f"{path}.qkv_proj.bias", np.concatenate([walk.read(part.bias) for part in parts]))
         qkv = graph.add("Add", [qkv, bias], name=f"{path}.qkv_proj.add")

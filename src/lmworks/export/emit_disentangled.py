@@ -15,6 +15,7 @@ from torch import nn
 from lmworks.export.emit_encoder import declare_weights, split_heads
 from lmworks.export.walk import Stream, Walk
 from lmworks.models.blocks import NeighbourBlock, PostNormBlock
+from lmworks.models.compact import LowRankLinear
 from lmworks.models.disentangled import DisentangledAttention, Neighbours, RelativeEmbeddings
 
 
@@ -64,7 +65,8 @@ def distances_of(
     for name in ("pos_k_proj", "pos_q_proj"):
         layer = getattr(attention, name)
         if layer is not None:
-            walk.matrix(layer, f"{path}.{name}")  # an error where it is wrapped
+            if not isinstance(layer, LowRankLinear):
+                walk.matrix(layer, f"{path}.{name}")  # an error where it is wrapped
             walk.skip(layer)
     walk.matrix(relative.vectors, "relative.vectors")
     walk.skip(relative)

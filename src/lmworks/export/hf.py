@@ -17,10 +17,13 @@ from lmworks import __version__
 from lmworks.base.errors import CheckFailed, InputError, did_you_mean
 from lmworks.base.files import check_output, new_folder, sha256
 from lmworks.base.report import Report, Table
+from lmworks.compress.lowrank import multiply_out
 from lmworks.export.parity import answer, differ, hash_weights
 from lmworks.export.probe import TEXTS, make_probes
 from lmworks.export.receipt import RECEIPT, write_receipt
 from lmworks.models.checkpoint import load_model, modernize, strip
+from lmworks.models.compact import is_compact
+from lmworks.models.families import unsayable
 from lmworks.models.folder import has_tokenizer, write_folder
 from lmworks.models.heads import Model
 from lmworks.models.weights import WEIGHTS, read_tensors
@@ -43,11 +46,11 @@ def export(
     check_choice(to, FORMATS, "format")
     if dtype is not None:
         check_choice(dtype, DTYPES, "dtype")
-    source = load_model(folder, dtype=None)
+    source = published(load_model(folder, dtype=None), folder)
     check_output(out, overwrite=overwrite, need_bytes=sum(p.nbytes for p in source.parameters()) * 11 // 10)
     if out.resolve() == folder.resolve() or out.resolve() in folder.resolve().parents:
         raise InputError("the output would replace the checkpoint itself", where=str(out), fix="choose another -o")
-    model = source if dtype is None else load_model(folder, dtype=DTYPES[dtype])
+    model = source if dtype is None else published(load_model(folder, dtype=DTYPES[dtype]), folder)
     if not all(torch.isfinite(p).all() for p in model.parameters()):
         raise InputError("some weights are not finite", where=str(folder), found=f"in {dtype or 'the file'}",
                          fix='choose --dtype bf16' if dtype == "fp16" else "use another checkpoint")  # fmt: skip
@@ -69,6 +72,18 @@ def export(
         f"{out}: {verdict}", values, tables=(Table("Written", ("what", "value"), rows),),
         notes=(left,) if values["left_out"] else (),
     )  # fmt: skip
+
+
+def published(model: Model, folder: Path) -> Model:
+    """Return a model that the published layout can say, factors multiplied out; raise InputError for another."""
+    multiply_out(model)
+    if is_compact(model) or unsayable(model.config, model.kind):
+        raise InputError(
+            "no published layout says what this model is: it is lmworks' own", where=str(folder),
+            found="whole numbers" if is_compact(model) else "fewer heads than the family's config has a word for",
+            fix="use the folder as it is, or export the model that it was made of",
+        )  # fmt: skip
+    return model
 
 
 def check_choice(name: str, choices: Collection[str], what: str) -> None:
@@ -115,4 +130,5 @@ def check_written(source: Model, model: Model, folder: Path, staged: Path) -> di
 def list_left_out(model: Model, folder: Path, staged: Path) -> list[str]:
     """Return the tensors that were read and not written: other heads, copies of tied matrices, constants."""
     written = {strip(name, model) for name in read_tensors(staged)}
-    return sorted(name for name in read_tensors(folder) if modernize(strip(name, model)) not in written)
+    names = [name for name in read_tensors(folder) if not name.startswith("lmworks.")]  # of factors
+    return sorted(name for name in names if modernize(strip(name, model)) not in written)

@@ -104,10 +104,10 @@ def record_selftest(
 def tolerances(largest: float, spread: float) -> dict[str, float]:
     """Return what each dtype may differ by, given the largest logit and the logits' standard deviation.
 
-    fp32 by so much in every logit, the others in root mean square.
+    fp32 by so much in every logit, the others in root mean square, and no less than fp32.
     """
-    parts = {dtype: part * spread for dtype, part in PARTS.items()}
-    return {"fp32": min(FP32_MOST, max(FP32_CLOSE, FP32_PART * largest)), **parts}
+    exact = min(FP32_MOST, max(FP32_CLOSE, FP32_PART * largest))
+    return {"fp32": exact, **{dtype: max(part * spread, exact) for dtype, part in PARTS.items()}}
 
 
 def reference(runtime: Runtime, ids: Sequence[int], tokens: int) -> tuple[list[int], Logits, float]:

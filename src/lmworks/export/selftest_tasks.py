@@ -45,6 +45,7 @@ from lmworks.runtime.predictor import Predictor, make_predictor
 from lmworks.tokens.tokenizer import Tokenizer
 
 WINDOWED = 512  # tokens at most of a model whose self-test has a text longer than the model
+LEAST = 0.02  # of the mean logit: a lone number, say a price, may be nearly the same for every text of the record
 HALF = 0.5  # of several labels that may hold at once, those above it do
 
 
@@ -111,11 +112,12 @@ def record_task(runtime: Runtime, folder: Path, task: str, *, data: str | Path |
         inputs.append(lengthen(task, inputs[-1], mask, fits))
     answers = [ask(predictor, task, given) for given in inputs]
     numbers = np.concatenate([answer.logits.ravel() for answer in answers])
+    spread = max(float(numbers.std()), LEAST * float(abs(numbers.mean())))
     return {
         "format": FORMAT,
         "task": task,
         "reference": f"{runtime.name} {runtime.dtype}, one text at a time",
-        "tolerance": tolerances(float(np.abs(numbers).max()), float(numbers.std())),
+        "tolerance": tolerances(float(np.abs(numbers).max()), spread),
         "options": predictor.options,
         "items": [to_item(given, answer) for given, answer in zip(inputs, answers, strict=True)],
         "texts": [] if tokenizer is None else [{"text": t, "ids": tokenizer.encode_prompt(t)} for t in PROBES],

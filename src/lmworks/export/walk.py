@@ -14,6 +14,7 @@ from torch import nn
 from lmworks.base.errors import InputError
 from lmworks.export.arithmetic import Arithmetic, Fp32
 from lmworks.export.graph import Graph
+from lmworks.models.compact import LowRankLinear, Quantized
 from lmworks.models.config import Config
 from lmworks.models.custom import AFTER, Activation
 from lmworks.models.heads import Model
@@ -82,6 +83,12 @@ class Walk:
 
     def unknown(self, module: nn.Module, path: str) -> InputError:
         """Return the error for a module that has no emitter."""
+        if isinstance(module, Quantized):
+            return InputError(
+                "a graph rounds the weights itself: it is made of the model in floats", where=path,
+                found="whole numbers, of lmworks quantize",
+                fix="export the model that this one was made of, with --dtype int8 or q4",
+            )  # fmt: skip
         return InputError(
             f"the ONNX exporter does not know the module {type(module).__name__}",
             where=path,
@@ -103,9 +110,12 @@ class Walk:
         """Store a parameter as it is; None is an input left out."""
         return "" if parameter is None else self.graph.weight(name, self.read(parameter))
 
-    def linear(self, module: nn.Linear, path: str, x: str, *, out: str = "", exact: bool = False) -> str:
+    def linear(self, module: nn.Module, path: str, x: str, *, out: str = "", exact: bool = False) -> str:
         """Multiply by a Linear's weight; its bias is the caller's. `exact` keeps the weight as it is in every dtype."""
         arithmetic = self.exact if exact else self.arithmetic
+        if type(module) is LowRankLinear:  # two thin products in place of one
+            x = arithmetic.linear(self.graph, x, self.read(module.right).T, name=f"{path}.right")
+            return arithmetic.linear(self.graph, x, self.read(module.left).T, name=f"{path}.left", out=out)
         return arithmetic.linear(self.graph, x, self.matrix(module, path).T, name=path, out=out)
 
     def affine(self, module: nn.Linear, path: str, x: str, *, exact: bool = False) -> str:

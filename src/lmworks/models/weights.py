@@ -64,6 +64,12 @@ def find_files(folder: Path) -> list[str]:
     fix = f"lmworks convert {folder} -o OUT (a pickle can run code)" if pickled else "fetch the whole checkpoint"
     if (folder / "adapter_config.json").is_file():
         fix = "this is an adapter: lmworks.load opens it with its base, and lmworks merge makes a LoRA a whole model"
+    graphs = sorted(path.name for path in folder.glob("onnx/*.onnx"))
+    if graphs and not pickled:
+        raise FormatError(
+            "this folder holds graphs alone: this needs weights", where=str(folder), found=", ".join(graphs),
+            fix="begin with the model that was exported; a graph answers in its own task and dtype alone",
+        )  # fmt: skip
     raise FormatError(
         "there are no weights that can be read safely",
         where=str(folder),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import statistics
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lmworks.base.errors import InputError, LmworksError
 from lmworks.base.files import read_json, write_json
@@ -42,7 +44,8 @@ MARGIN = 0.95  # of the best so far: a later way must beat it by more than chanc
 LEAST_CHECKED = 16  # decisions of a certificate that say something
 TOKENS, ROWS, PROMPT, STEPS = 128, 8, 32, 16  # what is measured: a text and a ragged batch; or a prompt and its end
 WARM, ROUNDS, SECONDS = 2, 7, 4.0  # rounds before any counts; rounds, and the time after which no round begins
-SAMPLE = 1 << 16  # bytes at both ends of a large file that tell it from another
+SAMPLE, SAMPLES = 1 << 12, 32  # bytes, and places in a large file, that tell it from another
+APART = 1e-3  # of the largest number: what a graph and the weights may differ by in float32, and be the same model
 LARGE = 4_000_000_000  # bytes of weights and graphs above which the ways do not lie in memory together
 ENGINES = {"onnx": "onnxruntime", "torch": "lmworks.runtime.torch_runtime"}
 FORMAT = 1
@@ -114,7 +117,12 @@ def choose(
         return known
     log.info("measuring %s on this machine, once: %s", folder.name, ", ".join(map(str, ways)))
     size = sum(path.stat().st_size for path in weights(folder))
-    costs, problems = measure(ways, open_way, read_config(folder), head, together=size < LARGE)
+    answers: dict[Way, NDArray[Any]] = {}
+    costs, problems = measure(ways, open_way, read_config(folder), head, together=size < LARGE, answers=answers)
+    stale = find_stale(answers)
+    if stale:
+        log.warning("%s: %s", folder.name, stale)
+        costs, problems = {way: cost for way, cost in costs.items() if way.runtime != "onnx"}, [*problems, stale]
     if not costs:
         raise InputError("nothing runs this model", where=str(folder), found="; ".join(problems))
     best = next(iter(costs))
@@ -135,6 +143,19 @@ def choose(
     return Choice(best, why, measured=True)
 
 
+def find_stale(answers: Mapping[Way, NDArray[Any]]) -> str:
+    """Say in words that the graphs are not those of the weights beside them; "" where both give the same numbers."""
+    known, given = answers.get(Way("torch", "fp32")), answers.get(Way("onnx", "fp32"))
+    if known is None or given is None:
+        return ""
+    apart = np.abs(known - given).max(initial=0) if known.shape == given.shape else math.inf
+    if apart <= APART * max(float(np.abs(known).max(initial=0)), 1.0):
+        return ""
+    return (
+        f"its graphs were made of other weights (a number differs by {apart:.2g}) and are not used: export them again"
+    )
+
+
 def describe(folder: Path, ways: Sequence[Way], head: str, threads: int | None) -> dict[str, Any]:
     """Return what a choice depends on: the folder's content, the ways, the task, the machine, the versions."""
     return {
@@ -145,15 +166,15 @@ def describe(folder: Path, ways: Sequence[Way], head: str, threads: int | None) 
 
 
 def content_hash(folder: Path) -> str:
-    """Return a hash of the config, and of the names, sizes and ends of weights and graphs: instant for any size."""
+    """Return a hash of the config, and of names, sizes and samples of weights and graphs: instant for any size."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in weights(folder):
         size = path.stat().st_size
         digest.update(f"\0{path.relative_to(folder).as_posix()}\0{size}\0".encode())
         with path.open("rb") as file:
-            digest.update(file.read(SAMPLE))
-            file.seek(max(size - SAMPLE, 0))
-            digest.update(file.read(SAMPLE))
+            for place in range(SAMPLES):
+                file.seek(max(size - SAMPLE, 0) * place // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE))
     return digest.hexdigest()
 
 
@@ -222,11 +243,15 @@ def list_choices(folder: Path) -> list[dict[str, Any]]:
 
 
 def measure(
-    ways: Sequence[Way], open_way: Callable[[Way], Runtime], config: Config, head: str, *, together: bool = True
-) -> tuple[dict[Way, float], list[str]]:
-    """Return each way's cost in seconds, and why some ways were left out. The ways take turns, where all have room."""
+    ways: Sequence[Way], open_way: Callable[[Way], Runtime], config: Config, head: str, *, together: bool = True,
+    answers: dict[Way, NDArray[Any]] | None = None,
+) -> tuple[dict[Way, float], list[str]]:  # fmt: skip
+    """Return each way's cost in seconds, and why some ways were left out. The ways take turns, where all have room.
+
+    `answers` takes what each way said first.
+    """
     if not together:
-        parts = [measure([way], open_way, config, head) for way in ways]
+        parts = [measure([way], open_way, config, head, answers=answers) for way in ways]
         return {way: cost for costs, _ in parts for way, cost in costs.items()}, [
             p for _, found in parts for p in found
         ]
@@ -249,26 +274,32 @@ def measure(
             break
         for way, runtime in runtimes.items():
             start = time.perf_counter()
-            work(runtime)
+            said = work(runtime)
+            if answers is not None:
+                answers.setdefault(way, np.array(said))
             if turn >= WARM:
                 seconds[way].append(time.perf_counter() - start)
     return {way: starts[way] + TIMES * statistics.median(times) for way, times in seconds.items()}, problems
 
 
-def make_work(config: Config, head: str, longest: int) -> Callable[[Runtime], None]:
-    """Return what is measured: an image; a prompt and some tokens; or a long text and a ragged batch."""
+def make_work(config: Config, head: str, longest: int) -> Callable[[Runtime], NDArray[Any]]:
+    """Return what is measured: an image; a prompt and some tokens; or a long text and a ragged batch.
+
+    It returns its first numbers.
+    """
     rng = np.random.default_rng(0)
     if config.vision is not None:
         v = config.vision
         pixels = rng.standard_normal((1, v.num_channels, v.image_size, v.image_size)).astype(np.float32)
-        return lambda runtime: ignore(runtime.run({"pixel_values": pixels}))
+        return lambda runtime: first(runtime.run({"pixel_values": pixels}))
     if head == "CausalLM":
         prompt = rng.integers(0, config.vocab_size, max(1, min(PROMPT, longest - STEPS))).tolist()
 
-        def write(runtime: Runtime) -> None:
-            runtime.prefill([0], [prompt])
+        def write(runtime: Runtime) -> NDArray[Any]:
+            said = runtime.prefill([0], [prompt])
             for _ in range(min(STEPS, longest - len(prompt))):
                 runtime.step([0], prompt[:1])
+            return said
 
         return write
     lengths = [max(1, min(longest, TOKENS * (row + 1) // ROWS)) for row in reversed(range(ROWS))]
@@ -276,14 +307,16 @@ def make_work(config: Config, head: str, longest: int) -> Callable[[Runtime], No
     mask = (np.arange(lengths[0]) < np.array(lengths)[:, None]).astype(np.int64)
     halves = [list(group) for _, group in groupby(range(ROWS), key=lambda row: 2 * row // ROWS)]
 
-    def read(runtime: Runtime) -> None:
-        runtime.run({"input_ids": ids[:1], "attention_mask": mask[:1]})
+    def read(runtime: Runtime) -> NDArray[Any]:
+        said = first(runtime.run({"input_ids": ids[:1], "attention_mask": mask[:1]}))
         for rows in halves:  # as texts of like length share a batch
             width = lengths[rows[0]]
             runtime.run({"input_ids": ids[rows, :width], "attention_mask": mask[rows, :width]})
+        return said
 
     return read
 
 
-def ignore(value: object) -> None:
-    """Take no notice of a value."""
+def first(numbers: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+    """Return the first of a runtime's outputs."""
+    return next(iter(numbers.values()), np.empty(0))

@@ -67,9 +67,10 @@ def choose(logits: Logits, history: Sequence[int], sampling: Sampling, rng: np.r
     if sampling.temperature <= 0:
         return int(scores.argmax())
     tokens, probabilities = distribution(scores, sampling)
-    cumulative = probabilities.cumsum()
+    order = tokens.argsort()  # by number: in the order of the scores a rounding error may swap two tokens
+    cumulative = probabilities[order].cumsum()
     drawn = int(cumulative.searchsorted(rng.random() * cumulative[-1], side="right"))
-    return int(tokens[min(drawn, len(tokens) - 1)])
+    return int(tokens[order[min(drawn, len(tokens) - 1)]])
 
 
 def penalize(scores: Logits, history: Sequence[int], sampling: Sampling) -> Logits:

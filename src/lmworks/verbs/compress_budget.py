@@ -29,13 +29,14 @@ from lmworks.compress.candidates import (
 )
 from lmworks.models.families import read_config, read_kind
 from lmworks.tasks.registry import find_task
-from lmworks.verbs.compress_knobs import Pruning, Quantizing
+from lmworks.verbs.compress_knobs import Pruning, Quantizing, say_options
 from lmworks.verbs.compress_trial import main_score, measure_candidate
 from lmworks.verbs.compressing import Source, apply_pruning, apply_quantizing, keep_settings, open_source
 from lmworks.verbs.finetune_data import fingerprint
 
 SCORES = ("accuracy", "f1", "precision", "recall", "macro_f1", "exact_match", "mse", "pearson", "spearman", "mrr",
           "recall_at_1", "perplexity", "cosine", "agreement")  # fmt: skip
+TRAINED = ("epochs", "lr", "batch_size", "seed")  # what may be said of candidates with fewer weights
 SEEN = 48  # examples that a graph's matrices are rounded for
 DIVERGENCE = 0.002  # nats: what int8-mixed may say otherwise than the model as it is
 WHERE = {"server": "On a server", "edge": "On a small device", "browser": "In a browser"}
@@ -133,7 +134,11 @@ def compress(
     demands = read_budget(budget, SCORES)
     names = choose_names(candidates)
     check_output(out, overwrite=overwrite)
-    how = (how or Pruning()).check(data)
+    how = how or Pruning()
+    chosen = [name for name in how.given() if name not in TRAINED]
+    if chosen:
+        raise InputError("a budget chooses what is taken away itself", found=say_options(chosen),
+                         fix="leave it out, or leave out --budget")  # fmt: skip
     source = open_source(model, data, validation, columns, seed=how.seed, revision=revision)
     assert source.held_out is not None
     check_also(also, source.task)
@@ -208,10 +213,15 @@ def measure_all(
         made.append(one)
         tell(one)
     for folder in map(Path, also):
-        one = Candidate(name=folder.name, kind="fewer weights", what=f"the model in {folder}", folder=folder)
-        one, _ = measure_candidate(
-            one, base, task=source.task, held_out=source.held_out, problem=source.problem, known=known, seed=how.seed
-        )
+        name = str(folder) if folder.name in {other.name for other in made} else folder.name
+        one = Candidate(name=name, kind="fewer weights", what=f"the model in {folder}", folder=folder)
+        try:
+            one, _ = measure_candidate(
+                one, base, task=source.task, held_out=source.held_out, problem=source.problem, known=known,
+                seed=how.seed,
+            )  # fmt: skip
+        except LmworksError as error:
+            one = replace(one, failed=error.what)
         made.append(one)
         tell(one)
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +58,12 @@ class Quantizing:
             raise InputError("a matrix has one scale or groups", fix="leave out --group or --per-tensor")
         if not 50 < self.percentile <= 100:
             raise InputError("--percentile is out of range", found=f"{self.percentile}", expected="above 50, up to 100")
+        if self.percentile < 100 and self.activations != "static":
+            raise InputError("--percentile is of static activations", fix="add --activations static, or leave it out")
+        if self.tolerance is not None and not self.tolerance > 0:
+            raise InputError(
+                "--tolerance is out of range", found=f"{self.tolerance}", expected="above 0, such as 0.001"
+            )
         plain = not group and not self.asymmetric
         activations = ("dynamic" if plain else "none") if self.activations == "auto" else self.activations
         per: str | int = "tensor" if self.per_tensor else group or "channel"
@@ -114,6 +121,25 @@ class Pruning:
             raise InputError("heads are removed whole", fix="add --structured")
         if self.energy is not None and self.structured:
             raise InputError("a layer is factorized or shrunk", fix="leave out --energy or --structured")
+        idle = {
+            "sparsity": self.energy is not None, "scope": self.energy is not None or self.structured,
+            "importance": not self.structured, "lr": not self.epochs,
+            "batch_size": not self.epochs and self.importance != "taylor",
+        }  # fmt: skip
+        found = [name for name, unused in idle.items() if unused and name in self.given()]
+        if found:
+            raise InputError("this changes nothing here", found=say_options(found),
+                             fix="leave it out; --importance is for --structured, --lr and --batch-size for --epochs, "
+                             "and --energy takes the place of --sparsity")  # fmt: skip
         if data is None and (self.epochs or (self.structured and self.importance == "taylor")):
             raise InputError("this learns from examples", found="no --data", fix="give --data FILE")
         return self
+
+    def given(self) -> list[str]:
+        """Return the knobs that are not as they are by default."""
+        return [name for name, value in vars(self).items() if value != getattr(Pruning, name)]
+
+
+def say_options(names: Sequence[str]) -> str:
+    """Return knobs as the command line calls them."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)

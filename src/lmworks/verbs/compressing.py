@@ -23,10 +23,11 @@ from lmworks.base.optional import require
 from lmworks.base.report import Cell, Report, Table
 from lmworks.models.families import TASKS, read_config, read_kind
 from lmworks.tasks.registry import find_task
-from lmworks.text.labelled import Labelled, check_labels
+from lmworks.text.labelled import Labelled
 from lmworks.verbs.compress_knobs import Pruning, Quantizing
 from lmworks.verbs.compress_trial import folder_bytes, judge
 from lmworks.verbs.finetune_data import fingerprint, read_data
+from lmworks.verbs.finetuning import match_labels
 
 if TYPE_CHECKING:
     from lmworks.models.heads import Model
@@ -73,15 +74,17 @@ def open_source(
     if data is None:
         if validation is not None:
             raise InputError("--validation is held out beside --data", fix="give --data as well")
+        if any(value not in (None, True) for value in columns.values()):
+            raise InputError("columns and parts are those of --data", found="no --data", fix="give --data FILE")
         return Source(str(model), folder, task)
     from lmworks.training.measure import problem_type
 
     columns = {"header": True, **columns}
     split = columns.pop("split", None)
     train, held_out = read_data(Path(data), validation, task, split, seed, columns)
+    train, held_out = match_labels(train, config), match_labels(held_out, config)
     if train.labels:
-        known = replace(train, labels=config.labels, where=str(folder))
-        train, held_out = check_labels(known, train), check_labels(known, held_out)
+        train, held_out = replace(train, labels=config.labels), replace(held_out, labels=config.labels)
     return Source(str(model), folder, task, train, held_out, problem_type(train))
 
 

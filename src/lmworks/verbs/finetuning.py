@@ -24,6 +24,7 @@ from lmworks.models.families import read_config, read_kind
 from lmworks.runtime.predictor import read_facts
 from lmworks.tasks.base import Long
 from lmworks.tasks.registry import find_task
+from lmworks.text.label_kinds import INTEGER
 from lmworks.text.labelled import Labelled, read_labelled
 from lmworks.training.tuning import LONG_TASKS, Tuning
 from lmworks.verbs.feedback import check_feedback, fed, keep_feedback
@@ -175,13 +176,12 @@ def say(
         raise InputError(
             f"{task} has no labels to compare with", fix="lmworks evaluate MODEL TEXT gives its perplexity"
         )
-    from lmworks.training.measure import answer, number_labels, problem_type
+    from lmworks.training.measure import answer, problem_type
 
     receipt = read_json(folder / "lmworks.json") if (folder / "lmworks.json").is_file() else {}
     settings = receipt.get("settings", {}) if receipt.get("task") == task else {}
+    data = match_labels(data, config)
     problem = problem_type(data)
-    if data.labels:
-        data = rename_labels(data, dict(zip(number_labels(config.labels, data.labels), config.labels, strict=True)))
     check_kind(config, problem, data, folder)
     if long is not None and task not in LONG_TASKS:
         raise InputError(f"--long is not for {task}", expected=", ".join(LONG_TASKS), fix="leave it out")
@@ -199,6 +199,17 @@ def say(
         predictor = open_predictor(folder, task, long=cut, max_length=room, code=code, dtype=chosen)
     labels: Sequence[str] = config.labels if data.labels else ()
     return task, answer(predictor, data, problem=problem), data, labels
+
+
+def match_labels(data: Labelled, config: Config) -> Labelled:
+    """Return data as a model says it: its own names of labels, numbers where it gives a number. Raises InputError."""
+    from lmworks.training.measure import number_labels
+
+    if not data.labels:
+        return data
+    if len(config.labels) == 1 and all(isinstance(r, str) and INTEGER.fullmatch(r) for r in data.references):
+        return replace(data, references=[float(r) for r in data.references], labels=())
+    return rename_labels(data, dict(zip(number_labels(config.labels, data.labels), config.labels, strict=True)))
 
 
 def rename_labels(data: Labelled, names: Mapping[str, str]) -> Labelled:
