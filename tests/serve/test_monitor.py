@@ -30,11 +30,11 @@ from lmworks.evaluation.monitor import Monitor, Seen, attach, read_monitor
 from lmworks.export.onnx_folder import export_graphs
 from lmworks.runtime.predictor import load
 from lmworks.serve.app import make_app
-from lmworks.serve.monitor import Watch, Watching
+from lmworks.serve.monitor import Watch, Watching, append
 from lmworks.serve.monitor_alerts import Target, read_target, send
 from lmworks.serve.service import describe
 from lmworks.verbs.monitoring import fit_monitor
-from lmworks.verbs.monitoring_check import check_monitor
+from lmworks.verbs.monitoring_check import NUMBERS, check_monitor
 
 WINDOW = 80
 NAME = re.compile(r"\blmworks_\w+")
@@ -314,6 +314,19 @@ def test_a_slow_log_stops_nobody(place: Path, data_folder: Path, tmp_path: Path)
         assert time.monotonic() - began < 5
         with log.open() as reader:
             assert json.loads(reader.readline())["requests"] == 40
+
+
+def test_half_a_line_of_a_lost_process_is_passed_over(tmp_path: Path) -> None:
+    log, numbers = tmp_path / "log", {"requests": 40, "window": 40}
+    row = {"model": "a", "drift": ["length"], **numbers, "tests": {"length": {"p": 1e-9, "statistic": 0.5}}}
+    row |= dict.fromkeys(NUMBERS, 1)
+    whole = json.dumps(row)
+    assert append(log, whole) == ""
+    with log.open("a") as file:
+        file.write(whole[:50])
+    assert len(check_monitor(str(log)).values["models"]["a"]["comparisons"]) == 1
+    append(log, whole)
+    assert len(check_monitor(str(log)).values["models"]["a"]["comparisons"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import time
 from collections import deque
@@ -228,13 +229,23 @@ class Watches:
 
 
 def append(path: Path, line: str) -> str:
-    """Add a line to a file; return what went wrong, or nothing."""
+    """Add a line to a file, after half a one that a lost process left; return what went wrong, or nothing."""
     try:
+        start = "\n" if is_torn(path) else ""
         with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(f"{start}{line}\n")
     except OSError as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def is_torn(path: Path) -> bool:
+    """Say whether a file ends inside a line."""
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def check_policy(how: Watching, specs: Sequence[Spec], watched: Sequence[str]) -> None:

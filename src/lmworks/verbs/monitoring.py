@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from lmworks import __version__
 from lmworks.base.errors import InputError
 from lmworks.base.files import check_output, new_folder, own_file, read_json, sha256, write_json, write_text
-from lmworks.base.hub import find_folder
+from lmworks.base.hub import find_folder, find_local
 from lmworks.base.report import Report
 from lmworks.evaluation.calibration import confidence, ece, fit_temperature, nll, reliability
 from lmworks.evaluation.monitor import (
@@ -92,6 +92,8 @@ def fit_monitor(
         raise InputError("--false-alarms is out of range", found=str(false_alarms), expected="0.0001 to 0.5")
     if score not in ("auto", *SCORES):
         raise InputError("there is no such score", found=score, expected=", ".join(("auto", *SCORES)))
+    if out is None and find_local(model) is None:
+        raise InputError("a model of the Hub stays as it was fetched", found=str(model), fix="give -o FOLDER")
     folder = find_folder(model, revision=revision)
     task = check_task(folder)
     if out is not None:

@@ -101,7 +101,10 @@ def ask(url: str, body: Any = None, *, key: str | None = None, seconds: float = 
 
 
 def read_log(path: Path) -> dict[str, Any]:
-    """Return the comparisons of each model in a log; the last one says whether it drifts."""
+    """Return the comparisons of each model in a log; the last one says whether it drifts.
+
+    The half of a line that a lost process left is passed over.
+    """
     if not path.is_file():
         raise InputError(
             "there is no such log", where=str(path), expected="a server's address, or the file of --drift-log"
@@ -113,7 +116,9 @@ def read_log(path: Path) -> dict[str, Any]:
             name, drift = str(row["model"]), bool(row["drift"])
             known = {test: float(one["p"]) + float(one["statistic"]) for test, one in row["tests"].items()}
             _ = [known[test] for test in row["drift"]], [float(row[key]) for key in NUMBERS]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, json.JSONDecodeError) and line.startswith('{"') and not line.endswith("}"):
+                continue
             raise InputError("this line is no comparison", where=f"{path}, line {number}", found=line[:80],
                              expected="what lmworks serve --drift-log writes") from None  # fmt: skip
         one = found.setdefault(name, {"comparisons": []})

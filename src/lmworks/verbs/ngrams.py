@@ -199,9 +199,9 @@ def sample(model: str | Path, *, prompt: str = "", count: int = 5, max_tokens: i
     if not opened.model.distribution([opened.model.eos_id, *ids]).any():
         raise InputError("nothing follows this prompt: mle knows the contexts of its text alone", found=prompt,
                          fix="another --prompt, or a model of another smoothing")  # fmt: skip
-    texts = []
-    for i in range(count):
-        drawn = opened.model.sample(max_tokens=max_tokens, prompt=ids, seed=seed + i)
+    texts, seeds = [], np.random.SeedSequence(seed).generate_state(count, np.uint64).tolist()
+    for one in seeds:
+        drawn = opened.model.sample(max_tokens=max_tokens, prompt=ids, seed=one)
         texts.append(opened.text([*ids, *drawn]))
     return Report(f"{model}: {count} samples", {"prompt": prompt, "texts": texts, "seed": seed},
                   texts=tuple((f"{i}", text) for i, text in enumerate(texts, 1)))  # fmt: skip
