@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import transformers
@@ -121,6 +122,17 @@ def test_an_encoder_with_it_equals_torch(at: str, code: Any, how: Any, tmp_path:
     for dtype, most in limits.items():
         given = OnnxRuntime(tmp_path, dtype=dtype).run(batch)["logits"]
         np.testing.assert_allclose(given, known, atol=most * max(1, np.abs(known).max()), rtol=0)
+
+
+def test_a_layer_that_runs_several_times_holds_its_weights_once(tmp_path: Path) -> None:
+    model = make("albert", "SequenceClassification", tmp_path, "layers.0", Scaled, "after")
+    assert len(model.transformer.order) > len(model.transformer.layers)
+    export_onnx(model, tmp_path, dtypes=["fp32"])
+    given = OnnxRuntime(tmp_path, dtype="fp32").run({"input_ids": IDS, "attention_mask": MASK})["logits"]
+    known = TorchRuntime(model).run({"input_ids": IDS, "attention_mask": MASK})["logits"]
+    np.testing.assert_allclose(given, known, atol=1e-5)
+    graph = onnx.load(tmp_path / "onnx/model.onnx").graph
+    assert sum(weight.name.endswith("own.steps") for weight in graph.initializer) == 1
 
 
 @pytest.mark.parametrize(("at", "code", "how"), DECODER)
