@@ -97,6 +97,9 @@ def test_writing_stops_in_time(folder: Path) -> None:
     class Silent:
         eos_id = None
 
+        def decode(self, ids: list[int]) -> str:
+            return ""
+
     runtime = TorchRuntime(folder)
     assert runtime.turn == TURN
     lengths = [begin(Silent(), [1] * n, max_length=runtime.max_length, max_tokens=500, turn=runtime.turn).limits.tokens
