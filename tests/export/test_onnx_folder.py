@@ -357,6 +357,8 @@ def test_factors_become_two_products_and_one_matrix_again(family, head, tmp_path
     lower_ranks(model, rank=4)
     write_folder(model, tmp_path / "whole", tmp_path / "thin")
     export_graphs(tmp_path / "thin", tmp_path / "graphs", dtypes=("fp32", "int8", "q4"))
+    said = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("whole", "thin", "graphs")]
+    assert said[0]["model_type"] == said[2]["model_type"] == family != said[1]["model_type"]
     graph = onnx.load(tmp_path / "graphs/onnx/model.onnx").graph
     assert {"layers.0.mlp.up_proj.left.weight", "layers.0.mlp.up_proj.right.weight"} <= {
         w.name for w in graph.initializer

@@ -34,7 +34,7 @@ from lmworks.export.reference import Arrays
 from lmworks.export.selftest import FP32_CLOSE, FP32_MOST, FP32_PART
 from lmworks.export.web_folder import add_page, check_page, find_task, record
 from lmworks.models.checkpoint import load_model
-from lmworks.models.families import PARTS as CUSTOM_KEY
+from lmworks.models.families import publish
 from lmworks.models.folder import has_tokenizer, write_folder
 from lmworks.models.heads import Model
 from lmworks.models.weights import WEIGHTS
@@ -82,10 +82,7 @@ def export_graphs(
         with new_folder(out) as staged:
             write_folder(model, source, staged)
             (staged / WEIGHTS).unlink()  # the graphs hold them
-            if model.parts:  # and the layers of its maker's own
-                config = read_json(staged / "config.json")
-                published = config.pop(CUSTOM_KEY)["model_type"]
-                write_json(staged / "config.json", {**config, "model_type": published})
+            write_json(staged / "config.json", publish(read_json(staged / "config.json")))
             limit_texts(staged, model.config.turn)
             chosen = find_precisions(model, source, dtypes, batches=batches)
             most = None if to == "web" else LARGE

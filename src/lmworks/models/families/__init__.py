@@ -105,6 +105,7 @@ CUSTOM, PARTS = "lmworks-custom", "lmworks_custom"  # the type, and the key, of 
 NGRAM = "lmworks-ngram"  # no network
 SIZES = ("num_attention_heads", "num_key_value_heads", "head_dim")  # that some published configs derive
 COMPACT_TYPE, COMPACT_KEY = "lmworks-compact", "lmworks_quantization"  # the same for layers held in another form
+OWN_KEYS = {CUSTOM: PARTS, COMPACT_TYPE: COMPACT_KEY}
 CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
 LABELLED = ("SequenceClassification", "TokenClassification", "ImageClassification")
 
@@ -180,7 +181,7 @@ def read_config(folder: str | Path) -> Config:
         raise FormatError("this is no model folder, but it holds some", where=str(folder), found=", ".join(inside[:8]),
                           fix=f"name one of them: {inside[0]}")  # fmt: skip
     hf = read_json(path)
-    own = hf.get({CUSTOM: PARTS, COMPACT_TYPE: COMPACT_KEY}.get(str(hf.get("model_type")), ""))
+    own = hf.get(OWN_KEYS.get(str(hf.get("model_type")), ""))
     own = own if isinstance(own, dict) else {}
     try:
         config = find_family(str((own or hf).get("model_type"))).config(hf)
@@ -252,6 +253,17 @@ def mark_compact(config: dict[str, Any], c: Config, layers: Mapping[str, Any], s
     """Return a config.json that no reader takes for the published model's: its layers are held in another form."""
     own = {"model_type": c.model_type, "layers": layers, **({"sizes": sizes} if sizes else {})}
     return {**config, "model_type": COMPACT_TYPE, COMPACT_KEY: own}
+
+
+def publish(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config.json as the published model's, for a folder whose graphs hold what is lmworks' own.
+
+    Sizes that the published config has no words for keep it as it is.
+    """
+    key = OWN_KEYS.get(str(config.get("model_type")))
+    if key is None or config[key].get("sizes"):
+        return config
+    return {name: value for name, value in config.items() if name != key} | {"model_type": config[key]["model_type"]}
 
 
 def read_compact(c: Config) -> dict[str, Any]:
