@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))
 import zoo
 
 from lmworks.base.errors import InputError
+from lmworks.export.emit import make_graph
 from lmworks.export.onnx import export_onnx, make_onnx
 from lmworks.models.attention import Attention
 from lmworks.models.checkpoint import load_model
@@ -69,6 +70,16 @@ class Sharp(Attention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, look: Any) -> Tensor:
         return super().attend(2 * q, k, v, look)
+
+
+class Doubled(nn.Module):
+    """A layer without numbers of its own, which nothing would miss."""
+
+    def __init__(self, base: Any, config: Config) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
 
 
 class Peeking(nn.Module):
@@ -167,6 +178,7 @@ def test_a_model_of_pictures_with_it(at: str, code: Any, how: Any, tmp_path: Pat
         ("bert", "layers.0.mlp.up_proj", Swish, "after", "layers.0.mlp.up_proj"),
         ("bert", "layers.0.mlp.up_proj", Swish, "replace", "test_traced:Swish"),
         ("llama", "layers.1.attention", Sharp, "replace", "layers.1.attention"),
+        ("llama", "layers.1.attention.q_norm", Doubled, "after", "layers.1.attention.q_norm.after"),
     ],
 )
 def test_what_cannot_become_nodes_is_named(case: str, at: str, code: Any, how: Any, where: str, tmp_path: Path) -> None:
@@ -174,3 +186,10 @@ def test_what_cannot_become_nodes_is_named(case: str, at: str, code: Any, how: A
     with pytest.raises(InputError) as error:
         make_onnx(make(case, head, tmp_path, at, code, how))
     assert error.value.where == where
+
+
+def test_where_it_looks_is_not_given_out_without_it(tmp_path: Path) -> None:
+    """The others' would be counted as its own."""
+    model = make("bert", "SequenceClassification", tmp_path, "layers.1.attention", Sharp, "replace")
+    with pytest.raises(InputError, match=r"layers\.1\.attention"):
+        make_graph(model, attentions=True)

@@ -93,6 +93,8 @@ class Own:
             return self.trace(walk, module, path, walk.settle(inputs[0], path))
         if role == "mlp":
             return self.trace(walk, module, path, inputs[0]), ""
+        if walk.attends:
+            raise refuse(path, "--attentions: where it looks is not known")
         rotary = walk.config.causal or walk.config.positions == "rope"
         if role != "attention" or rotary or not isinstance(module, Attention):
             raise refuse(path, type(module).__name__)
@@ -104,6 +106,7 @@ class Own:
         if id(module) not in self.traced:
             self.traced[id(module)] = export(module, self.samples[id(module)], path, masked=bool(seen))
         walk.skip(module)
+        walk.unplaced.discard(id(module))
         return inline(walk.graph, self.traced[id(module)], path, [x, *seen])
 
 

@@ -16,7 +16,7 @@ from lmworks.export.arithmetic import Arithmetic, Fp32
 from lmworks.export.graph import Graph
 from lmworks.models.compact import LowRankLinear, Quantized
 from lmworks.models.config import Config
-from lmworks.models.custom import AFTER, Activation
+from lmworks.models.custom import AFTER, BODY, Activation
 from lmworks.models.heads import Model
 from lmworks.models.layers import ACTIVATIONS
 
@@ -50,6 +50,7 @@ class Walk:
     def __init__(self, model: Model, arithmetic: Arithmetic, emitters: Emitters, own: Own | None = None) -> None:
         self.model, self.graph, self.arithmetic, self.emitters = model, Graph(), arithmetic, emitters
         self.own = own  # layers that no emitter knows
+        self.unplaced = set() if own is None else set(own.samples)  # of them those that the graph does not hold yet
         self.exact = Fp32()  # for the small matrices, which cost nothing and decide much
         self.parameters = {id(p): name for name, p in model.named_parameters()}
         self.shared: dict[str, str] = {}  # what every attention reads: masks, lengths, cos, sin
@@ -144,6 +145,7 @@ class Walk:
     def activate(self, function: Callable[..., Any], path: str, x: str, bias: str) -> str:
         """Return function(x + bias) as one node, or as two where no node takes a bias."""
         if isinstance(function, Activation):
+            self.unplaced.discard(id(function))
             function = ACTIVATIONS[function.name]
         if isinstance(function, nn.Module) and self.own is not None:
             x = self.graph.add("Add", [x, bias], name=f"{path}.bias") if bias else x
@@ -158,7 +160,10 @@ class Walk:
         return self.graph.add(biased if bias else operator, inputs, name=f"{path}.act", **attributes)
 
     def done(self) -> Graph:
-        """Return the graph; a parameter that nothing has read is an error."""
+        """Return the graph; a parameter that nothing has read is an error, and so is a user's layer that is not in it."""
+        for name, module in self.model.named_modules():
+            if id(module) in self.unplaced:
+                raise self.unknown(module, name.removeprefix(BODY))
         if self.parameters:
             raise InputError(
                 "the ONNX exporter does not know these weights", found=", ".join(sorted(self.parameters.values()))
