@@ -160,7 +160,7 @@ class Walk:
         return self.graph.add(biased if bias else operator, inputs, name=f"{path}.act", **attributes)
 
     def done(self) -> Graph:
-        """Return the graph; a parameter that nothing has read is an error, and so is a user's layer that is not in it."""
+        """Return the graph; a parameter that nothing has read is an error, and so is a user's layer that it lacks."""
         for name, module in self.model.named_modules():
             if id(module) in self.unplaced:
                 raise self.unknown(module, name.removeprefix(BODY))

@@ -17,7 +17,8 @@ from lmworks.base.optional import require
 Pair = tuple[bytes, bytes]
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-ORDER = [*PRINTABLE, *(byte for byte in range(256) if byte not in PRINTABLE)]  # the bytes by their ids
+HIDDEN = [byte for byte in range(256) if byte not in PRINTABLE]  # shown as the letters from 256 on, in order
+ORDER = [*PRINTABLE, *HIDDEN]  # the bytes by their ids
 
 
 def cut(text: str) -> list[list[bytes]]:

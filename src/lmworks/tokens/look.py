@@ -10,6 +10,7 @@ from typing import Any
 
 from lmworks.base.hub import find_folder
 from lmworks.base.optional import require
+from lmworks.tokens.by_hand import HIDDEN, PRINTABLE
 from lmworks.tokens.tokenizer import Tokenizer, read_config
 
 STEPS = ("normalizer", "pre_tokenizer", "model", "post_processor", "decoder")
@@ -105,9 +106,7 @@ def make_speller(tokenizer: Tokenizer) -> Callable[[int], bytes]:
     """
     decoder = json.dumps(json.loads(tokenizer.backend.to_str())["decoder"], ensure_ascii=False)
     special = {id for id, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in plain]
-    letters = {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+    letters = {chr(byte): byte for byte in PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(HIDDEN)}
 
     def spell(id: int) -> bytes:
         name = str(tokenizer.token(id))
