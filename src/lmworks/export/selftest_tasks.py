@@ -112,7 +112,9 @@ def record_task(runtime: Runtime, folder: Path, task: str, *, data: str | Path |
         inputs.append(lengthen(task, inputs[-1], mask, fits))
     answers = [ask(predictor, task, given) for given in inputs]
     numbers = np.concatenate([answer.logits.ravel() for answer in answers])
-    spread = max(float(numbers.std()), LEAST * float(abs(numbers.mean())))
+    spread = float(numbers.std())
+    if all(answer.logits.shape[-1] == 1 for answer in answers):
+        spread = max(spread, LEAST * float(abs(numbers.mean())))
     return {
         "format": FORMAT,
         "task": task,
