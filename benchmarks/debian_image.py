@@ -13,6 +13,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import time
 import urllib.error
@@ -175,3 +176,10 @@ def wait_for(request: str | urllib.request.Request, process: subprocess.Popen[by
         except (urllib.error.URLError, ConnectionError):
             time.sleep(0.02)
     raise RuntimeError("the server ended" if process.poll() is not None else f"no answer in {PATIENCE} s")
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from debian_image import Stage, build, running, wait_for
+from debian_image import Stage, build, free_port, running, wait_for
 from encode import copy_tokenizer
 from flavors import TORCH
 from serving.contestants import MINILM
@@ -42,13 +41,6 @@ ENV HF_HOME=/tmp PYTHONDONTWRITEBYTECODE=1
 USER 10001:10001
 ENTRYPOINT ["/opt/peer/bin/python", "/server.py", "/model", "text-classification", "{port}"]
 """
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def make_classifier(folder: Path) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -19,16 +18,10 @@ import lmworks
 from lmworks.verbs.deploying import deploy_docker
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from debian_image import build, running, wait_for
+from debian_image import build, free_port, running, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 TEXTS = ["a gorgeous, witty, seductive movie", "it 's slow -- very , very slow"]
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def test_the_image_serves_without_rights_and_drains(graphs: Path, tmp_path: Path) -> None:
