@@ -327,6 +327,25 @@ def test_tokens_that_hold_a_part_of_a_character_are_told_by_their_bytes(client: 
     assert spelled.decode(errors="replace") == chat.message.content
 
 
+def test_each_part_of_a_stream_brings_the_probabilities_of_its_own_tokens(client: openai.OpenAI) -> None:
+    settings = {"model": "chatty", "max_tokens": 20, "temperature": 1.5, "seed": 4}
+    asked = {"prompt": [PROMPTS[0], PROMPTS[2]], "logprobs": 2, **settings}
+    whole = client.completions.create(**asked)  # type: ignore[call-overload]
+    parts = [chunk.choices[0] for chunk in client.completions.create(**asked, stream=True)]  # type: ignore[call-overload]
+    assert all(part.logprobs is not None for part in parts if part.text)
+    assert sum(part.logprobs is not None for part in parts) > 20
+    for index, choice in enumerate(whole.choices):
+        own = [part.logprobs for part in parts if part.index == index and part.logprobs is not None]
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            assert [item for one in own for item in getattr(one, name)] == getattr(choice.logprobs, name)
+    turns = {"messages": [{"role": "user", "content": "Who?"}], "logprobs": True, "top_logprobs": 2, **settings}
+    answer = client.chat.completions.create(**turns)  # type: ignore[call-overload]
+    deltas = [chunk.choices[0] for chunk in client.chat.completions.create(**turns, stream=True)]  # type: ignore[call-overload]
+    assert all(part.logprobs is not None for part in deltas if part.delta.content)
+    told = [one for part in deltas if part.logprobs is not None for one in part.logprobs.content]
+    assert told == answer.choices[0].logprobs.content
+
+
 # -- chat ------------------------------------------------------------------------------------------------------------
 
 

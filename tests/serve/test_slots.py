@@ -28,7 +28,7 @@ class Heard:
 
     def __call__(self, request: int, what: str, value: Any) -> None:
         if what == "piece":
-            self.pieces[request] = self.pieces.get(request, "") + value
+            self.pieces[request] = self.pieces.get(request, "") + value[0]
         elif what == "done":
             self.done[request] = value
         else:

@@ -16,7 +16,7 @@ from itertools import chain, islice
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
-from lmworks.base.errors import LmworksError
+from lmworks.base.errors import InputError, LmworksError
 
 Batch = TypeVar("Batch")
 Result = TypeVar("Result")
@@ -29,7 +29,10 @@ def map_batches(
     """Yield `function` of each batch, in order; both travel to the workers by pickle.
 
     At most `2 · workers` batches are held at a time, however many there are. A single batch is worked on right here.
+    Raises InputError for fewer than one worker.
     """
+    if workers < 1:
+        raise InputError("somebody has to work", found=f"--workers {workers}", expected="1 or more")
     rest = iter(batches)
     first = list(islice(rest, 2))
     if workers <= 1 or len(first) < 2:

@@ -44,6 +44,7 @@ class Arithmetic(Protocol):
     """The three places where a model meets a matrix."""
 
     precision: Precision
+    fused: bool  # whether attention, and a bias with its activation, are one node
 
     def linear(self, graph: Graph, x: str, weight: Floats, *, name: str, out: str = "") -> str:
         """Return x (…, I) times `weight` (I, O), a value called `out`."""
@@ -62,6 +63,7 @@ class Fp32:
     """Weights as they are."""
 
     precision = Precision()
+    fused = True
 
     def linear(self, graph: Graph, x: str, weight: Floats, *, name: str, out: str = "") -> str:
         stored = graph.weight(f"{name}.weight", weight)
@@ -82,6 +84,7 @@ class Int8:
     zero = ""  # of the weights; the name of a constant
 
     precision = Precision()
+    fused = False  # only processors multiply so: parts are faster there, and a bias becomes a part of the product
 
     def __init__(self) -> None:
         self.quantized: dict[str, list[str]] = {}
@@ -137,6 +140,8 @@ class Uint8(Int8):
 
 class Q4(Int8):
     """Weights in 4 bits, 32 to a scale and a zero point; an embedding that stands alone in 8 bits."""
+
+    fused = True
 
     def linear(self, graph: Graph, x: str, weight: Floats, *, name: str, out: str = "") -> str:
         if once(name) in self.precision.kept:
@@ -198,6 +203,8 @@ class Q4(Int8):
 
 class Bnb4(Int8):
     """Linears in NF4; the embedding in 8 bits."""
+
+    fused = True
 
     def linear(self, graph: Graph, x: str, weight: Floats, *, name: str, out: str = "") -> str:
         packed, largest = quantize_nf4(weight.T)

@@ -50,6 +50,7 @@ def make_graph(
     if attentions:
         check_attends(model)
     walk.attends = attentions
+    walk.sums_in_norms = half
     outputs = declare_outputs(walk)
     if isinstance(model.transformer, Sequential):
         if half or not walk.writes:
@@ -148,18 +149,20 @@ def emit_no_norm(walk: Walk, norm: nn.Identity, path: str, stream: Stream) -> st
 
 
 def emit_layer_norm(walk: Walk, norm: nn.LayerNorm, path: str, stream: Stream) -> str:
-    """Add what the stream still owes and normalize, in one node; without a debt, only normalize."""
+    """Add what the stream still owes, and normalize: in one node where a GPU reads the graph.
+
+    On processors that node takes ten times as long as LayerNormalization, SkipSimplifiedLayerNormalization does not.
+    """
     weights = [walk.store(f"{path}.weight", norm.weight)]
     weights += [walk.store(f"{path}.bias", norm.bias)] if norm.bias is not None else []
-    if stream.bias and not stream.delta:
+    if not (stream.delta and walk.sums_in_norms):
         walk.settle(stream, path)
-    if not stream.delta:
         return walk.graph.add("LayerNormalization", [stream.value, *weights], name=path, epsilon=norm.eps)
     return skip_norm(walk, "SkipLayerNormalization", path, stream, [*weights, ""][:2], norm.eps)
 
 
 def emit_rms_norm(walk: Walk, norm: RMSNorm, path: str, stream: Stream) -> str:
-    """Do the same for x / sqrt(mean(x^2) + eps); ONNX Runtime fuses the written-out form."""
+    """Do the same for x / sqrt(mean(x^2) + eps), always in one node; ONNX Runtime fuses the written-out form."""
     weight = walk.store(f"{path}.weight", norm.weight)
     if stream.bias and not stream.delta:
         walk.settle(stream, path)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lmworks.export.emit_encoder import declare_weights, split_heads
+from lmworks.export.emit_encoder import mix, split_heads, weigh
 from lmworks.export.walk import Stream, Walk
 from lmworks.models.blocks import NeighbourBlock, PostNormBlock
 from lmworks.models.compact import LowRankLinear
@@ -24,11 +24,10 @@ def emit_disentangled_attention(
 ) -> tuple[str, str]:
     """Return attention's output (B, T, D) without its bias, and the bias."""
     graph, add, heads = walk.graph, walk.graph.add, attention.heads
-    turns = {"q": [0, 2, 1, 3], "k": [0, 2, 3, 1], "v": [0, 2, 1, 3]}  # keys (B, H, E, T), the others (B, H, T, E)
-    parts = {}
-    for name, turn in turns.items():
+    parts = {}  # keys (B, H, E, T), queries and values (B, H, T, E)
+    for name in "qkv":
         y = walk.affine(getattr(attention, f"{name}_proj"), f"{path}.{name}_proj", x)
-        parts[name] = split_heads(walk, y, f"{path}.{name}", heads, turn)
+        parts[name] = split_heads(walk, y, f"{path}.{name}", heads, turned=name == "k")
     parts["q"] = add("Mul", [parts["q"], graph.number(attention.scale)], name=f"{path}.q_scaled")
     score = add("MatMul", [parts["q"], parts["k"]], name=f"{path}.score")  # (B, H, T, T)
     pk, pq = distances_of(walk, attention, path)
@@ -43,13 +42,8 @@ def emit_disentangled_attention(
         near = add("MatMul", [table, parts["k"]], name=f"{path}.p2c_all")  # (B, H, 2S, T)
         near = add("GatherElements", [near, index], name=f"{path}.p2c_score", axis=2)
         score = add("Add", [score, near], name=f"{path}.p2c_sum")
-    score = add("Add", [score, walk.shared["bias"]], name=f"{path}.masked")
-    weights = add("Softmax", [score], name=f"{path}.weights", axis=-1)
-    if walk.attends:
-        add("Identity", [weights], name=f"{path}.look", outputs=[declare_weights(walk, heads)])
-    mixed = add("MatMul", [weights, parts["v"]], name=f"{path}.mixed")  # (B, H, T, E)
-    mixed = add("Transpose", [mixed], name=f"{path}.tokens", perm=[0, 2, 1, 3])
-    mixed = add("Reshape", [mixed, graph.constant([0, 0, -1])], name=f"{path}.joined")  # (B, T, H * E)
+    weights = weigh(walk, heads, path, score, walk.shared["bias"])
+    mixed = mix(walk, path, weights, parts["v"])
     o_proj = attention.o_proj
     return walk.linear(o_proj, f"{path}.o_proj", mixed), walk.store(f"{path}.o_proj.bias", o_proj.bias)
 

@@ -87,7 +87,7 @@ def share_window(walk: Walk) -> str:
 
 
 def emit_encoder_attention(walk: Walk, attention: Attention, path: str, x: str, local: bool) -> str:
-    """Return the mixed values (B, T, H * E).
+    """Return the mixed values (B, T, H * E), from one node or, in 8 bits, from its parts.
 
     Three products read one activation (measured: no slower than one that must be split), and their biases are added
     inside the node, but for heads that are rotated in between.
@@ -96,21 +96,24 @@ def emit_encoder_attention(walk: Walk, attention: Attention, path: str, x: str, 
     if attention.heads != attention.kv_heads:
         raise InputError("the ONNX exporter has no grouped heads for a model that reads both ways", where=path)
     cos, sin = share_rope(walk, local=local)
-    bias, values = "", []
-    parts = {name: getattr(attention, f"{name}_proj") for name in "qkv"}
+    values, parts = [], {name: getattr(attention, f"{name}_proj") for name in "qkv"}
     for name, part in parts.items():
-        emit = walk.affine if cos else walk.linear
+        emit = walk.affine if cos or not walk.arithmetic.fused else walk.linear
         y = emit(part, f"{path}.{name}_proj", x)
         values.append(rotate(walk, f"{path}.{name}_rope", y, attention, cos, sin) if cos and name != "v" else y)
+    windowed = local and walk.config.window is not None
+    hidden = share_window(walk) if windowed else walk.shared.get("bias", "")
+    q, k, v = values
+    if not walk.arithmetic.fused:
+        weights = look(walk, attention, path, q, k, hidden)
+        return mix(walk, path, weights, split_heads(walk, v, f"{path}.v", attention.heads))
+    bias = ""
     if not cos and attention.q_proj.bias is not None:
         joined = np.concatenate([walk.read(part.bias) for part in parts.values()])
         bias = graph.weight(f"{path}.qkv_proj.bias", joined)
-    windowed = local and walk.config.window is not None
-    hidden = share_window(walk) if windowed else walk.shared.get("bias", "")
-    if walk.attends:
-        q = walk.plus(values[0], f"{path}.look.q", attention.q_proj.bias if bias else None)
-        emit_weights(walk, attention, path, q, values[1], hidden)
-    inputs = [*values, bias, "", hidden]
+    if walk.attends:  # beside the node, which keeps its own; the keys' bias moves no weight
+        look(walk, attention, path, walk.plus(q, f"{path}.q", attention.q_proj.bias if bias else None), k, hidden)
+    inputs = [q, k, v, bias, "", hidden]
     while not inputs[-1]:
         inputs.pop()
     return graph.add(
@@ -119,26 +122,37 @@ def emit_encoder_attention(walk: Walk, attention: Attention, path: str, x: str, 
     )  # fmt: skip
 
 
-def emit_weights(walk: Walk, attention: Attention, path: str, q: str, k: str, hidden: str) -> None:
-    """Give out softmax(q k^T / sqrt(E)) (B, H, T, T) beside the node that computes it and keeps it.
-
-    `q` and `k` are (B, T, H * E). The keys may be without their bias: it adds the same to all scores of a query, which
-    the softmax takes away again.
-    """
+def look(walk: Walk, attention: Attention, path: str, q: str, k: str, hidden: str) -> str:
+    """Return softmax(q k^T / sqrt(E) + hidden) (B, H, T, T) of queries and keys (B, T, H * E)."""
     add = walk.graph.add
-    q = add("Mul", [q, walk.graph.number(attention.head_dim**-0.5)], name=f"{path}.look.q_scaled")
-    q = split_heads(walk, q, f"{path}.look.q", attention.heads, [0, 2, 1, 3])  # (B, H, T, E)
-    k = split_heads(walk, k, f"{path}.look.k", attention.heads, [0, 2, 3, 1])  # (B, H, E, T)
-    score = add("MatMul", [q, k], name=f"{path}.look.score")  # (B, H, T, T)
-    if hidden:
-        score = add("Add", [score, hidden], name=f"{path}.look.masked")
-    add("Softmax", [score], name=f"{path}.look", outputs=[declare_weights(walk, attention.heads)], axis=-1)
+    q = add("Mul", [q, walk.graph.number(attention.head_dim**-0.5)], name=f"{path}.q_scaled")
+    q = split_heads(walk, q, f"{path}.q", attention.heads)  # (B, H, T, E)
+    k = split_heads(walk, k, f"{path}.k", attention.heads, turned=True)  # (B, H, E, T)
+    return weigh(walk, attention.heads, path, add("MatMul", [q, k], name=f"{path}.score"), hidden)
 
 
-def split_heads(walk: Walk, x: str, path: str, heads: int, turn: list[int]) -> str:
-    """Return (B, T, H * E) as (B, T, H, E) with its axes in another order."""
+def weigh(walk: Walk, heads: int, path: str, score: str, hidden: str) -> str:
+    """Return softmax(score + hidden) (B, H, T, T), and give it out where that is asked for."""
+    add = walk.graph.add
+    score = add("Add", [score, hidden], name=f"{path}.masked") if hidden else score
+    weights = add("Softmax", [score], name=f"{path}.weights", axis=-1)
+    if walk.attends:
+        add("Identity", [weights], name=f"{path}.look", outputs=[declare_weights(walk, heads)])
+    return weights
+
+
+def mix(walk: Walk, path: str, weights: str, v: str) -> str:
+    """Return what the heads see side by side: weights (B, H, T, T), values (B, H, T, E) -> (B, T, H * E)."""
+    add = walk.graph.add
+    mixed = add("MatMul", [weights, v], name=f"{path}.mixed")  # (B, H, T, E)
+    mixed = add("Transpose", [mixed], name=f"{path}.tokens", perm=[0, 2, 1, 3])
+    return add("Reshape", [mixed, walk.graph.constant([0, 0, -1])], name=path)
+
+
+def split_heads(walk: Walk, x: str, path: str, heads: int, *, turned: bool = False) -> str:
+    """Return (B, T, H * E) as (B, H, T, E), `turned` as (B, H, E, T)."""
     x = walk.graph.add("Reshape", [x, walk.graph.constant([0, 0, heads, -1])], name=f"{path}_heads")
-    return walk.graph.add("Transpose", [x], name=path, perm=turn)
+    return walk.graph.add("Transpose", [x], name=path, perm=[0, 2, 3, 1] if turned else [0, 2, 1, 3])
 
 
 def declare_weights(walk: Walk, heads: int) -> str:

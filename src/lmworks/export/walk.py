@@ -55,6 +55,7 @@ class Walk:
         self.parameters = {id(p): name for name, p in model.named_parameters()}
         self.shared: dict[str, str] = {}  # what every attention reads: masks, lengths, cos, sin
         self.attends = False  # whether the graph also gives out where every layer looks
+        self.sums_in_norms = False  # whether LayerNorm adds to the residual stream what it is still owed, in one node
 
     @property
     def config(self) -> Config:
@@ -143,7 +144,7 @@ class Walk:
         return stream.value
 
     def activate(self, function: Callable[..., Any], path: str, x: str, bias: str) -> str:
-        """Return function(x + bias) as one node, or as two where no node takes a bias."""
+        """Return function(x + bias) as one node, or as two where no node takes a bias, or the product does."""
         if isinstance(function, Activation):
             self.unplaced.discard(id(function))
             function = ACTIVATIONS[function.name]
@@ -154,7 +155,7 @@ class Walk:
             name = getattr(function, "__name__", type(function).__name__)
             raise InputError(f"the ONNX exporter does not know the activation {name}", where=path)
         operator, attributes, biased = NODES[function]
-        if bias and not biased:
+        if bias and not (biased and self.arithmetic.fused):
             x, bias = self.graph.add("Add", [x, bias], name=f"{path}.bias"), ""
         inputs = [x, bias] if bias else [x]
         return self.graph.add(biased if bias else operator, inputs, name=f"{path}.act", **attributes)

@@ -1,7 +1,7 @@
 """The process that holds the models: one loop that takes requests in, lets every model do one turn, and tells.
 
     in   ("ask", request, model, kind, payload, seconds)   ("cancel", request)   ("end",)
-    out  ("piece", request, text, None)   ("done", request, answer, took)   ("error", request, error, None)
+    out  ("piece", request, piece, None)   ("done", request, answer, took)   ("error", request, error, None)
          ("model", name, state, facts)   ("beat", counts)
 
 It ends when the pipe to the server closes: no engine outlives its server. A thread of its own sends the beats, so a
@@ -29,6 +29,7 @@ from lmworks.evaluation.monitor import Seen, attach, check_runtime, prompt_score
 from lmworks.runtime.decoding import begin
 from lmworks.runtime.predictor import Predictor, load
 from lmworks.runtime.sampling import Sampling
+from lmworks.runtime.writing import Chosen
 from lmworks.serve.batches import Batches
 from lmworks.serve.slots import LateError, Slots, Tell, Text, Took
 from lmworks.tokens.look import make_speller
@@ -52,6 +53,17 @@ class Spec:
     warm: bool = True  # loaded at the start, not when it is first asked for
 
 
+Spelled = tuple[bytes, float, list[tuple[bytes, float]]]  # a token, its log-probability, and the likeliest others
+
+
+@dataclass
+class Piece:
+    """A part of a text, and the tokens since the last one with their probabilities where they were asked for."""
+
+    text: str
+    chosen: list[Spelled] | None = None
+
+
 @dataclass
 class Written:
     """What a decoder answers: the text and its tokens, with their probabilities where they were asked for."""
@@ -59,7 +71,7 @@ class Written:
     generation: Generation
     prompt_tokens: int
     reused_tokens: int
-    chosen: list[tuple[bytes, float, list[tuple[bytes, float]]]] | None = None
+    chosen: list[Spelled] | None = None
 
 
 class Loaded:
@@ -134,21 +146,23 @@ class Loaded:
         )  # fmt: skip
 
     def tell_text(self, request: int, what: str, value: Any, took: Took | None = None) -> None:
-        """Tell about a text; one that is done becomes what the server needs of it."""
+        """Tell about a text; a piece, and a text that is done, become what the server needs of them."""
         if isinstance(value, Text):
             writer = value.writer
             done = Generation("".join(writer.text), list(writer.tokens), None, writer.reason or "length")
-            chosen = None
-            if writer.limits.logprobs is not None:
-                spell = self.spell
-                chosen = [
-                    (spell(one.token), one.logprob, [(spell(token), p) for token, p in one.top])
-                    for one in writer.chosen
-                ]
+            chosen = None if writer.limits.logprobs is None else self.spelled(writer.chosen)
             facts = {"prompt_tokens": len(value.prompt), "reused_tokens": value.reused, "tokens": len(done.tokens)}
             took = Took(value.began, time.time_ns(), facts)
             value = Written(done, len(value.prompt), value.reused, chosen)
+        elif what == "piece":
+            piece, new = value
+            value = Piece(piece, self.spelled(new) if new else None)
         self.tell(request, what, value, took)
+
+    def spelled(self, chosen: Sequence[Chosen]) -> list[Spelled]:
+        """Return tokens as bytes."""
+        spell = self.spell
+        return [(spell(one.token), one.logprob, [(spell(token), p) for token, p in one.top]) for one in chosen]
 
     @cached_property
     def spell(self) -> Callable[[int], bytes]:

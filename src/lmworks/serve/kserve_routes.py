@@ -264,7 +264,7 @@ async def events(
             yield event({"error": texts.error(value)["error"]["message"]})
             return
         done = what != "piece"
-        yield event({**start, "text_output": "" if done else value, "done": done})
+        yield event({**start, "text_output": "" if done else value.text, "done": done})
         if done:
             return
         part = await answers.get()

@@ -20,7 +20,7 @@ import numpy as np
 
 from lmworks.base.errors import LmworksError
 from lmworks.base.optional import require
-from lmworks.serve.engine import Written
+from lmworks.serve.engine import Spelled, Written
 from lmworks.serve.refusals import Refused, refusal
 from lmworks.serve.schema import ChatRequest, CompletionRequest, EmbeddingRequest, Writing
 from lmworks.serve.service import Service, while_connected
@@ -64,7 +64,8 @@ class Answering:
         done = written.generation
         message = {"role": "assistant", "content": done.text}
         said: dict[str, Any] = {"message": message} if self.chat else {"text": done.text}
-        return {"index": index, **said, "logprobs": self.logprobs(written), "finish_reason": done.finish_reason}
+        logprobs = self.logprobs(written.chosen, Places())
+        return {"index": index, **said, "logprobs": logprobs, "finish_reason": done.finish_reason}
 
     def piece(self, index: int, text: str | None, reason: str | None, logprobs: Any = None) -> dict[str, Any]:
         """Return a part of a choice; None is the beginning of a chat's message."""
@@ -76,19 +77,20 @@ class Answering:
             said = {"delta": {"content": text} if text else {}}
         return {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
 
-    def logprobs(self, written: Written) -> dict[str, Any] | None:
-        """Return the probabilities of the tokens in the shape of the interface, where they were asked for."""
-        if written.chosen is None:
+    def logprobs(self, chosen: Sequence[Spelled] | None, places: Places) -> dict[str, Any] | None:
+        """Return the probabilities of the next tokens in the shape of the interface, where they were asked for."""
+        if chosen is None:
             return None
+        places.taken += len(chosen)
         if self.chat:
             return {"content": [
-                {**token(text, p), "top_logprobs": [token(*one) for one in top]} for text, p, top in written.chosen
+                {**token(text, p), "top_logprobs": [token(*one) for one in top]} for text, p, top in chosen
             ]}  # fmt: skip
-        spelled = [text for text, _, _ in written.chosen]
+        spelled = [text for text, _, _ in chosen]
         return {
-            "tokens": [name_of(text) for text in spelled], "token_logprobs": [p for _, p, _ in written.chosen],
-            "top_logprobs": [{name_of(text): p for text, p in reversed(top)} for _, _, top in written.chosen],
-            "text_offset": starts_of(spelled),
+            "tokens": [name_of(text) for text in spelled], "token_logprobs": [p for _, p, _ in chosen],
+            "top_logprobs": [{name_of(text): p for text, p in reversed(top)} for _, _, top in chosen],
+            "text_offset": [places.take(text) for text in spelled],
         }  # fmt: skip
 
     def error(self, error: LmworksError) -> dict[str, Any]:
@@ -153,6 +155,7 @@ class Answering:
     async def events(self, part: Parts, answers: asyncio.Queue[Parts]) -> AsyncIterator[str]:
         """Yield server-sent events, `part` first: parts as they come, usage if asked, [DONE]."""
         found: dict[int, Written] = {}
+        places = [Places() for _ in self.payloads]
         if self.chat:
             for index in range(len(self.payloads)):
                 yield event(self.envelope([self.piece(index, None, None)], chunk=True))
@@ -162,10 +165,13 @@ class Answering:
                 yield event(self.error(value))
                 return
             if what == "piece":
-                yield event(self.envelope([self.piece(index, value, None)], chunk=True))
+                some = self.logprobs(value.chosen, places[index])
+                yield event(self.envelope([self.piece(index, value.text, None, some)], chunk=True))
             else:
                 found[index] = value
-                last = self.piece(index, "", value.generation.finish_reason, self.logprobs(value))
+                rest = None if value.chosen is None else value.chosen[places[index].taken :]
+                reason = value.generation.finish_reason
+                last = self.piece(index, "", reason, self.logprobs(rest or None, places[index]))
                 yield event(self.envelope([last], chunk=True))
             if len(found) == len(self.payloads):
                 break
@@ -193,14 +199,19 @@ def name_of(text: bytes) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in text)
 
 
-def starts_of(tokens: Sequence[bytes]) -> list[int]:
-    """Return where each token begins in the text, in characters; one that goes on with a character begins at it."""
-    decoder, place, found = codecs.getincrementaldecoder("utf-8")("replace"), 0, []
-    for token in tokens:
-        cut = decoder.getstate()[0] and token[:1] and token[0] & 0xC0 != 0x80  # a character that is not gone on with
-        found.append(place + bool(cut))
-        place += len(decoder.decode(token))
-    return found
+class Places:
+    """How many tokens of a text were told, and where each begins in it."""
+
+    def __init__(self) -> None:
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.taken = self.place = 0  # tokens, characters
+
+    def take(self, token: bytes) -> int:
+        """Return where the next token begins, in characters; one that goes on with a character begins at it."""
+        cut = self.decoder.getstate()[0] and token[:1] and token[0] & 0xC0 != 0x80  # a character that just ends
+        start = self.place + bool(cut)
+        self.place += len(self.decoder.decode(token))
+        return start
 
 
 def make_router(service: Service) -> APIRouter:

@@ -37,7 +37,7 @@ class Took:
 
 
 class Tell(Protocol):
-    """Hears of a request: "piece", "done" or "error", and what."""
+    """Hears of a request: "piece" (its text, what is Chosen since the last one), "done" or "error", and what."""
 
     def __call__(self, request: int, what: str, value: Any, took: Took | None = None) -> None: ...
 
@@ -54,6 +54,7 @@ class Text:
     reused: int = 0  # those that it held before
     began: int = 0  # when it got its slot, in nanoseconds since 1970
     last: Floats | None = None  # logits (V,) after the prompt, until the first token is chosen
+    told: int = 0  # tokens whose probabilities were told with a piece
 
 
 @dataclass
@@ -197,7 +198,9 @@ class Slots:
         piece = text.writer.push(logits)
         self.written_tokens += 1
         if piece:
-            self.tell(text.request, "piece", piece)
+            new = text.writer.chosen[text.told :]
+            text.told += len(new)
+            self.tell(text.request, "piece", (piece, new))
         if text.writer.reason is not None:
             self.tell(text.request, "done", text)
             slot.text = None

@@ -270,7 +270,7 @@ class Supervisor:
         raise InputError("no model here does this task", expected=" or ".join(task))
 
     async def ask(self, model: Model, kind: str, payload: dict[str, Any]) -> AsyncGenerator[tuple[str, Any], None]:
-        """Yield ("piece", text) … and then ("done", answer). Raises Full, Down, and what the model raised."""
+        """Yield ("piece", a Piece) … and then ("done", answer). Raises Full, Down, and what the model raised."""
         if len(self.tickets) >= self.most:
             raise Full("the server is busy", found=f"{len(self.tickets)} requests waiting", fix="try again later")
         if not self.alive or self.closing:

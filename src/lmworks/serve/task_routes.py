@@ -181,7 +181,7 @@ async def events(texts: Answering, first: tuple[int, str, Any], answers: Any) ->
     while True:
         _, what, value = part
         if what == "piece":
-            yield event({"text": value})
+            yield event({"text": value.text})
         elif what == "error":
             yield event(texts.error(value))
             return

@@ -193,6 +193,12 @@ def read_table(stream: TextIO, path: Path, column: str | None) -> Iterator[Part]
     if not first:
         return
     names = names_without_header(first, path, column) or first
+    twice = next((name for i, name in enumerate(names) if name.strip() and name in names[:i]), None)
+    if twice is not None:
+        raise InputError(
+            f'two columns are called "{twice}"', where=str(path), found=f"columns {', '.join(names)}",
+            fix="rename one of them; a table without a header is read with --column NUMBER",
+        )  # fmt: skip
     at = choose_column(names, column, str(path))
     for line, row in rows if names is first else chain([(1, first)], rows):
         if len(row) > len(names):
@@ -203,8 +209,15 @@ def read_table(stream: TextIO, path: Path, column: str | None) -> Iterator[Part]
                 expected=f"{len(names)}",
                 fix='put text that holds a separator in "quotes", or give a .txt or .jsonl file',
             )
-        if at < len(row):
-            yield Part(f":{line}", row[at], dict(zip(names, row, strict=False)), names[at])
+        if at >= len(row):
+            raise InputError(
+                f'a row ends before the column "{names[at]}"',
+                where=f"{path}, line {line}",
+                found=f"{len(row)} fields",
+                expected=f"{len(names)}",
+                fix="add what is missing, or take the line out",
+            )
+        yield Part(f":{line}", row[at], dict(zip(names, row, strict=False)), names[at])
 
 
 def parse_table(stream: TextIO, path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -104,6 +104,8 @@ def clean(
     out, started = Path(out), time.perf_counter()
     files = list_files([Path(path) for path in paths])
     check(out, files, threshold, overwrite)
+    if min_chars < 0:
+        raise InputError("no text is that short", found=f"--min-chars {min_chars}", expected="0 or more")
     plan = Plan(
         steps=choose_steps(parse_names(steps)),
         languages=parse_names(language.lower()),

@@ -146,10 +146,20 @@ def write_shares(
     counts: list[Counter[str]] = [Counter() for _ in names]
     with ExitStack() as stack:
         written = [stack.enter_context((folder / f"{name}.jsonl").open("wb")) for name in names]
-        for place, one in zip(places.tolist(), (d for whole in documents for d in cut(whole, unit)), strict=True):
+        rest = iter(places.tolist())
+        for one in (part for whole in documents for part in cut(whole, unit)):
+            if (place := next(rest, None)) is None:
+                raise changed()
             written[place].write(to_bytes(one, one.text, ".jsonl", extra={}))
             counts[place][label_of(one, stratify)] += 1
+    if next(rest, None) is not None:
+        raise changed()
     return counts
+
+
+def changed() -> InputError:
+    """Say that the second reading found other documents than the first."""
+    return InputError("the files changed while they were split", fix="wait until nobody writes to them, and try again")
 
 
 def report(

@@ -173,6 +173,9 @@ class Settings:
         if self.lr is not None and self.min_lr is not None and self.min_lr > self.lr:
             raise InputError("--min-lr is above --lr", found=f"{self.min_lr:g} and {self.lr:g}",
                              expected="the rate falls to --min-lr")  # fmt: skip
+        if self.warmup is not None and self.steps is not None and self.warmup > self.steps:
+            raise InputError("--warmup is longer than the training", found=f"{self.warmup} of {self.steps} steps",
+                             expected="fewer steps than --steps, or --lr is never reached")  # fmt: skip
         for name, kind in CHOICES.items():
             if getattr(self, name) not in (*get_args(kind), getattr(Settings(), name)):
                 found, known = str(getattr(self, name)), get_args(kind)
