@@ -212,6 +212,7 @@ def make_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     for outcome in outcomes:
         row: dict[str, Any] = {"who": outcome.contestant.name, "ours": outcome.contestant.ours}
         row |= {key: getattr(outcome, key) for key in ("distance", "equal", "problem")}
+        row["problem"] = row["problem"] and row["problem"].replace(f"{BUILD.parents[1]}/", "")
         if outcome.problem is None and outcome.figures:
             row |= {"figures": outcome.figures, "median": outcome.median}
             if best and not outcome.contestant.ours:
