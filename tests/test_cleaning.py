@@ -236,9 +236,13 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
         ({"a.txt": bytes(range(1, 256)) * 9}, (), r"a\.txt is not text|is not"),
         ({"a.csv": b"id,body\n1,x\n"}, (), r"which column holds the text\?[\s\S]*id, body"),
         ({"a.csv": b"id,body\n1,x\n"}, ("--column", "bdy"), r'no column "bdy"[\s\S]*did you mean "body"'),
+        ({"a.csv": b"id,text\n1,x\n2\n"}, (), r'a row ends before the column "text"[\s\S]*a\.csv, line 3'),
+        ({"a.csv": b"text,text\nx,y\n"}, (), 'two columns are called "text"'),
         ({"a.txt": b"x"}, ("--encoding", "klingon"), 'no encoding "klingon"'),
         ({"a.txt": b"x"}, ("--steps", "nfc,lowr"), r'no cleaning step "lowr"[\s\S]*did you mean "lower"'),
         ({"a.txt": b"x"}, ("--min-chars", "9"), r"nothing is left[\s\S]*1 document too short"),
+        ({"a.txt": b"x"}, ("--min-chars", "-3"), "no text is that short"),
+        ({"a.txt": b"x"}, ("--workers", "-3"), r"somebody has to work[\s\S]*--workers -3"),
         ({"a.txt": b"x"}, ("--threshold", "1.5", "--dedup", "near"), "out of range"),
         ({"a.parquet": b"PAR1"}, (), "this is no parquet file"),
     ],
@@ -250,7 +254,8 @@ def test_bad_input_ends_in_one_message(
     folder.mkdir()
     for name, data in files.items():
         (folder / name).write_bytes(data)
-    assert main(["clean", str(folder), "-o", str(tmp_path / "out.jsonl"), "--workers", "1", *options]) == 2
+    workers = () if "--workers" in options else ("--workers", "1")
+    assert main(["clean", str(folder), "-o", str(tmp_path / "out.jsonl"), *workers, *options]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error) and error.count("lmworks:") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["in"]  # nothing is left behind

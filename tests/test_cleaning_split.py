@@ -93,6 +93,23 @@ def test_bad_splits(words: tuple[str, ...], message: str, tmp_path: Path, capsys
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
+@pytest.mark.parametrize("change", [1, -1])
+def test_files_that_change_while_they_are_split(change: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More or fewer documents at the second reading: said in one message, and nothing is written."""
+    source = tmp_path / "in.jsonl"
+    make_file(source)
+    lines = source.read_text("utf-8").splitlines(keepends=True)
+
+    def share_out_later(*given: Any, **more: Any) -> Any:
+        source.write_text("".join(lines[:change] if change < 0 else [*lines, lines[0]]), "utf-8")
+        return share_out(*given, **more)
+
+    monkeypatch.setattr("lmworks.verbs.cleaning_split.share_out", share_out_later)
+    with pytest.raises(InputError, match="the files changed while they were split"):
+        split([source], tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
 def test_other_folders_and_standard_input_are_refused(tmp_path: Path) -> None:
     make_file(tmp_path / "in.jsonl")
     with pytest.raises(InputError, match="did not write"):

@@ -79,6 +79,8 @@ def test_knobs_that_do_go_together() -> None:
         ({"optimizer": "sgd", "beta2": 0.9}, "--beta2 is for adamw"),
         ({"schedule": "constant", "min_lr": 1e-5}, "--min-lr is for a rate that falls"),
         ({"clip_value": 0.5, "max_grad_norm": 0.3}, "--clip-value takes the place"),
+        ({"warmup": 50, "steps": 40}, "--warmup is longer than the training"),
+        ({"lr": 1e-3, "min_lr": 2e-3}, "--min-lr is above --lr"),
     ],
 )
 def test_a_knob_of_train_without_effect(knobs: dict[str, Any], message: str) -> None:
