@@ -3,8 +3,8 @@
 Shapes: B batch, T tokens, D hidden_size.
 
 The walk mirrors `forward`. What differs is fusion: attention is one node (emit_decoder, emit_encoder), an addition to
-the residual stream waits until the next norm, which does both in one node. A module without a row in EMITTERS is an
-error, and so is a weight that no emitter has read.
+the residual stream waits until the next norm, which does both in one node; where parts were measured faster, both are
+parts. A module without a row in EMITTERS is an error, and so is a weight that no emitter has read.
 """
 
 from __future__ import annotations
