@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 import pytest
 import transformers
+from huggingface_hub import InferenceClient
 from serving import Running, server
 from tiny_page import PROMPTS, made_folder
 
@@ -135,6 +136,31 @@ def test_hugging_face_shapes_are_those_of_its_pipelines(
         {"inputs": {"question": "a", "context": "b"}},
     ):
         assert served.post("/models/sentiment", body).status_code == 400
+
+
+def test_hugging_faces_own_client_writes_and_streams(served: Running) -> None:
+    client, address = InferenceClient(), f"{served.base}/models/{quote(made_folder().name)}"
+    alone = load(made_folder(), runtime="onnx").generate(PROMPTS[0], max_tokens=9)
+    pieces = list(client.text_generation(PROMPTS[0], model=address, max_new_tokens=9, stream=True))
+    assert "".join(pieces) == alone.text and len(pieces) > 4
+    *parts, last = client.text_generation(PROMPTS[0], model=address, max_new_tokens=9, stream=True, details=True)
+    assert "".join(part.token.text for part in parts) == last.generated_text == alone.text
+    assert (last.details.finish_reason, last.details.generated_tokens, last.index) == ("length", 9, 9)
+    assert all(part.token.logprob < 0 for part in parts) and last.token.id == alone.tokens[-1]
+    whole = client.text_generation(
+        PROMPTS[0], model=address, max_new_tokens=9, details=True, return_full_text=False, repetition_penalty=1.0
+    )
+    assert whole.generated_text == alone.text
+    assert [token.id for token in whole.details.tokens] == alone.tokens
+    assert sum(token.logprob for token in whole.details.tokens) == pytest.approx(
+        sum(part.token.logprob for part in parts), abs=1e-4
+    )
+    changed = client.text_generation(PROMPTS[0], model=address, max_new_tokens=30, repetition_penalty=3.0)
+    expected = load(made_folder(), runtime="onnx").generate(PROMPTS[0], max_tokens=30, repeat_penalty=3.0)
+    assert changed == PROMPTS[0] + expected.text
+    for body in ({"inputs": ["a", "b"], "stream": True}, {"inputs": "a", "parameters": {"best_of": 2}}):
+        assert served.post(f"/models/{quote(made_folder().name)}", body).status_code == 400
+    assert served.post("/models/sentiment", {"inputs": "a", "stream": True}).status_code == 400
 
 
 def test_other_tasks_have_routes(tmp_path: Path, data_folder: Path) -> None:

@@ -29,7 +29,7 @@ from lmworks.evaluation.monitor import Seen, attach, check_runtime, prompt_score
 from lmworks.runtime.decoding import begin
 from lmworks.runtime.predictor import Predictor, load
 from lmworks.runtime.sampling import Sampling
-from lmworks.runtime.writing import Chosen
+from lmworks.runtime.writing import Writer
 from lmworks.serve.batches import Batches
 from lmworks.serve.slots import LateError, Slots, Tell, Text, Took
 from lmworks.tokens.look import make_speller
@@ -58,9 +58,10 @@ Spelled = tuple[bytes, float, list[tuple[bytes, float]]]  # a token, its log-pro
 
 @dataclass
 class Piece:
-    """A part of a text, and the tokens since the last one with their probabilities where they were asked for."""
+    """A part of a text, and the tokens since the last one, with their probabilities where they were asked for."""
 
     text: str
+    tokens: list[int]
     chosen: list[Spelled] | None = None
 
 
@@ -150,18 +151,20 @@ class Loaded:
         if isinstance(value, Text):
             writer = value.writer
             done = Generation("".join(writer.text), list(writer.tokens), None, writer.reason or "length")
-            chosen = None if writer.limits.logprobs is None else self.spelled(writer.chosen)
+            chosen = self.spelled(writer, 0)
             facts = {"prompt_tokens": len(value.prompt), "reused_tokens": value.reused, "tokens": len(done.tokens)}
             took = Took(value.began, time.time_ns(), facts)
             value = Written(done, len(value.prompt), value.reused, chosen)
         elif what == "piece":
-            piece, new = value
-            value = Piece(piece, self.spelled(new) if new else None)
+            letters, text = value
+            value = Piece(letters, text.writer.tokens[text.told :], self.spelled(text.writer, text.told))
         self.tell(request, what, value, took)
 
-    def spelled(self, chosen: Sequence[Chosen]) -> list[Spelled]:
-        """Return tokens as bytes."""
-        spell = self.spell
+    def spelled(self, writer: Writer, start: int) -> list[Spelled] | None:
+        """Return the tokens from `start` on as bytes, with their probabilities where they were asked for."""
+        if writer.limits.logprobs is None:
+            return None
+        spell, chosen = self.spell, writer.chosen[start:]
         return [(spell(one.token), one.logprob, [(spell(token), p) for token, p in one.top]) for one in chosen]
 
     @cached_property

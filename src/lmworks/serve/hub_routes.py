@@ -5,12 +5,17 @@ The names of its parameters are its own; one that the task does not have is refu
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
 
 from lmworks.base.optional import require
+from lmworks.serve.engine import Written
+from lmworks.serve.openai_routes import Answering, event, name_of
 from lmworks.serve.refusals import Refused
+from lmworks.serve.schema import Writing
 from lmworks.serve.service import Service
 from lmworks.serve.supervisor import Model
 from lmworks.serve.task_schema import HubRequest, Question, Sentences
@@ -25,8 +30,12 @@ TAKES = {  # task -> the parameters that it has: theirs, and ours
     "fill-mask": {"top_k": "top_k", "targets": "targets"},
     "feature-extraction": {"normalize": "normalize", "truncation": "long"},
     "text-generation": {
-        **{name: name for name in ("top_k", "temperature", "top_p", "seed", "stop", "do_sample", "return_full_text")},
+        **{
+            name: name
+            for name in ("top_k", "temperature", "top_p", "seed", "stop", "do_sample", "return_full_text", "details")
+        },
         "max_new_tokens": "max_tokens",
+        "repetition_penalty": "repeat_penalty",
     },
 }
 NEW_TOKENS = 20  # where no number is given, as in transformers
@@ -45,6 +54,14 @@ def make_router(service: Service) -> APIRouter:
             raise Refused(400, f"{name} does {task}, which this interface has no shape for", param="inputs")
         options = read_parameters(wanted.given(), task)
         inputs = wanted.inputs
+        if wanted.stream:
+            if task != "text-generation" or not isinstance(inputs, str):
+                raise Refused(400, "one text that is written is streamed, nothing else", param="stream",
+                              code="invalid_value")  # fmt: skip
+            settings = writing(options)
+            return await Answering(service, model, Writing.model_validate({}), [inputs], **settings).streamed(
+                partial(events, settings)
+            )
         if isinstance(inputs, Question) != (task == "question-answering"):
             expected = "{question, context}" if task == "question-answering" else "a text, or a list of texts"
             raise Refused(400, f"{task} reads {expected}", param="inputs", code="invalid_value")
@@ -68,15 +85,61 @@ def make_router(service: Service) -> APIRouter:
             return found  # [[{label, score}]] also for a single text, as the interface answers
         return found[0] if isinstance(inputs, str) else found
 
-    async def write(request: Request, model: Model, text: str, options: dict[str, Any]) -> dict[str, str]:
-        whole = options.pop("return_full_text", True)
-        sampled = options.pop("do_sample", bool(options.get("temperature")))
-        options["temperature"] = options.get("temperature") or 1.0 if sampled else 0.0
-        settings = {"max_tokens": NEW_TOKENS, **options}
+    async def write(request: Request, model: Model, text: str, options: dict[str, Any]) -> dict[str, Any]:
+        whole, tells = options.pop("return_full_text", True), options.get("details")
+        settings = writing(options)
         written = await service.ask(request, model, "write", param="inputs", prompt=text, settings=settings)
-        return {"generated_text": (text if whole else "") + written.generation.text}
+        answer = {"generated_text": (text if whole else "") + written.generation.text}
+        return {**answer, "details": describe(written, settings, tokens=True)} if tells else answer
 
     return router
+
+
+def writing(options: dict[str, Any]) -> dict[str, Any]:
+    """Return how the engine writes, by these parameters."""
+    tells = options.pop("details", False)
+    options.pop("return_full_text", None)  # a stream has the new text alone, and ends in it
+    sampled = options.pop("do_sample", bool(options.get("temperature")))
+    options["temperature"] = options.get("temperature") or 1.0 if sampled else 0.0
+    return {"max_tokens": NEW_TOKENS, **({"logprobs": 0} if tells else {}), **options}
+
+
+async def events(
+    settings: dict[str, Any], texts: Answering, first: tuple[int, str, Any], answers: Any
+) -> AsyncIterator[str]:
+    """Yield the events of a stream as text-generation-inference has them; letters of several tokens come as one."""
+    part, count = first, 0
+    while True:
+        _, what, value = part
+        if what == "error":
+            yield event({"error": texts.error(value)["error"]["message"], "error_type": "generation"})
+            return
+        done = what != "piece"
+        tokens = value.generation.tokens if done else value.tokens
+        count = len(tokens) if done else count + len(tokens)
+        logprob = None if done or value.chosen is None else sum(one[1] for one in value.chosen)
+        token = {"id": tokens[-1], "text": "" if done else value.text, "logprob": logprob or 0.0, "special": done}
+        whole = value.generation.text if done else None
+        details = describe(value, settings) if done else None
+        yield event({"index": count, "token": token, "generated_text": whole, "details": details})
+        if done:
+            return
+        part = await answers.get()
+
+
+def describe(written: Written, settings: dict[str, Any], *, tokens: bool = False) -> dict[str, Any]:
+    """Return why a text ended, and perhaps its tokens."""
+    done = written.generation
+    stopped = "stop_sequence" if settings.get("stop") else "eos_token"
+    found: dict[str, Any] = {
+        "finish_reason": "length" if done.finish_reason == "length" else stopped,
+        "generated_tokens": len(done.tokens), "seed": settings.get("seed"),
+    }  # fmt: skip
+    if not tokens:
+        return found | {"input_length": written.prompt_tokens}
+    each = zip(done.tokens, written.chosen or (), strict=True)
+    shown = [{"id": id, "text": name_of(text), "logprob": p, "special": False} for id, (text, p, _) in each]
+    return found | {"prefill": [], "tokens": shown}
 
 
 def read_parameters(options: dict[str, Any], task: str) -> dict[str, Any]:

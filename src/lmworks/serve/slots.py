@@ -37,7 +37,7 @@ class Took:
 
 
 class Tell(Protocol):
-    """Hears of a request: "piece" (its text, what is Chosen since the last one), "done" or "error", and what."""
+    """Hears of a request: "piece" (its letters, and the text that it goes on), "done" or "error", and what."""
 
     def __call__(self, request: int, what: str, value: Any, took: Took | None = None) -> None: ...
 
@@ -54,7 +54,7 @@ class Text:
     reused: int = 0  # those that it held before
     began: int = 0  # when it got its slot, in nanoseconds since 1970
     last: Floats | None = None  # logits (V,) after the prompt, until the first token is chosen
-    told: int = 0  # tokens whose probabilities were told with a piece
+    told: int = 0  # tokens that were told with a piece
 
 
 @dataclass
@@ -198,9 +198,8 @@ class Slots:
         piece = text.writer.push(logits)
         self.written_tokens += 1
         if piece:
-            new = text.writer.chosen[text.told :]
-            text.told += len(new)
-            self.tell(text.request, "piece", (piece, new))
+            self.tell(text.request, "piece", (piece, text))
+            text.told = len(text.writer.tokens)
         if text.writer.reason is not None:
             self.tell(text.request, "done", text)
             slot.text = None

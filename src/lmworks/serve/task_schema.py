@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -117,6 +118,11 @@ class TokenizeRequest(Asked):
 class HubParameters(Asked):
     """The parameters of a Hugging Face request, for any task; those of another task are refused there."""
 
+    neutral: ClassVar[Mapping[str, Any]] = {
+        "best_of": 1, "decoder_input_details": False, "frequency_penalty": 0, "watermark": False, "adapter_id": None,
+        "grammar": None, "top_n_tokens": None, "truncate": None, "typical_p": None,
+    }  # fmt: skip
+
     top_k: TopK | None = None
     function_to_apply: Literal["sigmoid", "softmax", "none"] | None = None
     aggregation_strategy: Literal["none", "simple", "first", "average", "max"] | None = None
@@ -127,6 +133,8 @@ class HubParameters(Asked):
     seed: int | None = Field(None, ge=0, lt=2**63)
     stop: list[Annotated[str, Field(min_length=1, max_length=200)]] | None = Field(None, max_length=MOST_STOPS)
     return_full_text: bool | None = None
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    details: bool | None = None
     truncation: bool | None = None
     targets: Texts | None = None
     normalize: bool | None = None
@@ -144,6 +152,7 @@ class HubRequest(Asked):
 
     inputs: Text | Texts | Question | Sentences
     parameters: HubParameters | None = None
+    stream: bool = False
     options: dict[Annotated[str, Field(max_length=40)], bool] | None = Field(None, max_length=10)
     normalize: bool | None = None  # where huggingface_hub puts the parameters of vectors
     truncate: bool | None = None
