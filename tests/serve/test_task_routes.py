@@ -138,7 +138,8 @@ def test_hugging_face_shapes_are_those_of_its_pipelines(
         assert served.post("/models/sentiment", body).status_code == 400
 
 
-def test_hugging_faces_own_client_writes_and_streams(served: Running) -> None:
+def test_hugging_faces_own_client_writes_and_streams(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # the address is of this machine
     client, address = InferenceClient(), f"{served.base}/models/{quote(made_folder().name)}"
     alone = load(made_folder(), runtime="onnx").generate(PROMPTS[0], max_tokens=9)
     pieces = list(client.text_generation(PROMPTS[0], model=address, max_new_tokens=9, stream=True))
