@@ -28,7 +28,7 @@ from lmworks.base.errors import FormatError, InputError, did_you_mean
 from lmworks.base.report import counted
 from lmworks.text.decode import decode
 from lmworks.text.open import open_bytes, plain_ending, read_bytes
-from lmworks.text.read import ELSEWHERE, parquet_rows, parse_table
+from lmworks.text.read import ELSEWHERE, check_names, parquet_rows, parse_table
 
 Row = tuple[str, dict[str, Any]]  # where it stands ("train.csv, line 12"), and its values by column
 JSON = (".json", ".jsonl", ".ndjson")
@@ -105,10 +105,7 @@ def read_table(text: str, path: Path, *, header: bool) -> Iterator[Row]:
         where = f"{path}, line {line}"
         if not names:
             names = [name.strip() for name in fields] if header else [str(n) for n in range(1, len(fields) + 1)]
-            twice = [name for name in names if name and names.count(name) > 1]
-            if twice:
-                fix = f'call one "{twice[0]}" otherwise, or --no-header if the first row is data'
-                raise InputError("two columns have the same name", where=where, found=", ".join(names), fix=fix)
+            check_names(names, where, "--no-header if the first row is data")
             if header:
                 continue
         if len(fields) > len(names):

@@ -193,12 +193,7 @@ def read_table(stream: TextIO, path: Path, column: str | None) -> Iterator[Part]
     if not first:
         return
     names = names_without_header(first, path, column) or first
-    twice = next((name for i, name in enumerate(names) if name.strip() and name in names[:i]), None)
-    if twice is not None:
-        raise InputError(
-            f'two columns are called "{twice}"', where=str(path), found=f"columns {', '.join(names)}",
-            fix="rename one of them; a table without a header is read with --column NUMBER",
-        )  # fmt: skip
+    check_names(names, str(path), "--column NUMBER if the first row is data")
     at = choose_column(names, column, str(path))
     for line, row in rows if names is first else chain([(1, first)], rows):
         if len(row) > len(names):
@@ -218,6 +213,14 @@ def read_table(stream: TextIO, path: Path, column: str | None) -> Iterator[Part]
                 fix="add what is missing, or take the line out",
             )
         yield Part(f":{line}", row[at], dict(zip(names, row, strict=False)), names[at])
+
+
+def check_names(names: Sequence[str], where: str, other: str) -> None:
+    """Raise InputError where two columns have the same name; those without one do not count."""
+    twice = next((name for i, name in enumerate(names) if name.strip() and name in names[:i]), None)
+    if twice is not None:
+        fix = f'call one "{twice}" otherwise, or {other}'
+        raise InputError("two columns have the same name", where=where, found=", ".join(names), fix=fix)
 
 
 def parse_table(stream: TextIO, path: Path) -> Iterator[tuple[int, list[str]]]:
