@@ -13,7 +13,7 @@ import numpy as np
 
 from lmworks.base.optional import require
 from lmworks.serve.engine import Written
-from lmworks.serve.openai_routes import Answering, event, name_of
+from lmworks.serve.openai_routes import Answering, Part, event, name_of
 from lmworks.serve.refusals import Refused
 from lmworks.serve.schema import Writing
 from lmworks.serve.service import Service
@@ -38,6 +38,7 @@ TAKES = {  # task -> the parameters that it has: theirs, and ours
         "repetition_penalty": "repeat_penalty",
     },
 }
+TOLD = ("do_sample", "return_full_text", "details")  # what the engine is not told; a stream has the new text alone
 NEW_TOKENS = 20  # where no number is given, as in transformers
 
 
@@ -78,7 +79,7 @@ def make_router(service: Service) -> APIRouter:
             return (vectors[1:] @ vectors[0]).tolist()
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
         if task == "text-generation":
-            written = [[await write(request, model, text, dict(options))] for text in texts]
+            written = [[await write(request, model, text, options)] for text in texts]
             return written[0] if isinstance(inputs, str) else written
         found = [shape(task, answer) for answer in await service.answers(request, model, texts, **options)]
         if task == "text-classification":
@@ -86,35 +87,31 @@ def make_router(service: Service) -> APIRouter:
         return found[0] if isinstance(inputs, str) else found
 
     async def write(request: Request, model: Model, text: str, options: dict[str, Any]) -> dict[str, Any]:
-        whole, tells = options.pop("return_full_text", True), options.get("details")
         settings = writing(options)
         written = await service.ask(request, model, "write", param="inputs", prompt=text, settings=settings)
-        answer = {"generated_text": (text if whole else "") + written.generation.text}
-        return {**answer, "details": describe(written, settings, tokens=True)} if tells else answer
+        before = text if options.get("return_full_text", True) else ""
+        answer = {"generated_text": before + written.generation.text}
+        return {**answer, "details": describe(written, settings, tokens=True)} if options.get("details") else answer
 
     return router
 
 
 def writing(options: dict[str, Any]) -> dict[str, Any]:
     """Return how the engine writes, by these parameters."""
-    tells = options.pop("details", False)
-    options.pop("return_full_text", None)  # a stream has the new text alone, and ends in it
-    sampled = options.pop("do_sample", bool(options.get("temperature")))
-    options["temperature"] = options.get("temperature") or 1.0 if sampled else 0.0
-    return {"max_tokens": NEW_TOKENS, **({"logprobs": 0} if tells else {}), **options}
+    settings = {name: value for name, value in options.items() if name not in TOLD}
+    sampled = options.get("do_sample", bool(options.get("temperature")))
+    settings["temperature"] = (options.get("temperature") or 1.0) if sampled else 0.0
+    return {"max_tokens": NEW_TOKENS, **({"logprobs": 0} if options.get("details") else {}), **settings}
 
 
-async def events(
-    settings: dict[str, Any], texts: Answering, first: tuple[int, str, Any], answers: Any
-) -> AsyncIterator[str]:
+async def events(settings: dict[str, Any], texts: Answering, parts: AsyncIterator[Part]) -> AsyncIterator[str]:
     """Yield the events of a stream as text-generation-inference has them; letters of several tokens come as one."""
-    part, count = first, 0
-    while True:
-        _, what, value = part
+    count = 0
+    async for _, what, value in parts:
         if what == "error":
             yield event({"error": texts.error(value)["error"]["message"], "error_type": "generation"})
             return
-        done = what != "piece"
+        done = what == "done"
         tokens = value.generation.tokens if done else value.tokens
         count = len(tokens) if done else count + len(tokens)
         logprob = None if done or value.chosen is None else sum(one[1] for one in value.chosen)
@@ -122,9 +119,6 @@ async def events(
         whole = value.generation.text if done else None
         details = describe(value, settings) if done else None
         yield event({"index": count, "token": token, "generated_text": whole, "details": details})
-        if done:
-            return
-        part = await answers.get()
 
 
 def describe(written: Written, settings: dict[str, Any], *, tokens: bool = False) -> dict[str, Any]:

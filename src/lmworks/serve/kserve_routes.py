@@ -20,7 +20,7 @@ from lmworks import __version__
 from lmworks.base.optional import require
 from lmworks.serve import monitor_routes
 from lmworks.serve.answers import labelled, plain
-from lmworks.serve.openai_routes import Answering, event
+from lmworks.serve.openai_routes import Answering, Part, event
 from lmworks.serve.refusals import Refused
 from lmworks.serve.schema import MOST_CHARACTERS, MOST_TEXTS, Name
 from lmworks.serve.service import Service
@@ -253,18 +253,11 @@ def flat(rows: Sequence[Any]) -> list[Any]:
     return [item for row in rows for item in (row if isinstance(row, list) else [row])]
 
 
-async def events(
-    start: Mapping[str, str], texts: Answering, first: tuple[int, str, Any], answers: Any
-) -> AsyncIterator[str]:
+async def events(start: Mapping[str, str], texts: Answering, parts: AsyncIterator[Part]) -> AsyncIterator[str]:
     """Yield the events of /generate_stream: {"text_output": a piece, "done"}."""
-    part = first
-    while True:
-        _, what, value = part
+    async for _, what, value in parts:
         if what == "error":
             yield event({"error": texts.error(value)["error"]["message"]})
-            return
-        done = what != "piece"
-        yield event({**start, "text_output": "" if done else value.text, "done": done})
-        if done:
-            return
-        part = await answers.get()
+        else:
+            done = what == "done"
+            yield event({**start, "text_output": "" if done else value.text, "done": done})

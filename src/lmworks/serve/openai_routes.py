@@ -32,8 +32,8 @@ from fastapi import APIRouter, Request, Response  # noqa: E402
 from fastapi.responses import JSONResponse, StreamingResponse  # noqa: E402
 
 Prompt = str | list[int]
-Parts = tuple[int, str, Any]  # the number of a text, "piece" | "done" | "error", what
-Events = Callable[["Answering", Parts, "asyncio.Queue[Parts]"], AsyncIterator[str]]
+Part = tuple[int, str, Any]  # the number of a text, "piece" | "done" | "error", what
+Events = Callable[["Answering", AsyncIterator[Part]], AsyncIterator[str]]
 MOST_AT_ONCE = 64  # texts of one request
 LONGEST_ANSWER = 100_000  # tokens of a chat answer where no number is given: until the model's positions are used up
 SSE = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -119,7 +119,7 @@ class Answering:
 
     async def streamed(self, events: Events | None = None) -> StreamingResponse:
         """Wait for the first part, so that what is wrong at the start is still an error; stream from there."""
-        answers: asyncio.Queue[Parts] = asyncio.Queue()
+        answers: asyncio.Queue[Part] = asyncio.Queue()
         began = time.perf_counter()
 
         async def work(index: int, payload: dict[str, Any]) -> None:
@@ -141,10 +141,19 @@ class Answering:
             raise
         self.service.metrics.first.labels(self.model.spec.name).observe(time.perf_counter() - began)
 
+        async def parts() -> AsyncIterator[Part]:
+            part, left = first, len(self.payloads)
+            while True:
+                yield part
+                left -= part[1] == "done"
+                if part[1] == "error" or not left:
+                    return
+                part = await answers.get()
+
         async def body() -> AsyncIterator[str]:
             try:
                 with self.service.metrics.working(self.model.spec.name):
-                    async for line in (events or Answering.events)(self, first, answers):
+                    async for line in (events or Answering.events)(self, parts()):
                         yield line
             finally:
                 for task in tasks:
@@ -152,15 +161,14 @@ class Answering:
 
         return StreamingResponse(body(), media_type="text/event-stream", headers=SSE)
 
-    async def events(self, part: Parts, answers: asyncio.Queue[Parts]) -> AsyncIterator[str]:
-        """Yield server-sent events, `part` first: parts as they come, usage if asked, [DONE]."""
+    async def events(self, parts: AsyncIterator[Part]) -> AsyncIterator[str]:
+        """Yield server-sent events: parts as they come, usage if asked, [DONE]."""
         found: dict[int, Written] = {}
         places = [Places() for _ in self.payloads]
         if self.chat:
             for index in range(len(self.payloads)):
                 yield event(self.envelope([self.piece(index, None, None)], chunk=True))
-        while True:
-            index, what, value = part
+        async for index, what, value in parts:
             if what == "error":
                 yield event(self.error(value))
                 return
@@ -173,9 +181,6 @@ class Answering:
                 reason = value.generation.finish_reason
                 last = self.piece(index, "", reason, self.logprobs(rest or None, places[index]))
                 yield event(self.envelope([last], chunk=True))
-            if len(found) == len(self.payloads):
-                break
-            part = await answers.get()
         if self.wanted.wants_usage:
             yield event(self.envelope([], chunk=True, usage=self.usage([found[i] for i in sorted(found)])))
         yield "data: [DONE]\n\n"

@@ -10,7 +10,7 @@ import numpy as np
 from lmworks.base.optional import require
 from lmworks.serve import feedback_routes, monitor_routes
 from lmworks.serve.answers import plain
-from lmworks.serve.openai_routes import Answering, event
+from lmworks.serve.openai_routes import Answering, Part, event
 from lmworks.serve.refusals import Refused
 from lmworks.serve.schema import MOST_IN_ADDRESS
 from lmworks.serve.service import Service
@@ -175,20 +175,15 @@ def make_router(service: Service) -> APIRouter:
     return router
 
 
-async def events(texts: Answering, first: tuple[int, str, Any], answers: Any) -> AsyncIterator[str]:
+async def events(texts: Answering, parts: AsyncIterator[Part]) -> AsyncIterator[str]:
     """Yield the events of /generate."""
-    part = first
-    while True:
-        _, what, value = part
+    async for _, what, value in parts:
         if what == "piece":
             yield event({"text": value.text})
         elif what == "error":
             yield event(texts.error(value))
-            return
         else:
             yield event({"done": True, **ending(value)})
-            return
-        part = await answers.get()
 
 
 def ending(written: Any) -> dict[str, Any]:
