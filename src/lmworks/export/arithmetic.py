@@ -44,7 +44,7 @@ class Arithmetic(Protocol):
     """The three places where a model meets a matrix."""
 
     precision: Precision
-    fused: bool  # whether attention, and a bias with its activation, are one node
+    fused: bool  # whether an encoder's attention, and a bias with its activation, are one node
 
     def linear(self, graph: Graph, x: str, weight: Floats, *, name: str, out: str = "") -> str:
         """Return x (…, I) times `weight` (I, O), a value called `out`."""
