@@ -10,10 +10,14 @@ import re
 import subprocess
 import sys
 import venv
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lmworks.models.heads import CausalLM
+    from lmworks.tokens.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
 PEERS = Path(os.environ.get("LMWORKS_PEERS", HERE.parents[1] / "build" / "peers-serving"))
@@ -25,6 +29,8 @@ DECODER: dict[str, Any] = {
     "num_key_value_heads": 12, "head_dim": 64, "intermediate_size": 2048, "max_position_embeddings": 512,
     "hidden_act": "silu", "norm": "rms", "gated": True, "attention_bias": False, "mlp_bias": False, "positions": "rope",
 }  # fmt: skip
+# libgomp lets threads sleep once they outnumber the processors, and each worker thread of the server brings its own
+SPIN = {"OMP_WAIT_POLICY": "active"}
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16,
         "intermediate_size": 128}  # fmt: skip
 
@@ -38,6 +44,7 @@ class Contestant:
     model: Path
     asked: str | None = None  # the request's "model"; None: left out
     environment: str | None = None  # a peer's; None: ours
+    settings: dict[str, str] = field(default_factory=dict)  # environment variables that tune it
 
     @property
     def missing(self) -> str:
@@ -82,8 +89,8 @@ def writers(tiny: bool) -> list[Contestant]:
     for dtype, kind, file in (("fp32", "F32", "f32"), ("int8", "Q8_0", "q8_0"), ("q4", "Q4_0", "q4_0")):
         found += [
             Contestant(f"lmworks serve, {dtype}", [*OURS, "--dtype", dtype], MODELS / f"{name}-onnx", f"{name}-onnx"),
-            Contestant(f"llama.cpp, {kind}", llama_cpp(), next(gguf.glob(f"*{file}*.gguf"), gguf / file), "writer",
-                       "llama_cpp"),
+            Contestant(f"llama-cpp-python, {kind}", llama_cpp(), next(gguf.glob(f"*{file}*.gguf"), gguf / file),
+                       "writer", "llama_cpp", SPIN),
         ]  # fmt: skip
     for words, more in (("", []), (", continuous batching", ["--continuous-batching"])):
         found.append(Contestant(f"transformers serve{words}", [*serve, *more], MODELS / name, str(MODELS / name),
@@ -136,11 +143,21 @@ def make_writer(name: str, sizes: dict[str, Any]) -> None:
         config = Config(**{**DECODER, **sizes, **ends, "vocab_size": tokenizer.vocab_size})
         folder.mkdir(parents=True)
         tokenizer.save(folder)
-        save_model(CausalLM(config, seed=0), folder)
+        save_model(write_whole_characters(CausalLM(config, seed=0), tokenizer), folder)
     if not (MODELS / f"{name}-onnx").is_dir():
         export_graphs(folder, MODELS / f"{name}-onnx", dtypes=("fp32", "int8", "q4"))
     if not (MODELS / f"{name}-gguf").is_dir():
         export_gguf(folder, MODELS / f"{name}-gguf", dtypes=("f32", "q8_0", "q4_0"))
+
+
+def write_whole_characters(model: CausalLM, tokenizer: Tokenizer) -> CausalLM:
+    """Keep random weights from writing half a character, and from ending: such tokens' rows become zero.
+
+    llama-cpp-python holds broken characters back, and goes on beyond max_tokens until they are whole.
+    """
+    halves = [i for i in range(tokenizer.vocab_size) if "\ufffd" in tokenizer.decode([i])]
+    model.get_parameter("transformer.embeddings.tokens.weight").data[[*halves, tokenizer.eos_id]] = 0  # tied
+    return model
 
 
 def prepare(name: str) -> bool:

@@ -3,9 +3,9 @@
     python benchmarks/serving/run.py --prepare transformers infinity llama_cpp     environments of their own
     LMWORKS_DATA=… python benchmarks/serving/run.py [--only TEXT] [--rounds 5] [--requests 200] [--tiny]
 
-The servers of a race run at the same time, one of them is asked at a time. A server counts once its answers are near
-ours. Figures are medians over the rounds, a ratio is the median of the ratios within a round. The client and the server
-share the machine.
+The servers of a race are started together and asked one at a time; peers that wait are stopped, as some go on spinning.
+A server counts once its answers are near ours. Figures are medians over the rounds, a ratio is the median of the ratios
+within a round. The client and the server share the machine.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import socket
 import statistics
 import subprocess
@@ -104,32 +105,35 @@ def measure(race: Race, everybody: Sequence[Contestant], a: argparse.Namespace, 
     problems: dict[str, str] = {one.name: one.missing for one in everybody if one.missing}
     loads = [os.getloadavg()[0]]
     with ExitStack() as stack:
-        bases: dict[str, str] = {}
+        servers: dict[str, Server] = {}
         nearness: dict[str, str] = {}
         reference: Any = None
         for one in everybody:
             if one.name in problems:
                 continue
             try:
-                base = stack.enter_context(serving(one, a.threads, PEERS / "logs" / f"{race.name} {one.name}.log"))
-                answers = ask(base, race.route, one)
+                server = stack.enter_context(serving(one, a.threads, PEERS / "logs" / f"{race.name} {one.name}.log"))
+                with server.asked():
+                    answers = ask(server.base, race.route, one)
             except (RuntimeError, httpx.HTTPError) as error:
                 problems[one.name] = first_line(error)
                 continue
             reference = answers if reference is None else reference
             nearness[one.name] = compare(race.route, answers, reference)
-            bases[one.name] = base
+            servers[one.name] = server
         tables = {}
         data = None if race.route == "/v1/completions" else reviews
         for clients in race.clients:
-            figures: dict[str, list[dict[str, Any]]] = {name: [] for name in bases}
+            figures: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
             count = max(clients, round(a.requests * race.share))
             for turn in range(a.rounds + 1):  # the first warms everybody up
                 for one in everybody:
-                    if one.name in bases and one.name not in problems:
+                    if one.name in servers and one.name not in problems:
                         load = Load(clients=clients, requests=count)
+                        server = servers[one.name]
                         try:
-                            found = loadtest(bases[one.name], load=load, route=race.route, model=one.asked, data=data)
+                            with server.asked():
+                                found = loadtest(server.base, load=load, route=race.route, model=one.asked, data=data)
                         except LmworksError as error:
                             problems[one.name] = first_line(error)
                             continue
@@ -153,9 +157,32 @@ def first_line(error: Exception) -> str:
     return " ".join(f"{error}".split()).replace("|", "/")[:300] or type(error).__name__
 
 
+@dataclass(frozen=True)
+class Server:
+    """A running server. A peer is stopped unless it is asked; ours takes a stopped engine for a dead one, and waits."""
+
+    base: str
+    process: subprocess.Popen[bytes]
+    is_peer: bool
+
+    @contextmanager
+    def asked(self) -> Iterator[None]:
+        """Let it run; stop it afterwards."""
+        self.signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self.signal(signal.SIGSTOP)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to a peer."""
+        if self.is_peer:
+            self.process.send_signal(number)
+
+
 @contextmanager
-def serving(one: Contestant, threads: int, log: Path) -> Iterator[str]:
-    """Yield the address of a running server; raise RuntimeError where it does not start."""
+def serving(one: Contestant, threads: int, log: Path) -> Iterator[Server]:
+    """Yield a running server; raise RuntimeError where it does not start."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -165,7 +192,7 @@ def serving(one: Contestant, threads: int, log: Path) -> Iterator[str]:
     cache.mkdir(exist_ok=True)
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": str(threads)}
     with log.open("w") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said, env={**os.environ, **offline})
+        process = subprocess.Popen(command, stdout=said, stderr=said, env={**os.environ, **offline, **one.settings})
     try:
         until = time.monotonic() + START
         while True:
@@ -176,9 +203,10 @@ def serving(one: Contestant, threads: int, log: Path) -> Iterator[str]:
                 ended = "took too long" if process.poll() is None else f"exit code {process.returncode}"
                 raise RuntimeError(f"did not start ({ended}): {last_error(log)}")
             time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
+        yield Server(f"http://127.0.0.1:{port}", process, one.environment is not None)
     finally:
         process.terminate()
+        process.send_signal(signal.SIGCONT)
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:
