@@ -2,8 +2,7 @@
 
     python benchmarks/peers/prepare.py NAME…    (all: every peer)
 
-Torch is installed first and pinned, as in the Makefile. A peer that is used from JavaScript has npm's package.json
-as requirements/NAME.json as well.
+Torch is installed first and pinned, as in the Makefile; llama-cpp-python is compiled for this processor.
 """
 
 from __future__ import annotations
@@ -11,11 +10,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import venv
 from pathlib import Path
+
+sys.path.insert(1, str(Path(__file__).parents[1]))
+from llama_cpp_build import cmake_arguments
 
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build" / "peers"
@@ -42,25 +43,11 @@ def prepare(name: str) -> bool:
     folder = BUILD / name
     venv.create(folder, with_pip=True, clear=True)
     pip = [str(python(name)), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    settings = {"CMAKE_ARGS": " ".join(cmake_arguments()), **os.environ}
     lines = requirements.read_text(encoding="utf-8").splitlines()
     torch = [line for line in lines if line.startswith("torch==")]
     for arguments in ([*torch], ["--requirement", str(requirements)]):
-        if arguments and subprocess.run([*pip, *arguments]).returncode:
-            return False
-    packages = requirements.with_suffix(".json")
-    if packages.is_file():
-        shutil.copy(packages, folder / "package.json")
-        npm = [
-            "npm",
-            "install",
-            "--prefix",
-            str(folder),
-            "--ignore-scripts",
-            "--omit=optional",
-            "--no-audit",
-            "--no-fund",
-        ]
-        if subprocess.run(npm).returncode:
+        if arguments and subprocess.run([*pip, *arguments], env=settings).returncode:
             return False
     (folder / MARK).write_text(fingerprint(name))
     return True

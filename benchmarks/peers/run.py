@@ -38,7 +38,7 @@ TINY = {"llama-110m": "llama-tiny", "gpt2-124m": "gpt2-tiny", "bert-base": "bert
 PEERS: dict[str, tuple[str, str]] = {  # name in a table -> script, environment
     "ours": ("work_ours.py", ""),
     "transformers": ("work_transformers.py", "transformers"),
-    "llama.cpp": ("work_llama_cpp.mjs", "llama_cpp"),
+    "llama.cpp": ("work_llama_cpp.py", "llama_cpp"),
     "CTranslate2": ("work_ctranslate2.py", "ctranslate2"),
     "onnxruntime-genai": ("work_genai.py", "genai"),
     "OpenVINO": ("work_openvino.py", "openvino"),
@@ -186,8 +186,7 @@ def measure(chosen: Race, threads: int, rounds: int) -> dict[str, Any]:
     for peer, words, how in chosen.entries:
         script, environment = PEERS[peer]
         program = str(python(environment)) if environment else sys.executable
-        command = ["node", str(HERE / script)] if script.endswith(".mjs") else [program, str(HERE / script)]
-        how = {**how, "environment": str(BUILD / environment)}
+        command = [program, str(HERE / script)]
         who = Contestant(f"{peer}: {words}", command, how, ours=peer in ("ours", "our graph"))
         if environment and not is_prepared(environment):
             absent.append(Outcome(who, problem=f"not installed: prepare.py {environment}"))

@@ -15,6 +15,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(1, str(Path(__file__).parents[1]))
+from llama_cpp_build import cmake_arguments
+
 if TYPE_CHECKING:
     from lmworks.models.heads import CausalLM
     from lmworks.tokens.tokenizer import Tokenizer
@@ -184,19 +187,6 @@ def prepare(name: str) -> bool:
             return False
     done.write_text(requirements.read_text())
     return True
-
-
-def cmake_arguments() -> list[str]:
-    """Return how llama.cpp is compiled: for this processor, without pictures (a third less), and without AMX.
-
-    A build for the native processor takes AMX where the processor names it, and dies at its first matrix (ldtilecfg) on
-    a virtual machine whose kernel does not allow it.
-    """
-    known = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").is_file() else []
-    more = {"AVX512": "avx512f", "AVX512_VBMI": "avx512vbmi", "AVX512_VNNI": "avx512_vnni",
-            "AVX512_BF16": "avx512_bf16", "AVX_VNNI": "avx_vnni"}  # fmt: skip
-    own = [f"-DGGML_{name}=ON" for name, flag in more.items() if flag in known]
-    return ["-DLLAVA_BUILD=OFF", *(["-DGGML_NATIVE=OFF", *own] if "amx_tile" in known else [])]
 
 
 def last_error(log: Path) -> str:
