@@ -13,7 +13,10 @@ Shapes: I inputs, O outputs, G groups of a row, V rows of an embedding, R rank.
 
 from __future__ import annotations
 
+import timeit
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -24,7 +27,8 @@ from lmworks.base.errors import InputError
 
 Activations = Literal["none", "dynamic", "static"]
 TENSOR, CHANNEL = "tensor", "channel"  # one scale for the matrix; one for each output
-HIGHEST, HIGHEST_INPUT = 127, 255  # of inputs: signed with a step for each token, unsigned with one for all
+HIGHEST, HIGHEST_INPUT = 127, 255  # of inputs: either side of MIDDLE with a step for each token, or one step for all
+MIDDLE = 128  # what stands for 0: without AMX, oneDNN multiplies signed inputs by a loop of thousands of times the time
 TINY = torch.finfo(torch.float32).tiny
 OFFSET = 8  # makes a number of four bits positive in its half of a byte
 
@@ -137,7 +141,7 @@ class Quantized(nn.Module):
 class QuantizedLinear(Quantized):
     """A Linear over such a matrix; its input too is rounded to 8 bits where the grid says so.
 
-        dynamic   a = round(x / s), s = max |x| / 127 of each token              y = s_x s_w sum a q + b
+        dynamic   a = round(x / s) + 128, s = max |x| / 127 of each token        y = s_x s_w sum (a - 128) q + b
         static    a = round(x / s) + z, s and z from calibration                 y = s_x s_w sum (a - z) q + b
 
     `span` (2,) is the least and the greatest input of calibration. A token's own scale makes its answer the same in
@@ -189,7 +193,7 @@ class QuantizedLinear(Quantized):
         x = x.float()
         if self.span is None:
             step = x.abs().amax(-1, keepdim=True).clamp(min=TINY) / HIGHEST  # (…, 1)
-            return torch.div(x, step).round_().to(torch.int8), step, 0
+            return torch.div(x, step).round_().add_(MIDDLE).to(torch.uint8), step, MIDDLE
         width, zero = input_scale(*self.span.tolist())
         return torch.div(x, width).round_().add_(zero).clamp_(0, HIGHEST_INPUT).to(torch.uint8), width, zero
 
@@ -208,11 +212,38 @@ class QuantizedLinear(Quantized):
         """
         if self.grid.activations == "none":
             return self.weight
-        if self.q.device.type != "cpu" or not hasattr(torch.ops.onednn, "qlinear_prepack"):
+        if self.q.device.type != "cpu" or not multiplies_whole_numbers():
             return self
         rows = self.scale.expand(self.shape[0], 1).flatten().contiguous()  # (O,)
         packed = torch.ops.onednn.qlinear_prepack(self.numbers.contiguous(), None)
         return packed, rows, torch.zeros(len(rows), dtype=torch.int32)
+
+
+@cache
+def multiplies_whole_numbers() -> bool:
+    """Return whether this processor multiplies 8-bit numbers exactly, by a kernel of its own.
+
+    Older ones let sums of products overflow, and oneDNN's plain loop takes thousands of times as long as floats do.
+    """
+    if not hasattr(torch.ops.onednn, "qlinear_prepack"):
+        return False
+    a, q = torch.full((16, 64), HIGHEST_INPUT, dtype=torch.uint8), torch.full((64, 64), HIGHEST, dtype=torch.int8)
+    packed, scale = torch.ops.onednn.qlinear_prepack(q, None), torch.ones(64)
+
+    def multiply() -> Tensor:
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
+            a, 1.0, MIDDLE, packed, scale, torch.zeros(64, dtype=torch.int32), None,
+            1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+        return y
+
+    def seconds(product: Callable[[], Tensor]) -> float:
+        return min(timeit.repeat(product, number=1, repeat=3))
+
+    floats = (a.float() - MIDDLE, q.float())
+    if not torch.equal(multiply(), F.linear(*floats)):
+        return False
+    return seconds(multiply) < 30 * seconds(lambda: F.linear(*floats))
 
 
 def input_scale(low: float, high: float) -> tuple[float, int]:
