@@ -49,9 +49,9 @@ def lmworks(*words: object, ok: Sequence[int] = (0,)) -> str:
     return done.stdout
 
 
-def watched(folder: Path) -> Predictor:
+def watched(folder: Path, *, threads: int | None = None) -> Predictor:
     """Open an exported folder with its monitor."""
-    predictor = load(folder, runtime="onnx")
+    predictor = load(folder, runtime="onnx", threads=threads)
     attach(predictor, read_monitor(folder))
     return predictor
 
@@ -93,7 +93,7 @@ def clinc(work: Path, data: Path, base: str) -> dict[str, Any]:
 def cost(work: Path, data: Path, base: str) -> dict[str, float]:
     """Time single queries with and without the check, both with an option, as the server asks, in turns."""
     folder = make_clinc(work, data, base)
-    plain, checked = load(folder, runtime="onnx", threads=1), watched(folder)
+    plain, checked = load(folder, runtime="onnx", threads=1), watched(folder, threads=1)
     queries = [text for text, _ in json.loads((data / "clinc150/data_full.json").read_text())["test"][:QUERIES]]
     times = np.empty((ROUNDS + 1, QUERIES, 2))
     for turn in range(ROUNDS + 1):
