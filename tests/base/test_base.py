@@ -15,7 +15,7 @@ from lmworks.base.errors import FormatError, InputError, LmworksError, MissingEx
 from lmworks.base.files import check_output, confine, new_folder, read_json, write_bytes, write_json
 from lmworks.base.optional import require
 from lmworks.base.report import Report, Table
-from lmworks.base.threads import cpu_count
+from lmworks.base.threads import cpu_count, thread_count
 
 
 def test_an_error_says_what_where_found_expected_fix() -> None:
@@ -105,7 +105,8 @@ def test_an_output_folder_is_refused_before_any_work(tmp_path: Path) -> None:
 
 def test_threads_follow_the_cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """C39: libraries that start a thread for each core of the machine fight each other in a container."""
-    monkeypatch.delenv("LMWORKS_THREADS", raising=False)
+    for name in ("LMWORKS_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
     assert cpu_count(cgroup=tmp_path) == 64
     (tmp_path / "cpu.max").write_text("150000 100000\n")
@@ -114,8 +115,17 @@ def test_threads_follow_the_cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert cpu_count(cgroup=tmp_path) == 4
     (tmp_path / "cpu.max").write_text("max 100000\n")
     assert cpu_count(cgroup=tmp_path) == 64
+    for said, meant in (("2", 2), ("4,2", 4), ("128", 64), ("0", 64), ("many", 64)):
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+        assert thread_count(cgroup=tmp_path) == meant and cpu_count(cgroup=tmp_path) == 64
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert thread_count(cgroup=tmp_path) == 32  # torchrun sets OMP_NUM_THREADS=1 where nobody else did
     monkeypatch.setenv("LMWORKS_THREADS", "3")
-    assert cpu_count(cgroup=tmp_path) == 3
+    assert cpu_count(cgroup=tmp_path) == thread_count(cgroup=tmp_path) == 3
 
 
 def test_a_missing_extra_says_its_pip_line() -> None:

@@ -36,6 +36,17 @@ def cpu_count(*, cgroup: Path = CGROUP) -> int:
     return max(1, (allowed if quota is None else min(allowed, int(quota))) // read_launch().local_world)
 
 
+def thread_count(*, cgroup: Path = CGROUP) -> int:
+    """Return the number of threads that products may use: a processor each, `OMP_NUM_THREADS` at most.
+
+    `LMWORKS_THREADS` is stronger; and torchrun's OMP_NUM_THREADS=1 is its default rather than anyone's wish.
+    """
+    usable, bound = cpu_count(cgroup=cgroup), os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if os.environ.get("LMWORKS_THREADS") or read_launch().local_world > 1:
+        return usable
+    return min(usable, int(bound)) if bound.isdigit() and int(bound) > 0 else usable  # "4,2": a number for each level
+
+
 def read_quota(cgroup: Path) -> float | None:
     """Return the cgroup's processor quota in cores (version 2, then 1), or None where there is none."""
     try:

@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from lmworks.base.errors import LmworksError
-from lmworks.base.threads import cpu_count
+from lmworks.base.threads import thread_count
 from lmworks.export.vendor import INSTALL, LIBRARY
 from lmworks.export.web import ASSETS, find_served, headers_for
 
@@ -116,7 +116,7 @@ def ask_node(
     given = {}
     for dtype in dtypes:
         work = {
-            "modules": str(where), "folder": str(folder.resolve()), "dtype": dtype, "threads": cpu_count(),
+            "modules": str(where), "folder": str(folder.resolve()), "dtype": dtype, "threads": thread_count(),
             **{name: selftest[name] for name in ASKED if name in selftest},
         }  # fmt: skip
         given[dtype] = run_node([str(program), str(HERE / "verify_node.mjs")], json.dumps(work), timeout)

@@ -32,7 +32,7 @@ from lmworks.base.errors import InputError, LmworksError
 from lmworks.base.files import read_json, write_json
 from lmworks.base.hub_cache import home_folder
 from lmworks.base.optional import is_installed
-from lmworks.base.threads import cpu_count
+from lmworks.base.threads import thread_count
 from lmworks.models.config import Config
 from lmworks.models.families import read_config
 from lmworks.runtime.base import Runtime
@@ -160,7 +160,7 @@ def describe(folder: Path, ways: Sequence[Way], head: str, threads: int | None) 
     """Return what a choice depends on: the folder's content, the ways, the task, the machine, the versions."""
     return {
         "content": content_hash(folder), "ways": [str(way) for way in ways], "task": head,
-        "machine": {"processor": read_processor(), "threads": threads or cpu_count()},
+        "machine": {"processor": read_processor(), "threads": threads or thread_count()},
         "versions": {name: found for name in PACKAGES if (found := read_version(name))},
     }  # fmt: skip
 

@@ -28,7 +28,7 @@ from lmworks.base.errors import FormatError, InputError
 from lmworks.base.files import read_json
 from lmworks.base.onnx_file import check_onnx
 from lmworks.base.optional import require
-from lmworks.base.threads import cpu_count
+from lmworks.base.threads import thread_count
 from lmworks.base.types import Batch
 from lmworks.models.families import read_config
 from lmworks.runtime import trace
@@ -63,7 +63,7 @@ class OnnxRuntime:
     ) -> None:
         """`once`: for a few short texts. It opens sooner, and every run is slower: matrices stay as they lie."""
         folder, self.dtype = Path(folder), dtype
-        self.session = open_session(find_graph(folder, dtype), threads or cpu_count(), once=once)
+        self.session = open_session(find_graph(folder, dtype), threads or thread_count(), once=once)
         self.inputs = {item.name: item for item in self.session.get_inputs()}
         shapes = {item.name: item.shape for item in (*self.inputs.values(), *self.session.get_outputs())}
         self.outputs = choose_outputs([item.name for item in self.session.get_outputs()], folder)

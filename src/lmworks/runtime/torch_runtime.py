@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lmworks.base.errors import InputError
-from lmworks.base.threads import cpu_count
+from lmworks.base.threads import thread_count
 from lmworks.base.types import Batch
 from lmworks.models.checkpoint import load_model
 from lmworks.models.compact import is_compact
@@ -255,7 +255,7 @@ class TorchRuntime:
 
 def limit_threads(threads: int | None = None) -> None:
     """Let torch use so many threads; None: no more than the processors that this process may use."""
-    wanted = threads or min(torch.get_num_threads(), cpu_count())
+    wanted = threads or min(torch.get_num_threads(), thread_count())
     if wanted != torch.get_num_threads():
         torch.set_num_threads(wanted)
 

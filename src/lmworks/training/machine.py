@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lmworks.base.errors import InputError
-from lmworks.base.threads import cpu_count
+from lmworks.base.threads import thread_count
 from lmworks.base.types import Batch
 from lmworks.training.objectives import Objective
 
@@ -42,7 +42,7 @@ def use_threads(before: int | None, say: Callable[[str], None]) -> int:
 
     Sums are split by threads, so another number gives other last bits: that is said.
     """
-    threads = min(before or cpu_count(), cpu_count())
+    threads = min(before or thread_count(), thread_count())
     if before and threads != before:
         say(f"{threads} threads instead of {before}: the last bits may differ")
     torch.set_num_threads(threads)

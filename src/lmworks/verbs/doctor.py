@@ -22,7 +22,7 @@ from lmworks.base.files import free_bytes
 from lmworks.base.hub import OFFLINE, is_true, redact
 from lmworks.base.hub_cache import cache_folder, home_folder
 from lmworks.base.report import Report, Table
-from lmworks.base.threads import CGROUP, cpu_count, read_memory, read_quota
+from lmworks.base.threads import CGROUP, read_memory, read_quota, thread_count
 
 PACKAGES = (
     "numpy safetensors torch torchvision onnxruntime onnx tokenizers sentencepiece huggingface_hub pillow jinja2 "
@@ -170,7 +170,7 @@ def is_older(found: str | None, wanted: str | None) -> bool:
 
 def look_at_processors() -> Iterator[Finding]:
     """Say how many processors may be used, and which of their abilities count."""
-    machine, usable = os.cpu_count() or 1, cpu_count()
+    machine, usable = os.cpu_count() or 1, thread_count()
     quota = read_quota(CGROUP)
     limits = [f"a quota of {quota:g}"] if quota is not None and quota < machine else []
     limits += [f"{name}={os.environ[name]}" for name in ("LMWORKS_THREADS", "OMP_NUM_THREADS") if os.environ.get(name)]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lmworks.base.report import Cell, Report, Table, counted
-from lmworks.base.threads import cpu_count
+from lmworks.base.threads import thread_count
 from lmworks.training.train_config import count_moments
 from lmworks.verbs.corpus import Corpus
 from lmworks.verbs.run import disk_needed, make_model, make_network, train_config
@@ -46,7 +46,7 @@ def estimate(corpus: Corpus, settings: Settings) -> Report:
         "disk_bytes": disk,
         "train_seconds": round(seconds),
         "tokens_per_second": round(tokens * (settings.steps or 0) / seconds),
-        "threads": cpu_count(),
+        "threads": thread_count(),
         "settings": settings.to_dict(),
     }
     rows: tuple[tuple[Cell, ...], ...] = (
@@ -57,7 +57,7 @@ def estimate(corpus: Corpus, settings: Settings) -> Report:
         (
             "time",
             f"about {max(1, round(seconds / 60))} min of training: {counted(settings.steps or 0, 'step')} on "
-            f"{counted(cpu_count(), 'thread')}",
+            f"{counted(thread_count(), 'thread')}",
         ),
     )
     return Report("What this run would cost", values, tables=(Table("Estimate", ("what", "value"), rows),))

@@ -25,7 +25,7 @@ from lmworks.base.errors import FormatError, InputError, Interrupted, LmworksErr
 from lmworks.base.files import check_output, put_in_place, read_json, write_json, write_text
 from lmworks.base.optional import require
 from lmworks.base.report import Report
-from lmworks.base.threads import cpu_count
+from lmworks.base.threads import thread_count
 from lmworks.tasks.base import one_of
 from lmworks.training.callbacks import Callback
 from lmworks.training.tuning import Tuning
@@ -116,7 +116,7 @@ def more_processes(request: Request, count: int) -> Iterator[None]:
         yield
         return
     before = os.environ.get("LMWORKS_THREADS")
-    os.environ["LMWORKS_THREADS"] = str(max(1, cpu_count() // (count + 1)))
+    os.environ["LMWORKS_THREADS"] = str(max(1, thread_count() // (count + 1)))
     code = "from lmworks.verbs.searching import join; join()"
     started = [subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) for _ in range(count)]
     try:

@@ -12,7 +12,7 @@ import numpy as np
 
 from lmworks.base.chart import Chart
 from lmworks.base.report import Cell, Report, Table, counted
-from lmworks.base.threads import cpu_count
+from lmworks.base.threads import thread_count
 from lmworks.evaluation.metrics import class_scores, entity_scores, score
 from lmworks.text.labelled import Labelled
 from lmworks.verbs.estimate import BYTES_AN_ACTIVATION, FIXED_MEMORY
@@ -234,10 +234,10 @@ def estimate(setup: Setup, tuning: Tuning, task: str, *, notes: Sequence[str] = 
         "trainable_share": trainable / total, "train_rows": len(data.rows), "validation_rows": len(data.held_out),
         "steps": data.steps, "memory": memory,
         "memory_bytes": sum(memory.values()), "disk_bytes": disk, "train_seconds": round(seconds),
-        "tokens_per_second": round(tokens), "threads": cpu_count(), "labels": list(config.labels),
+        "tokens_per_second": round(tokens), "threads": thread_count(), "labels": list(config.labels),
         "settings": asdict(tuning),
     }  # fmt: skip
-    threads = counted(cpu_count(), "thread")
+    threads = counted(thread_count(), "thread")
     rows: tuple[tuple[Cell, ...], ...] = (
         ("parameters", f"{total:,}, {trainable / total:.2%} of them trained: {trainable:,}"),
         ("data", f"{counted(len(data.rows), 'row')} to train on, {len(data.held_out):,} held out"),
