@@ -1,12 +1,12 @@
 """N-grams, feed-forward, RNN, LSTM, GRU and Transformer on the same tokens, in one table.
 
-    python benchmarks/language_models.py OUT [--steps 3000] [--parameters 1000000] [--vocab 2048] [--tiny]
+    python benchmarks/language_models.py OUT [--steps 1000] [--rates 1e-3 3e-3 1e-2] [--parameters 1000000] [--tiny]
 
 LMWORKS_DATA names the data. Writes OUT/table.md, OUT/results.json and OUT/samples.md. Trains on WikiText-2's validation
 text and scores its test text: every line that is not blank is a document, its end counted, so that all models predict
 the same tokens, and bits per byte count a line's end as one byte. The networks have as nearly the same number of
-parameters as their width allows, the same batches, rate and steps. First of all the LSTM of the book: embedding 50,
-hidden 100, five sentences, ten epochs.
+parameters as their width allows, the same batches and steps, and each the rate that serves it best on held-out text.
+First of all the LSTM of the book: embedding 50, hidden 100, five sentences, ten epochs.
 
 Shapes: N tokens of a stream, B rows, T tokens.
 """
@@ -122,38 +122,47 @@ def fit_width(arch: str, vocab_size: int, wanted: int) -> Settings:
     return settings(min(range(32, 1024, step), key=lambda width: abs(size(width) - wanted)))
 
 
-def train_network(arch: str, train: Ints, held: Ints, tokenizer: Tokenizer, out: Path, args: Any) -> CausalLM:
-    """Train one network on the stream; leave it in OUT/arch, where the command line reads it."""
+def train_network(
+    arch: str, train: Ints, held: Ints, tokenizer: Tokenizer, out: Path, args: Any
+) -> tuple[CausalLM, dict[float, float]]:
+    """Train one network on the stream at each rate; leave the best in OUT/arch, where the command line reads it.
+
+    Return it, and the held-out loss by rate.
+    """
     settings = fit_width(arch, tokenizer.vocab_size, args.parameters)
     eos = tokenizer.eos_id
     shape = make_network(
         settings, vocab_size=tokenizer.vocab_size, bos_token_id=eos, eos_token_id=eos, pad_token_id=tokenizer.pad_id
     )
-    model = CausalLM(shape, seed=0)
-    data = TokenWindows(train, held, context=CONTEXT, batch_size=args.batch, seed=0)
-    every = max(1, args.steps // 10)
-    config = TrainConfig(
-        steps=args.steps, lr=args.lr, min_lr=args.lr / 10, warmup=min(100, every), eval_every=every, dtype="fp32",
-        compile="never", weight_decay=0.1, max_grad_norm=1.0, seed=0,
-    )  # fmt: skip
-    Trainer(model, objective=CausalLoss(), data=data, config=config, folder=out / arch / "training",
-            stream=sys.stderr).fit()  # fmt: skip
-    save_model(model, out / arch)
+    every, losses = max(1, args.steps // 10), {}
+    for lr in args.rates:
+        model = CausalLM(shape, seed=0)
+        data = TokenWindows(train, held, context=CONTEXT, batch_size=args.batch, seed=0)
+        config = TrainConfig(
+            steps=args.steps, lr=lr, min_lr=lr / 10, warmup=min(100, every), eval_every=every, dtype="fp32",
+            compile="never", weight_decay=0.1, max_grad_norm=1.0, seed=0,
+        )  # fmt: skip
+        folder = out / arch / f"rate-{lr:g}"
+        trainer = Trainer(model, objective=CausalLoss(), data=data, config=config, folder=folder, stream=sys.stderr)
+        losses[lr] = trainer.fit().best_loss
+        if losses[lr] == min(losses.values()):
+            best = model
+    save_model(best, out / arch)
     tokenizer.save(out / arch, max_length=CONTEXT)
-    return model.eval()
+    return best.eval(), losses
 
 
 def main() -> None:
     """Make the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("out", type=Path)
-    for name, value in (("steps", 3000), ("parameters", 1_000_000), ("vocab", 2048), ("batch", BATCH)):
+    for name, value in (("steps", 1000), ("parameters", 1_000_000), ("vocab", 2048), ("batch", BATCH)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
     parser.add_argument("--tiny", action="store_true", help="a few steps on a few lines, to see that it runs")
     args = parser.parse_args()
     if args.tiny:
-        args.steps, args.parameters, args.vocab, args.batch = 3, 60_000, 400, 2
+        args.steps, args.parameters, args.vocab, args.batch, args.rates = 3, 60_000, 400, 2, [1e-3, 1e-2]
     args.out.mkdir(parents=True, exist_ok=True)
     data = Path(os.environ["LMWORKS_DATA"]) / "wikitext-2"
     train_lines, test_lines = (
@@ -171,9 +180,9 @@ def main() -> None:
     results: dict[str, Any] = {"book": book_lstm(args.out), "rows": [], "arguments": said}
     samples = []
 
-    def note(name: str, parameters: int, logprobs: Any, seconds: float, texts: list[str]) -> None:
+    def note(name: str, parameters: int, logprobs: Any, seconds: float, texts: list[str], **more: Any) -> None:
         row = {"model": name, "parameters": parameters, "perplexity": perplexity(logprobs),
-               "bits_per_byte": bits_per_byte(logprobs, size), "seconds": round(seconds, 1)}  # fmt: skip
+               "bits_per_byte": bits_per_byte(logprobs, size), "seconds": round(seconds, 1), **more}  # fmt: skip
         results["rows"].append(row)
         samples.append(f"## {name}\n\n" + "\n".join(f"- {text!r}" for text in texts))
         write_json(args.out / "results.json", results)
@@ -194,15 +203,16 @@ def main() -> None:
             note(f"{order}-gram, {smoothing}", numbers, logprobs, time.perf_counter() - start, texts)
     for arch in ARCHS:
         start = time.perf_counter()
-        network = train_network(arch, train, held, tokenizer, args.out, args)
+        network, losses = train_network(arch, train, held, tokenizer, args.out, args)
         runtime = TorchRuntime(network)
         logprobs = token_logprobs(runtime, test, context=CONTEXT).logprobs
         streams = [generate(runtime, tokenizer, p, sampling=Sampling(seed=0), max_tokens=40) for p in PROMPTS]
         texts = [prompt + "".join(stream) for prompt, stream in zip(PROMPTS, streams, strict=True)]
-        note(arch, sum(p.numel() for p in network.parameters()), logprobs, time.perf_counter() - start, texts)
-    lines = ["| model | parameters | perplexity per token | bits per byte |", "|--|--:|--:|--:|"]
-    lines += [f"| {r['model']} | {r['parameters']:,} | {r['perplexity']:.1f} | {r['bits_per_byte']:.3f} |"
-              for r in results["rows"]]  # fmt: skip
+        note(arch, sum(p.numel() for p in network.parameters()), logprobs, time.perf_counter() - start, texts,
+             rate=min(losses, key=losses.__getitem__), held_out=losses)  # fmt: skip
+    lines = ["| model | parameters | rate | perplexity per token | bits per byte |", "|--|--:|--|--:|--:|"]
+    lines += [f"| {r['model']} | {r['parameters']:,} | {r.get('rate', '')} | {r['perplexity']:.1f} | "
+              f"{r['bits_per_byte']:.3f} |" for r in results["rows"]]  # fmt: skip
     write_text(args.out / "table.md", "\n".join(lines) + "\n")
     write_text(args.out / "samples.md", "\n\n".join(samples) + "\n")
     sys.stdout.write("\n".join(lines) + f"\n\nthe book's LSTM: {results['book']}\n")

@@ -166,7 +166,10 @@ class CausalLM(Model):
 
 
 def initialise(model: nn.Module, c: Config, seed: int) -> None:
-    """Draw fresh weights as GPT-2 does: normal, and smaller where a residual branch ends (Radford et al. 2019)."""
+    """Draw fresh weights as GPT-2 does: normal, and smaller where a residual branch ends (Radford et al. 2019).
+
+    Networks without norms keep the variance of what they read instead: 1 / √inputs (LeCun et al. 1998).
+    """
     generator = torch.Generator().manual_seed(seed)
     shrink = math.sqrt(2 * c.num_hidden_layers)
     with torch.no_grad():
@@ -177,7 +180,7 @@ def initialise(model: nn.Module, c: Config, seed: int) -> None:
                     parameter[c.hidden_size : 2 * c.hidden_size] = 1.0
                 continue
             std = c.initializer_range / (shrink if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0)
-            if c.block in (*CELLS, "feedforward") and name.endswith("embeddings.tokens.weight"):
-                std = 1.0  # as torch.nn: nothing scales them before a cell reads them
+            if c.block in (*CELLS, "feedforward"):
+                std = 1.0 if name.endswith("embeddings.tokens.weight") else parameter.shape[1] ** -0.5
             drawn = torch.empty(parameter.shape, device="cpu").normal_(0.0, std, generator=generator)
             parameter.copy_(drawn)  # drawn on the CPU, so that every device gets the same

@@ -56,13 +56,12 @@ class Sequential:
         }  # fmt: skip
 
     def new(self, *, hidden_size: int, embedding_size: int, max_position_embeddings: int, **rest: Any) -> Config:
-        """Return a network of this size; weights begin with torch.nn's spread, 1 / √(3 D)."""
-        defaults = {"initializer_range": (3 * max(hidden_size, 1)) ** -0.5, "tie_word_embeddings": False}
+        """Return a network of this size; its projection has a matrix of its own."""
         return Config(
             model_type=TYPE + self.block, block=self.block, hidden_size=hidden_size,  # type: ignore[arg-type]
             embedding_size=embedding_size, max_position_embeddings=max(AT_ONCE, max_position_embeddings),
             num_attention_heads=1, num_key_value_heads=1, head_dim=hidden_size, intermediate_size=hidden_size,
-            positions="none", **{**defaults, **rest})  # fmt: skip
+            positions="none", **{"tie_word_embeddings": False, **rest})  # fmt: skip
 
 
 SEQUENTIAL = {TYPE + block: Sequential(block) for block in NAMES}
