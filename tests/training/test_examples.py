@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +337,18 @@ def test_long_texts_are_read_in_windows_and_long_instructions_refused(writer: To
         make_language_rows(writer, [example], facts(length=50), long="error")
     (cut,) = make_language_rows(writer, [example], facts(length=50), long="truncate")
     assert len(cut.feature) == 50
+
+
+def test_a_book_as_one_text_takes_time_in_proportion(writer: Tokenizer) -> None:
+    """Each window is cut out of the tokens alone: copying the rest for each took a novel's worth of minutes."""
+
+    def seconds(words: int) -> float:
+        began = time.perf_counter()
+        make_language_rows(writer, ["the cat sat " * (words // 3)], facts(length=8), long="error")
+        return time.perf_counter() - began
+
+    seconds(300)
+    assert seconds(80_000) < 24 * min(seconds(10_000) for _ in range(3))  # eight times as long; 64 times if squared
 
 
 def test_a_template_that_rewrites_the_past_is_refused(writer: Tokenizer) -> None:

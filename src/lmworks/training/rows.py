@@ -192,9 +192,9 @@ def make_language_rows(tokenizer: Tokenizer, examples: Sequence[Any], facts: Fac
                 raise error
             starts = (0,)
         for start in starts:
-            part = slice(start, start + facts.max_length)
-            inputs = ids[:-1][part]
-            labels = [id if score else IGNORED for id, score in zip(ids[1:][part], scored[1:][part], strict=True)]
+            end = min(start + facts.max_length, len(ids) - 1)
+            inputs, said = ids[start:end], slice(start + 1, end + 1)
+            labels = [id if score else IGNORED for id, score in zip(ids[said], scored[said], strict=True)]
             if any(label != IGNORED for label in labels):
                 rows.append(Row(Feature({"input_ids": inputs}, i), {"labels": labels}))
     return rows
