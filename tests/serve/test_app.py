@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -191,6 +192,42 @@ def test_it_serves_without_torch_and_ends_when_told_to(number: signal.Signals, t
         process.send_signal(number)
         assert process.wait(15) == 0
         assert process.stderr is not None
+        assert process.stderr.read() == "", "no traceback"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("where", "number"), [("fastapi", signal.SIGTERM), ("fastapi", signal.SIGINT), ("engine", signal.SIGINT)]
+)
+def test_told_to_end_while_it_starts_it_goes_at_once(where: str, number: signal.Signals, tmp_path: Path) -> None:
+    """A terminal sends Ctrl-C to the engine as well: neither ends in a traceback."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys, time\n"
+        "def wait():\n"
+        "    os.write(2, b'HERE\\n')\n"
+        "    time.sleep(2)\n"
+        "class Waiting:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'fastapi':\n"
+        "            wait()\n"
+        f"if {where!r} == 'fastapi':\n"
+        "    sys.meta_path.insert(0, Waiting())\n"
+        "elif 'spawn_main' in ' '.join(sys.orig_argv):\n"
+        "    wait()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lmworks", "serve", str(made_folder()), "--port", "0"], stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+    )  # fmt: skip
+    try:
+        assert process.stderr is not None
+        while (line := process.stderr.readline()) != "HERE\n":
+            assert line.startswith("Serving"), line
+        os.killpg(process.pid, number)
+        assert process.wait(15) == 0
         assert process.stderr.read() == "", "no traceback"
     finally:
         process.kill()

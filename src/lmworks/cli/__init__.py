@@ -8,20 +8,28 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from io import TextIOWrapper
 
 from lmworks import __version__
 from lmworks.base.errors import Interrupted, LmworksError, from_os_error, printable
+from lmworks.base.leaving import leaving_at_once
 from lmworks.base.threads import rest_while_waiting
 from lmworks.cli.verbs import EXAMPLES, GROUPS, HELP, VERBS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code: 0 done, 1 a check failed, 2 the input cannot be used, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    with leaving_at_once() if words[:1] == ["serve"] else nullcontext():
+        return run(words)
+
+
+def run(words: list[str]) -> int:
+    """Run one verb, in words; return the exit code."""
     from cyclopts import App, CycloptsError
 
     rest_while_waiting()
-    words = list(sys.argv[1:] if arguments is None else arguments)
     end = words.index("--") if "--" in words else len(words)
     debug = "--debug" in words[:end]
     words = [word for word in words[:end] if word != "--debug"] + words[end:]

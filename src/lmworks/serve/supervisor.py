@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lmworks.base.errors import InputError, LmworksError, from_os_error
+from lmworks.base.leaving import deaf_children
 from lmworks.serve.engine import Spec, main
 from lmworks.serve.slots import Took
 
@@ -120,7 +121,8 @@ class Supervisor:
         here, there = context.Pipe()
         specs = [model.spec for model in self.models.values()]
         process = context.Process(target=main, args=(there, specs, self.nice), name="lmworks-engine", daemon=True)
-        process.start()
+        with deaf_children():
+            process.start()
         there.close()
         self.pipe, self.process = here, process  # one that was not started would be nobody's to end
         self.outbox: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
