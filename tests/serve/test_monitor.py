@@ -322,11 +322,11 @@ def test_half_a_line_of_a_lost_process_is_passed_over(tmp_path: Path) -> None:
     row |= dict.fromkeys(NUMBERS, 1)
     whole = json.dumps(row)
     assert append(log, whole) == ""
-    with log.open("a") as file:
-        file.write(whole[:50])
-    assert len(check_monitor(str(log)).values["models"]["a"]["comparisons"]) == 1
-    append(log, whole)
-    assert len(check_monitor(str(log)).values["models"]["a"]["comparisons"]) == 2
+    for cut in range(1, len(whole)):  # also of a line that is being written just now
+        log.write_text(f"{whole}\n{whole[:cut]}")
+        assert len(check_monitor(str(log)).values["models"]["a"]["comparisons"]) == 1, whole[:cut]
+        append(log, whole)
+        assert len(check_monitor(str(log)).values["models"]["a"]["comparisons"]) == 2, whole[:cut]
 
 
 @pytest.mark.parametrize(

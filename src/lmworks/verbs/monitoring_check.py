@@ -26,6 +26,7 @@ from lmworks.text.labelled import Labelled, read_labelled
 FALLEN = 0.01
 AT_ONCE = 64  # texts of a request
 SECONDS = 60.0
+BEGIN = '{"model": "'  # of every line of a log
 SMALLEST = 1e-30  # p that is drawn
 NUMBERS = ("requests", "window", "level", "out_of_domain")  # of a comparison, beside its tests
 
@@ -103,7 +104,7 @@ def ask(url: str, body: Any = None, *, key: str | None = None, seconds: float = 
 def read_log(path: Path) -> dict[str, Any]:
     """Return the comparisons of each model in a log; the last one says whether it drifts.
 
-    The half of a line that a lost process left is passed over.
+    The half of a line that a lost process left, or that is being written just now, is passed over.
     """
     if not path.is_file():
         raise InputError(
@@ -117,7 +118,7 @@ def read_log(path: Path) -> dict[str, Any]:
             known = {test: float(one["p"]) + float(one["statistic"]) for test, one in row["tests"].items()}
             _ = [known[test] for test in row["drift"]], [float(row[key]) for key in NUMBERS]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, json.JSONDecodeError) and line.startswith('{"') and not line.endswith("}"):
+            if isinstance(error, json.JSONDecodeError) and BEGIN.startswith(line[: len(BEGIN)]):
                 continue
             raise InputError("this line is no comparison", where=f"{path}, line {number}", found=line[:80],
                              expected="what lmworks serve --drift-log writes") from None  # fmt: skip
