@@ -269,10 +269,23 @@ def test_a_body_without_a_length_is_bounded_too(base: str) -> None:
 
 
 def test_unknown_addresses_and_methods_are_errors_in_the_same_shape(base: str) -> None:
-    for method, path, status in (("GET", "/v1/nothing", 404), ("POST", "/v1/nothing", 405), ("DELETE", "/", 405)):
+    for method, path, status, allowed in (
+        ("GET", "/v1/nothing", 404, None), ("POST", "/v1/responses", 404, None),
+        ("POST", "/v1/completions/", 404, None), ("GET", "/v1/completions", 405, "POST"),
+        ("PUT", "/classify", 405, "POST"), ("POST", "/metrics", 405, "GET, HEAD"), ("DELETE", "/", 405, "GET, HEAD"),
+        ("OPTIONS", "/classify", 405, "POST"), ("POST", "/sw.js", 405, "GET, HEAD"),
+    ):  # fmt: skip
         answer = httpx.request(method, base + path)
-        assert answer.status_code == status
+        assert (answer.status_code, answer.headers.get("allow")) == (status, allowed), (method, path)
         assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_head_is_get_without_the_body(base: str) -> None:
+    for path in ("/metrics", "/info", "/drift", "/v1/models", "/v1/models/minilm", "/v2/models/minilm", "/playground/",
+                 "/predict/a", "/sw.js", "/nothing"):  # fmt: skip
+        head, get = httpx.head(base + path), httpx.get(base + path)
+        assert (head.status_code, head.content) == (get.status_code, b""), path
+        assert head.headers["content-type"] == get.headers["content-type"], path
 
 
 # -- more of completions ---------------------------------------------------------------------------------------------

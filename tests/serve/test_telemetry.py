@@ -99,7 +99,7 @@ def test_streams_errors_and_refusals_have_theirs(traced: Running, kept: InMemory
     found = spans(kept, 7)
     assert sorted(span.name for span in found) == ["POST /v1/completions", *["compute"] * 3, *["queue"] * 3]
     for path, headers, status, route in (
-        ("/classify", {}, 401, "other"), ("/nothing", HEADERS, 405, "/{path:path}"), ("/ner", HEADERS, 404, "/ner"),
+        ("/classify", {}, 401, "other"), ("/nothing", HEADERS, 404, "/{path:path}"), ("/ner", HEADERS, 404, "/ner"),
     ):  # fmt: skip
         assert httpx.post(traced.base + path, json={"text": "a"}, headers=headers).status_code == status
         [span] = spans(kept, 1)

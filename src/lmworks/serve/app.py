@@ -41,13 +41,16 @@ from lmworks.serve.supervisor import QUEUE, SECONDS
 from lmworks.serve.telemetry import NATIVE, Tracing
 
 require("fastapi", extra="serve")
-from fastapi import FastAPI, Request, Response  # noqa: E402
+from fastapi import APIRouter, FastAPI, Request, Response  # noqa: E402
 from fastapi.exceptions import RequestValidationError  # noqa: E402
 from fastapi.responses import FileResponse, JSONResponse, RedirectResponse  # noqa: E402
+from fastapi.routing import APIRoute  # noqa: E402
 from starlette.exceptions import HTTPException  # noqa: E402
+from starlette.routing import Match  # noqa: E402
 
 GRACE = 30  # seconds that requests have to end once the server is told to
 LINGER = 0.3  # seconds in which connections that were made before that are still taken in
+ASKING, TELLING = ("GET", "HEAD"), ("POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 
@@ -104,19 +107,21 @@ def make_app(
                   telemetry=NATIVE)  # fmt: skip
     app.state.service = service
     add_errors(app)
-    app.include_router(openai_routes.make_router(service))
-    app.include_router(task_routes.make_router(service))
-    app.include_router(hub_routes.make_router(service))
-    app.include_router(kserve_routes.make_router(service))
-    app.include_router(monitor_routes.make_router(service))
-    app.include_router(feedback_routes.make_router(service))
+    routers = [
+        one.make_router(service)
+        for one in (openai_routes, task_routes, hub_routes, kserve_routes, monitor_routes, feedback_routes)
+    ]
     if admin is not None:
         from lmworks.serve import challenger_routes
 
-        app.include_router(challenger_routes.make_router(service, admin))
+        routers.append(challenger_routes.make_router(service, admin))
         keys = None if keys is None else [*keys, *admin]
+    for router in routers:
+        add_heads(router)
+        app.include_router(router)
     add_own(app, service)
     add_playground(app)
+    add_heads(app.router)
     add_page(app, Path(specs[0].folder), locked=keys is not None)
 
     rates = None if rate is None else Rates(rate)
@@ -138,6 +143,14 @@ async def answer_refused(scope: Scope, receive: Any, send: Any, refused: Refused
 def to_response(refused: Refused, path: str, headers: dict[str, str] | None = None) -> JSONResponse:
     """Return the answer of an error to who asked for `path`."""
     return JSONResponse(refused.body(path), refused.status, {**HEADERS, **refused.headers, **(headers or {})})
+
+
+def add_heads(router: APIRouter) -> None:
+    """Answer HEAD wherever GET is answered; uvicorn leaves the body away."""
+    for route in list(router.routes):
+        if isinstance(route, APIRoute) and route.methods == {"GET"}:
+            path = route.path.removeprefix(router.prefix)
+            router.add_api_route(path, route.endpoint, methods=["HEAD"], include_in_schema=False, response_model=None)
 
 
 def add_errors(app: FastAPI) -> None:
@@ -188,13 +201,11 @@ def name_the_wrong(error: RequestValidationError) -> Refused:
 def add_own(app: FastAPI, service: Service) -> None:
     """Add health, metrics and what is served."""
 
-    @app.head("/health/live", include_in_schema=False)
     @app.get("/health/live", tags=["operation"])
     async def live() -> dict[str, str]:
         """Say that the process answers."""
         return {"status": "live"}
 
-    @app.head("/health/ready", include_in_schema=False)
     @app.get("/health/ready", tags=["operation"])
     async def ready() -> JSONResponse:
         """Say whether requests are answered now."""
@@ -225,18 +236,25 @@ def add_own(app: FastAPI, service: Service) -> None:
 
 
 def add_page(app: FastAPI, folder: Path, *, locked: bool) -> None:
-    """Serve the page of a model folder; it comes last, as it takes every other address.
+    """Serve the page of a model folder; it comes last, as it takes every other address and method.
 
     A browser cannot send a key with an address: where the server is `locked`, or has no page, / is the playground.
     """
+    others = list(app.router.routes)
 
-    @app.api_route("/{path:path}", methods=["GET", "HEAD"], response_model=None, include_in_schema=False)
+    @app.api_route("/{path:path}", methods=[*ASKING, *TELLING], response_model=None, include_in_schema=False)
     async def file(request: Request, path: str) -> Response:
         found = find_served(folder, path)
-        if not path and (locked or found is None):
+        if request.method in ASKING and not path and (locked or found is None):
             return RedirectResponse(PAGE.lstrip("/"), headers=HEADERS)
-        if found is None:
-            raise HTTPException(404, f"there is no file {path}")
+        if request.method in TELLING or found is None:
+            known = [
+                method for method in (*ASKING, "POST")
+                if any(one.matches({**request.scope, "method": method})[0] is Match.FULL for one in others)
+            ] or list(ASKING if found is not None or not path else ())  # fmt: skip
+            if known:
+                raise HTTPException(405, "Method Not Allowed", headers={"Allow": ", ".join(known)})
+            raise HTTPException(404, f"there is no {'file' if request.method in ASKING else 'route'} {path}")
         headers = headers_for(found, versioned="v" in request.query_params)
         answer = FileResponse(found, headers=headers, stat_result=found.stat())
         if request.headers.get("if-none-match") == answer.headers["etag"]:
