@@ -75,6 +75,28 @@ def test_an_engine_that_is_killed_or_frozen_is_replaced() -> None:
         assert "lmworks_engine_restarts_total 2.0" in metrics
 
 
+def test_counts_go_on_where_nobody_looked_between_two_engines() -> None:
+    """What an engine did before it was replaced counts, also if the next one has done more by the time one looks."""
+    with server(made_folder()) as one:
+
+        def written() -> float:
+            time.sleep(0.5)  # the engine tells with its next sign of life
+            [line] = [line for line in httpx.get(f"{one.base}/metrics").text.splitlines()
+                      if line.startswith("lmworks_generated_tokens_total{")]  # fmt: skip
+            return float(line.split()[-1])
+
+        began, asked = written(), 0
+        for count in (6, 3, 12):
+            for _ in range(count):
+                text = one.post("/generate", {"prompt": "Who", "max_tokens": 8, "stream": False}).json()
+                asked += len(text["tokens"])
+            time.sleep(0.5)
+            one.supervisor.process.kill()
+            one.wait(ready=False)
+            one.wait(ready=True)
+        assert written() == began + asked
+
+
 def test_where_no_engine_can_be_started_it_is_tried_again() -> None:
     """As where no file can be opened any more: who waits is told, and the watch goes on."""
 

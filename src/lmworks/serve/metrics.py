@@ -76,14 +76,15 @@ class Engine:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self.seen: dict[tuple[str, str, str], tuple[float, float]] = {}  # of engines that were replaced; of the latest
+        self.seen: dict[tuple[str, str, str], tuple[float, float]] = {}  # of versions that are gone; of the latest
         self.used: dict[int | None, float] = {}  # processor seconds of each engine's process
 
     def totals(self) -> dict[tuple[str, str], float]:
         """Return counts of all versions of a model that never fall, though a new engine begins at 0."""
         for model in self.service.versions:
-            for key in COUNTERS.keys() & model.counts.keys():
-                place, value = (model.spec.name, key, model.spec.folder), model.counts[key]
+            for key in COUNTERS.keys() & (model.counts.keys() | model.past.keys()):
+                place = (model.spec.name, key, model.spec.folder)
+                value = model.past.get(key, 0.0) + model.counts.get(key, 0.0)
                 before, last = self.seen.get(place, (0.0, 0.0))
                 self.seen[place] = (before + last if value < last else before, value)
         found: dict[tuple[str, str], float] = {}

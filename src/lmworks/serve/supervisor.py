@@ -51,7 +51,8 @@ class Model:
     state: str = "cold"  # cold, loading, ready, failed
     facts: dict[str, Any] = field(default_factory=dict)
     problem: LmworksError | None = None  # why it cannot be loaded
-    counts: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)  # of the engine that is
+    past: dict[str, float] = field(default_factory=dict)  # of those that were
     home: Supervisor | None = field(default=None, repr=False)  # whose engine holds it
 
 
@@ -243,6 +244,8 @@ class Supervisor:
         await asyncio.to_thread(self.recheck)
         log("The engine stopped and is started again.")
         for model in self.models.values():
+            for key, value in model.counts.items():
+                model.past[key] = model.past.get(key, 0.0) + value
             model.state, model.counts = "cold", {}
         self.spawn()
         for ticket in list(self.tickets.values()):
