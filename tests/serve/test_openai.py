@@ -324,6 +324,19 @@ def test_log_probabilities_are_those_of_the_models_logits(client: openai.OpenAI,
                zip(noted.top_logprobs, noted.token_logprobs, strict=True))  # fmt: skip
 
 
+def test_a_drawn_token_is_among_the_likeliest_that_are_told(client: openai.OpenAI) -> None:
+    settings: Any = {"model": "chatty", "max_tokens": 30, "temperature": 2.0, "seed": 3}
+    for count in (0, 2):
+        noted = client.completions.create(prompt="Who", logprobs=count, **settings).choices[0].logprobs
+        assert noted is not None and noted.tokens and noted.token_logprobs and noted.top_logprobs
+        for token, its, top in zip(noted.tokens, noted.token_logprobs, noted.top_logprobs, strict=True):
+            assert top[token] == its and len(top) in (count, count + 1)
+    turns: Any = [{"role": "user", "content": "Who"}]
+    chat = client.chat.completions.create(messages=turns, logprobs=True, top_logprobs=20, **settings).choices[0]
+    assert chat.logprobs is not None and chat.logprobs.content
+    assert {len(one.top_logprobs) for one in chat.logprobs.content} == {20}
+
+
 def test_tokens_that_hold_a_part_of_a_character_are_told_by_their_bytes(client: openai.OpenAI) -> None:
     """The bytes of all tokens together are the text; alternatives that would look alike stay apart."""
     settings: Any = {"model": "chatty", "max_tokens": 40, "temperature": 2.0, "seed": 3}

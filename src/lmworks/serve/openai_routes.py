@@ -89,7 +89,9 @@ class Answering:
         spelled = [text for text, _, _ in chosen]
         return {
             "tokens": [name_of(text) for text in spelled], "token_logprobs": [p for _, p, _ in chosen],
-            "top_logprobs": [{name_of(text): p for text, p in reversed(top)} for _, _, top in chosen],
+            "top_logprobs": [  # the token that was drawn is always among them, as OpenAI has it
+                {name_of(text): p for text, p in ((drawn, its), *reversed(top))} for drawn, its, top in chosen
+            ],
             "text_offset": [places.take(text) for text in spelled],
         }  # fmt: skip
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 MOST_TEXTS, MOST_CHARACTERS, MOST_STOPS, MOST_TOKENS = 64, 200_000, 4, 100_000
 MOST_INPUTS = 2048  # of embeddings, as OpenAI allows
-MOST_CHOICES, MOST_LOGPROBS, MOST_MESSAGES = 8, 5, 256
+MOST_CHOICES, MOST_LOGPROBS, MOST_TOP_LOGPROBS, MOST_MESSAGES = 8, 5, 20, 256  # as OpenAI's, but for choices
 MOST_IN_ADDRESS = 8_000  # characters; servers and proxies refuse longer lines
 Name = Annotated[str, Field(max_length=200)]
 Text = Annotated[str, Field(max_length=MOST_CHARACTERS)]
@@ -145,7 +145,7 @@ class ChatRequest(Writing):
     max_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
 
     @field_validator("top_logprobs")
     @classmethod
