@@ -24,9 +24,9 @@ from lmworks.base.errors import InputError
 from lmworks.cli import main
 from lmworks.serve.app import listen
 from lmworks.serve.guard import digest
-from lmworks.serve.load_client import read_url
+from lmworks.serve.load_client import Answer, read_url
 from lmworks.serve.load_requests import Plan, make_plan
-from lmworks.serve.loadtest import COUNT, GROWTH, Load, closed, loadtest, percentiles
+from lmworks.serve.loadtest import COUNT, GROWTH, Load, closed, loadtest, percentiles, summarise
 
 KEY = "a-right-key-of-some-length"
 Send = Callable[[Any], Any]
@@ -81,6 +81,12 @@ def test_percentiles_are_the_nearest_rank() -> None:
             assert found[f"p{p}"] == np.percentile(values, p, method="inverted_cdf")
         assert found["max"] == max(values)
     assert percentiles([]) is None
+
+
+def test_answers_are_drawn_from_when_the_first_was_due() -> None:
+    """The first that ended may have been due later than another."""
+    answers = [Answer(due=11.0, ended=11.2, status=200), Answer(due=10.5, ended=12.5, status=200)]
+    assert summarise(answers, 2.0)["times"] == [[0.5, 0.2], [0.0, 2.0]]
 
 
 def test_known_delays_give_known_percentiles() -> None:
@@ -143,6 +149,8 @@ def test_a_rate_is_kept_whatever_the_server_does() -> None:
     assert found["mode"] == "open"
     assert 150 <= found["requests"] <= 250
     assert 0.3 <= found["latency"]["p50"] < 1
+    with stub(answer) as url, pytest.raises(InputError, match="no request was due"):
+        run(url, rate=0.01, requests=None, duration=0.1)
 
 
 def test_streams_tell_the_first_token_and_the_speed() -> None:

@@ -186,6 +186,10 @@ def test_accuracy_on_a_labelled_sample(watched: Running, place: Path) -> None:
     turned = [line.rsplit(",", 1)[0] + ",Sports" for line in lines[1:]]
     (place / "wrong.csv").write_text("\n".join([lines[0], *turned]), "utf-8")
     assert check_monitor(watched.base, data=place / "wrong.csv").values["fallen"]
+    (place / "others.csv").write_text("\n".join([*lines[:20], lines[20].rsplit(",", 1)[0] + ",Sport"]), "utf-8")
+    with pytest.raises(InputError, match="not one of the model's") as caught:
+        check_monitor(watched.base, data=place / "others.csv")  # no answer could be right: nothing has fallen
+    assert caught.value.found == "Sport" and "example 20" in caught.value.where
 
 
 def test_who_abstains_says_null(place: Path, data_folder: Path) -> None:

@@ -78,13 +78,16 @@ def loadtest(
 ) -> Report:
     """Load a server and tell how it did; the route and the model are found through GET /info where they are not given.
 
-    Raises InputError where there is no such server, route, model or data, and for a wrong key.
+    Raises InputError where there is no such server, route, model or data, for a wrong key, and where nothing was asked.
     """
     target = read_url(url, key)
 
     async def work() -> Report:
         plan = await make_plan(target, route=route, model=model, data=data, column=column, max_tokens=max_tokens)
         steps = await climb(target, plan, load) if curve else [await measure(target, plan, load)]
+        if not steps[0]["requests"]:
+            raise InputError("no request was due in this time", found=f"--rate {load.rate}, --duration {load.duration}",
+                             fix="give a longer --duration, or a higher --rate")  # fmt: skip
         return make_report(target.url, plan, steps, curve=curve)
 
     return asyncio.run(work())
@@ -248,6 +251,7 @@ def summarise(answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
     good = [answer for answer in answers if answer.error is None]
     begun = [answer for answer in good if answer.first is not None]
     tokens = sum(answer.tokens for answer in good)
+    began = min((answer.due for answer in answers), default=0.0)  # they stand in the order in which they ended
     gaps = [(one.ended - one.first) / (one.tokens - 1) for one in begun if one.first is not None and one.tokens > 1]
     return {
         "seconds": seconds, "requests": len(answers), "succeeded": len(good), "failed": len(answers) - len(good),
@@ -258,7 +262,7 @@ def summarise(answers: Sequence[Answer], seconds: float) -> dict[str, Any]:
         "tokens_per_second": tokens / seconds if tokens and seconds else None,
         "statuses": {str(status): n for status, n in sorted(Counter(one.status for one in answers).items()) if status},
         "errors": dict(Counter(answer.error for answer in answers if answer.error is not None).most_common()),
-        "times": [[round(one.due - answers[0].due, 4), round(one.latency, 5)] for one in thin(good)],
+        "times": [[round(one.due - began, 4), round(one.latency, 5)] for one in thin(good)],
     }  # fmt: skip
 
 

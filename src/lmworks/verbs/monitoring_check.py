@@ -139,6 +139,8 @@ def measure(url: str, name: str, watched: dict[str, Any], data: Labelled, key: s
         if not isinstance(texts[0], str):
             body |= {"text": [first for first, _ in texts], "pair": [second for _, second in texts]}
         answers = ask(f"{url}/classify", body, key=key)["answers"]
+        if not i:  # a model that is loaded when it is first asked for has its labels only now
+            refuse_unknown(data, labels_of(ask(f"{url}/info", key=key), name))
         known = data.references[i : i + AT_ONCE]
         right += sum(one["label"] in (y, f"LABEL_{y}") for one, y in zip(answers, known, strict=True))
         if any(one["label"] is None or "answered_by" in one for one in answers):
@@ -149,6 +151,21 @@ def measure(url: str, name: str, watched: dict[str, Any], data: Labelled, key: s
     p = fisher_tail(right, len(data), round(before * texts), texts)
     return {"texts": len(data), "accuracy": right / len(data), "expected": before, "expected_texts": texts, "p": p,
             "fallen": p <= FALLEN}  # fmt: skip
+
+
+def labels_of(told: dict[str, Any], name: str) -> list[str]:
+    """Return the labels of a model by what /info says; none where it does not."""
+    models = told.get("models")
+    return next((one["labels"] for one in models if one["name"] == name), []) if isinstance(models, list) else []
+
+
+def refuse_unknown(data: Labelled, labels: list[str]) -> None:
+    """Raise InputError for a label that the model does not have: no answer could be right."""
+    for i, label in enumerate(data.references):
+        if labels and not {str(label), f"LABEL_{label}"} & set(labels):
+            raise InputError("a label of the data is not one of the model's", found=str(label),
+                             where=f"{data.where}, example {i + 1}",
+                             expected=", ".join(labels[:8]) + (" …" if len(labels) > 8 else ""))  # fmt: skip
 
 
 def make_report(values: dict[str, Any]) -> Report:
