@@ -67,6 +67,21 @@ def read_all(wire: socket.socket) -> bytes:
     return found
 
 
+@pytest.mark.parametrize("cut", [0, 20, 200])
+def test_an_offer_of_another_protocol_costs_no_body(cut: int, narrow: Running) -> None:
+    """Java's client offers HTTP/2 with each first request; it is answered in the protocol that it is written in."""
+    more = b"Connection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\nUpgrade: h2c\r\n"
+    body = json.dumps({"inputs": "a"}).encode()
+    whole = HEAD + more + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    with connect(narrow) as wire:
+        for part in (whole, whole, LIVE):
+            wire.sendall(part[:cut])
+            time.sleep(0.05 * bool(cut))
+            wire.sendall(part[cut:])
+            answer = read(wire)
+            assert answer.status == 200, answer.body  # type: ignore[attr-defined]
+
+
 def test_what_is_turned_away_is_not_read_and_the_connection_stays(narrow: Running) -> None:
     with full(narrow):
         with connect(narrow) as wire:

@@ -7,6 +7,7 @@ costs; but it takes a head of any length, a request that never ends, and any num
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 from lmworks.base.optional import require
@@ -18,6 +19,7 @@ MOST_HEAD = 64 * 1024  # bytes before a body
 MOST_RAW = 8_000_000  # of a whole request, with the lengths of its chunks and what comes after them
 FILES = 100  # that the server needs beside its connections
 FULL = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+OFFER = re.compile(rb"(?i)(?<=\n)upgrade:[^\r\n]*\r\n")  # of another protocol, such as h2c
 RECEIVED = 30.0  # seconds in which a request must have come in whole, counted from its first byte
 
 
@@ -68,6 +70,16 @@ class Joined:
         self.transport.close()
 
 
+def without_offer(data: bytes) -> bytes:
+    """Return a head, and what follows it, without the offer to speak another protocol: nobody takes it up here.
+
+    Java's client and `curl --http2` offer HTTP/2 with each first request; httptools then leaves its body away.
+    """
+    at = data.find(b"\r\n\r\n")
+    end = len(data) if at < 0 else at + 2
+    return OFFER.sub(b"", data[:end]) + data[end:] if b"pgrade:" in data[:end].lower() else data
+
+
 class Protocol(HttpToolsProtocol):
     """One connection."""
 
@@ -94,7 +106,7 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Take a piece in, up to the most of a request."""
         self.began = False
-        super().data_received(data)
+        super().data_received(data if self.head and not self.whole else without_offer(data))
         self.taken = 0 if self.began or self.whole else self.taken + len(data)
         if self.taken > (MOST_RAW if self.head else MOST_HEAD) and not self.transport.is_closing():
             if self.cycle is not None and self.cycle.response_started and not self.whole:
