@@ -150,6 +150,7 @@ def test_a_models_name_is_that_of_the_folder_or_of_the_link_to_it(tmp_path: Path
 def test_what_cannot_work_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options, said in (
         ((), "no model to serve"), ((str(made_folder()), "--drift-log", str(tmp_path / "no/x")), "no such folder"),
+        ((str(made_folder()), "--drift-log", str(tmp_path)), "the log is a folder"),
     ):  # fmt: skip
         assert main(["serve", *options, "--port", "0"]) == 2
         assert said in capsys.readouterr().err

@@ -156,6 +156,14 @@ def test_hugging_faces_own_client_writes_and_streams(served: Running, monkeypatc
     assert sum(token.logprob for token in whole.details.tokens) == pytest.approx(
         sum(part.token.logprob for part in parts), abs=1e-4
     )
+    ends = set()
+    for seed in range(20):  # as hot as this the end token comes soon, and the stop string in vain
+        hot: Any = {"max_new_tokens": 60, "do_sample": True, "temperature": 2.0, "seed": seed, "details": True}
+        for stop, reason in ((["@no@"], "eos_token"), ([" "], "stop_sequence")):
+            told = client.text_generation("Who", model=address, stop=stop, **hot).details
+            ends |= {(told.finish_reason, reason, told.tokens[-1].special)}
+    assert {("eos_token", "eos_token", True), ("stop_sequence", "stop_sequence", False)} <= ends
+    assert not any(said == "stop_sequence" and reason == "eos_token" for said, reason, _ in ends)
     changed = client.text_generation(PROMPTS[0], model=address, max_new_tokens=30, repetition_penalty=3.0)
     expected = load(made_folder(), runtime="onnx").generate(PROMPTS[0], max_tokens=30, repeat_penalty=3.0)
     assert changed == PROMPTS[0] + expected.text

@@ -68,6 +68,8 @@ def serve(
         raise InputError("there is no model to serve", fix="lmworks serve FOLDER")
     if drift_log is not None and not drift_log.parent.is_dir():
         raise InputError("there is no such folder for the log", found=str(drift_log), fix="make it, or check the path")
+    if drift_log is not None and drift_log.is_dir():
+        raise InputError("the log is a folder", found=str(drift_log), expected="a file", fix=f"{drift_log}/drift.jsonl")
     specs = [describe(model, slots=slots, threads=threads, dtype=dtype, warm=not lazy) for model in models]
     keys = None if api_key_file is None else read_keys(api_key_file)
     alert = None if alert_url is None else read_target(alert_url)

@@ -73,6 +73,7 @@ class Written:
     prompt_tokens: int
     reused_tokens: int
     chosen: list[Spelled] | None = None
+    ended: bool = False  # by an end token, which is the last one; not by a stop string or for its length
 
 
 class Loaded:
@@ -154,7 +155,8 @@ class Loaded:
             chosen = self.spelled(writer, 0)
             facts = {"prompt_tokens": len(value.prompt), "reused_tokens": value.reused, "tokens": len(done.tokens)}
             took = Took(value.began, time.time_ns(), facts)
-            value = Written(done, len(value.prompt), value.reused, chosen)
+            ended = bool(done.tokens) and done.tokens[-1] in writer.limits.ends
+            value = Written(done, len(value.prompt), value.reused, chosen, ended)
         elif what == "piece":
             letters, text = value
             value = Piece(letters, text.writer.tokens[text.told :], self.spelled(text.writer, text.told))

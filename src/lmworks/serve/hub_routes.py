@@ -124,7 +124,7 @@ async def events(settings: dict[str, Any], texts: Answering, parts: AsyncIterato
 def describe(written: Written, settings: dict[str, Any], *, tokens: bool = False) -> dict[str, Any]:
     """Return why a text ended, and perhaps its tokens."""
     done = written.generation
-    stopped = "stop_sequence" if settings.get("stop") else "eos_token"
+    stopped = "eos_token" if written.ended else "stop_sequence"
     found: dict[str, Any] = {
         "finish_reason": "length" if done.finish_reason == "length" else stopped,
         "generated_tokens": len(done.tokens), "seed": settings.get("seed"),
@@ -133,6 +133,8 @@ def describe(written: Written, settings: dict[str, Any], *, tokens: bool = False
         return found | {"input_length": written.prompt_tokens}
     each = zip(done.tokens, written.chosen or (), strict=True)
     shown = [{"id": id, "text": name_of(text), "logprob": p, "special": False} for id, (text, p, _) in each]
+    if written.ended:
+        shown[-1]["special"] = True
     return found | {"prefill": [], "tokens": shown}
 
 
