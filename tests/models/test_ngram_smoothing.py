@@ -146,6 +146,18 @@ def test_katz_keeps_what_good_turing_leaves_and_passes_the_rest_on() -> None:
     np.testing.assert_allclose(ratio, (1 - sum(seen.values())) / unigrams[unseen].sum(), rtol=1e-6)
 
 
+@pytest.mark.parametrize("order", [2, 3, 4])
+def test_katz_loses_nothing_where_every_token_was_seen(order: int) -> None:
+    chances = 1 / np.arange(1, 7) ** 1.5
+    stream = np.random.default_rng(2).choice(6, 3000, p=chances / chances.sum())
+    stream[0] = EOS
+    model = NgramModel.train(stream, order=order, vocab_size=6, eos_id=EOS, smoothing="good-turing")
+    for smaller in (model, prune(model, 1e-4)):
+        for end in range(1, 300):
+            history = stream[max(0, end - order) : end].tolist()
+            assert smaller.distribution(history).sum() == pytest.approx(1, abs=1e-9)
+
+
 def test_pruning_keeps_probabilities_and_their_sum() -> None:
     stream = katz_stream()
     model = NgramModel.train(stream, order=3, vocab_size=400, eos_id=EOS)

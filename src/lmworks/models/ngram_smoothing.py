@@ -30,6 +30,7 @@ from lmworks.models.ngram_counts import Counts, Float64, Int64
 Smoothing = Literal["mle", "laplace", "good-turing", "kneser-ney", "modified-kneser-ney"]
 FALLBACK = (0.5, 1.0, 1.5)  # discounts where the counts give none, as in KenLM
 SURE = 1.96  # standard deviations by which Turing's estimate must leave the line to be preferred
+LEAST = 1e-12  # below this a remainder is rounding
 LEFT = 1e-6  # of a context's probability is left for what was never seen, however the discounts come out
 
 
@@ -188,10 +189,13 @@ def katz(counts: Counts) -> Fitted:
         below_size = len(below)
         p = keeps[np.searchsorted(r, this.counts)] * this.counts / totals[context]  # (G,)
         held = np.bincount(context, p, minlength=below_size)  # (G below,) what a context's n-grams have together
-        p *= np.minimum(1.0, (1 - LEFT) / np.maximum(held, LEFT))[context]
+        full = np.bincount(context, minlength=below_size) == V  # (G below,) every token was seen: none to leave for
+        p *= np.where(full, 1 / np.where(full, held, 1.0), np.minimum(1.0, (1 - LEFT) / np.maximum(held, LEFT)))[
+            context
+        ]
         left = np.where(totals > 0, np.maximum(1 - held, LEFT), 1.0)
         below = lower[this.suffix]  # (G,) of the same token after the shorter context
         others = 1 - np.bincount(context, below, minlength=below_size)  # (G below,)
-        levels.append(Level(this.keys, np.log(p), np.log(left / np.maximum(others, LEFT))))
+        levels.append(Level(this.keys, np.log(p), np.log(np.where(full, 1.0, left / np.maximum(others, LEAST)))))
         lower = below = p
     return Fitted(unigrams, tuple(levels))
