@@ -315,6 +315,20 @@ def test_special_tokens_have_their_places(tmp_path: Path) -> None:
     assert theirs.mask_token == "[MASK]" and "<note>" in theirs.all_special_tokens
 
 
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_special_tokens_that_a_text_spells_out_teach_nothing(recipe: dict[str, Any]) -> None:
+    recipe = {**recipe, "special": "<|endoftext|>.", "vocab_size": 270, "min_frequency": None}
+    text = "a tale. another tale"
+    expected = train_tokenizer([f"{text}\n", f"\n{text}"] * 5, **recipe)
+    found = train_tokenizer(
+        [f"{text}\n<|endoftext|>\n{text}", "<|pad|><|endoftext|>.<|unk|>"[: 22 + 7 * (expected.unk_id == 2)]] * 5,
+        **recipe,
+    )
+    assert found.backend.get_vocab() == expected.backend.get_vocab()
+    assert sorted(found.backend.get_vocab().values()) == list(range(found.vocab_size))
+    assert found.eos_id == 0
+
+
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
@@ -342,7 +356,7 @@ def test_training_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PIECE", 10)
     monkeypatch.setattr(module, "LONGEST", 10)
     text = "".join(f"{i:010d}" for i in range(1000))
-    pieces = list(module.sample([text, "\ud800"]))
+    pieces = list(module.sample(module.Recipe(), [text, "\ud800"]))
     assert pieces[:100] == [f"{i:010d}" for i in range(100)]
     assert pieces[100:103] == [f"{i:010d}" for i in (100, 102, 104)]
     assert sum(map(len, pieces)) < 4000

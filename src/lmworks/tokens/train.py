@@ -14,6 +14,7 @@ WordPiece's letters, which break ties between merges, and the scores of letters 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -180,20 +181,24 @@ def make_config(backend: Any, plan: Recipe) -> dict[str, Any]:
     }
 
 
-def sample(texts: Iterable[str]) -> Iterator[str]:
-    """Yield the texts in pieces; past ENOUGH characters only every second piece, past twice that every fourth, …"""
+def sample(plan: Recipe, texts: Iterable[str]) -> Iterator[str]:
+    """Yield the texts in pieces; past ENOUGH characters only every second piece, past twice that every fourth, …
+
+    Special tokens that a text spells out are left out: they have their ids, and the library would count them as words.
+    """
+    special = re.compile("|".join(map(re.escape, sorted(plan.specials, key=len, reverse=True))))
     pieces = (piece for text in texts for piece in cut([text], PIECE, LONGEST))
     taken = 0
     for i, piece in enumerate(pieces):
         if i % (1 << (taken // ENOUGH)) == 0:
             taken += len(piece)
-            yield repair(piece)
+            yield from filter(None, special.split(repair(piece)))
 
 
 def run_trainer(plan: Recipe, backend: Any, trainer: Any, texts: Iterable[str]) -> Any:
     """Train the backend's model and return it."""
     what = "the tokenizer cannot be trained on this text"
-    guard(lambda: backend.train_from_iterator(sample(texts), trainer), what)
+    guard(lambda: backend.train_from_iterator(sample(plan, texts), trainer), what)
     return backend.model
 
 
@@ -229,7 +234,7 @@ def train_wordpiece(plan: Recipe, texts: Iterable[str]) -> Any:
     library = require("tokenizers", extra="text")
     backend = make_backend(plan, library.models.WordPiece(unk_token=UNK))
     letters: set[str] = set()
-    for piece in sample(texts):
+    for piece in sample(plan, texts):
         letters.update(backend.normalizer.normalize_str(piece) if backend.normalizer else piece)
     going_on = [c for c in sorted(letters) if len(backend.pre_tokenizer.pre_tokenize_str(f"a{c}")) == 1]
     going_on = [c for c in going_on if not c.isspace()]
