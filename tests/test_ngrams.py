@@ -165,3 +165,14 @@ def test_the_capital_unk_of_other_writers(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("a zebra\n")
     found = ngrams.evaluate(tmp_path / "m.arpa", tmp_path / "text").values
     assert found["logprob10"] == pytest.approx(-1.5) and found["oov"] == 1
+
+
+def test_a_capital_unk_in_a_text_is_the_unknown_word(tmp_path: Path) -> None:
+    """A reader of ARPA files takes <UNK> for <unk>, so that as a word of its own it would overwrite that."""
+    (tmp_path / "text").write_text("a <UNK> b\na b <UNK>\nb a\n")
+    ngrams.train(tmp_path / "text", tmp_path / "m", order=2)
+    folder, file = (
+        ngrams.evaluate(path, tmp_path / "text").values for path in (tmp_path / "m", tmp_path / "m" / "model.arpa")
+    )
+    assert folder["oov"] == file["oov"] == 2
+    assert folder["logprob10"] == pytest.approx(file["logprob10"], rel=1e-6)

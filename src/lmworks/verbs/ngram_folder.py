@@ -5,8 +5,8 @@
     DIR/config.json         order, smoothing, what a token is
     DIR/vocab.json          the words by id, or tokenizer.json where the tokens are a tokenizer's
 
-Words are what stands between blanks; `<s>`, `</s>` and `<unk>` that are written out in a text are left out in training
-and unknown in scoring, as KenLM's --skip_symbols has it.
+Words are what stands between blanks; `<s>`, `</s>`, `<unk>` and `<UNK>` that are written out in a text are left out
+in training and unknown in scoring, as KenLM's --skip_symbols has it; a reader of ARPA files takes <UNK> for <unk>.
 
 Shapes: N tokens of a stream, V vocabulary.
 """
@@ -37,7 +37,7 @@ from lmworks.tokens.tokenizer import Tokenizer
 
 ARPA, ARRAYS, VOCABULARY, TYPE = "model.arpa", "model.safetensors", "vocab.json", "lmworks-ngram"
 WORD = "word"
-SYMBOLS = tuple(name.encode() for name in (BEGIN, END, UNKNOWN))
+SYMBOLS = tuple(name.encode() for name in (BEGIN, END, UNKNOWN, UNKNOWN.upper()))
 ODD = re.compile(rb"[\0\x0b\x0c]")  # Python splits at two of these, KenLM at the other one
 BLANKS = re.compile(rb"[\0\t\n\r ]+")
 
