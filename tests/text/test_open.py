@@ -54,6 +54,9 @@ def test_a_long_file_has_the_encoding_of_a_short_one(text: str, encoding: str, f
     with stream:
         assert stream.read() == text
     assert name == found
+    stream, _ = open_text(path, encoding=encoding.removesuffix("-sig"))  # named, its mark is still no character
+    with stream:
+        assert stream.read() == text
 
 
 def french(data: Path) -> str:

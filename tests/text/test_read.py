@@ -64,6 +64,11 @@ def test_tables_by_column(ending: str, wanted: str | None, tmp_path: Path) -> No
     assert [d.text for d in read_documents(path, column=wanted)] == texts
 
 
+def test_what_parts_the_fields_is_not_looked_for_in_quotes(tmp_path: Path) -> None:
+    write(tmp_path, a_csv=b'"one, two, ""three"", four";label\n"five, six";1\n')
+    assert [d.text for d in read_documents(tmp_path / "a.csv", column="1")] == ['one, two, "three", four', "five, six"]
+
+
 def test_tsv_is_taken_literally_when_its_tabs_add_up(tmp_path: Path) -> None:
     """Corpora such as Tatoeba's hold lone quotes; read as csv, whole lines would vanish into one field."""
     write(tmp_path, a_tsv='id\ttext\n1\t"Hi!" she said.\n2\t"No.\n3\t"He said ""yes"""\n4\tnel\x85line\n'.encode())

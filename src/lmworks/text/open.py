@@ -15,13 +15,14 @@ from typing import Any, BinaryIO, TextIO, cast
 
 from lmworks.base.errors import InputError, did_you_mean, from_os_error
 from lmworks.base.optional import require
-from lmworks.text.decode import DAMAGED, decode, sniff
+from lmworks.text.decode import DAMAGED, attempt, decode, sniff
 
 STDIN = Path("-")
 WHOLE = 1 << 24  # bytes: a text up to this is decoded at once; of a longer one little more than a line is held
 CHUNK = 1 << 20
 SLICE = 1 << 10  # bytes of a .zst file that are unpacked at once: no more than 33 MB
 LARGEST_WINDOW = 1 << 31  # bytes: what `zstd --long=31` writes
+MARK = "\ufeff"
 LONGEST_LINE = 1 << 28  # characters of a row; a longer one is refused rather than held
 
 
@@ -167,18 +168,24 @@ def open_text(
         if tell is not None:
             tell(len(head) if path == STDIN else path.stat().st_size)
         return io.StringIO(text, newline="\n"), encoding
+    told = None if encoding is None else (encoding, mark_size(head, encoding))
     if path == STDIN:
-        encoding, mark = sniff(iter([head]), name) if encoding is None else (encoding, 0)
+        encoding, mark = told or sniff(iter([head]), name)
         source = Source(file, name, head=head, tell=tell)
     else:
         with file:
             rest = iter(lambda: read_bytes(file, CHUNK, name), b"")
-            encoding, mark = sniff(chain([head], rest), name) if encoding is None else (encoding, 0)
+            encoding, mark = told or sniff(chain([head], rest), name)
         source = Source(open_bytes(path, tell), name)
     stream = io.BufferedReader(source, CHUNK)
     stream.read(mark)
     codec, errors = ("utf-8", DAMAGED) if encoding == DAMAGED else (encoding, "strict")
     return io.TextIOWrapper(stream, encoding=codec, errors=errors, newline="\n"), encoding
+
+
+def mark_size(head: bytes, encoding: str) -> int:
+    """Return the bytes of a byte order mark that an encoding takes for a character."""
+    return len(MARK.encode(encoding)) if (attempt(head[:4], encoding) or "").startswith(MARK) else 0
 
 
 def check_encoding(name: str) -> None:

@@ -22,6 +22,7 @@ from lmworks.text.open import WHOLE, open_text, plain_ending, read_lines
 
 DEFAULT_COLUMN = "text"
 ROWS = 256  # of a parquet file that are held at a time, beside what its writer packed together
+QUOTED = re.compile('"(?:[^"]|"")*"')
 ELSEWHERE = {  # formats that a text folder often holds: how to bring them here
     ".json": "write it as .jsonl, one object a line",
     ".zip": "unpack it",
@@ -233,7 +234,7 @@ def parse_table(stream: TextIO, path: Path) -> Iterator[tuple[int, list[str]]]:
     kind = plain_ending(path)
     if kind == ".csv":
         first = next(lines, "")
-        separator = max(",;\t", key=first.count)
+        separator = max(",;\t", key=QUOTED.sub("", first).count)
         lines = chain([first], lines)
     elif kind == ".tsv":
         head, size = [], 0
