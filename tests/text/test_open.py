@@ -139,6 +139,10 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert (document.text, document.encoding) == (RUSSIAN * 5, "cp1251")
     give(b'{"text": "a"}\n{"text": "b"}\n')
     assert [d.name for d in read_all(Path("-"), stdin_ending=".jsonl")] == ["stdin:1", "stdin:2"]
+    for ending, separator in ((".csv", ";"), (".tsv", "\t")):
+        give(f'text{separator}label\na "b{separator}1\n'.replace('"', '"' * (ending == ".tsv")).encode())
+        (document,) = read_all(Path("-"), stdin_ending=ending)
+        assert document.row == {"text": 'a "b' if ending == ".tsv" else "a b", "label": "1"}
     monkeypatch.setattr(opening, "WHOLE", 100)
     give(RUSSIAN.encode() * 100)
     assert "".join(d.text for d in read_all(Path("-"))) == RUSSIAN * 100

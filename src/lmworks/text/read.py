@@ -18,7 +18,7 @@ from typing import Any, TextIO
 from lmworks.base.errors import InputError, did_you_mean, from_os_error
 from lmworks.base.optional import require
 from lmworks.text.html import main_text
-from lmworks.text.open import WHOLE, open_text, plain_ending, read_lines
+from lmworks.text.open import STDIN, WHOLE, open_text, plain_ending, read_lines
 
 DEFAULT_COLUMN = "text"
 ROWS = 256  # of a parquet file that are held at a time, beside what its writer packed together
@@ -129,7 +129,8 @@ def open_parts(
     stream, encoding = open_text(path, encoding=encoding, tell=tell)
     reader = READERS.get(ending, read_plain)
     reader = plain if plain is not None and reader is read_plain else reader
-    return guard(reader(stream, path, column), stream, str(path), encoding), encoding
+    named = Path(f"stdin{ending}") if path == STDIN else path  # a table's ending says what parts its fields
+    return guard(reader(stream, named, column), stream, str(named), encoding), encoding
 
 
 def guard(parts: Iterator[Part], stream: TextIO, name: str, encoding: str) -> Iterator[Part]:
