@@ -108,9 +108,19 @@ def test_bleu_and_chrf_are_sacrebleus() -> None:
     assert "tok:13a" in found["signatures"]["bleu"]
     low, high = found["intervals"]["bleu"]
     assert 0 <= low < high
+    theirs = sacrebleu.BLEU().corpus_score(SAID, [TRUE], n_bootstrap=1000)
+    assert (high - low) / 2 == pytest.approx(theirs._ci, rel=0.05)
     assert score_generated(TRUE, TRUE)["bleu"] == pytest.approx(100)
     with pytest.raises(InputError, match="one reference for each text"):
         score_generated(SAID, TRUE[:2])
+
+
+def test_texts_with_nothing_in_common_with_their_references_have_intervals() -> None:
+    for said, true in ((["", "y z q w e"], ["x a b c", "y z q w e"]), (["x"] * 9 + TRUE[:1], ["y"] * 9 + TRUE[:1])):
+        found = score_generated(said, true)
+        for name in ("bleu", "chrf"):
+            low, high = found["intervals"][name]
+            assert 0 <= low <= found[name] <= high <= 100 + 1e-9
 
 
 def test_the_paired_bootstrap_is_sacrebleus() -> None:
