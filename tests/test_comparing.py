@@ -108,6 +108,24 @@ def main_output(capsys: pytest.CaptureFixture[str], names: list[str], root: Path
     return capsys.readouterr().out.splitlines()
 
 
+def test_models_whose_scores_mean_different_things_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lmworks.verbs import ngrams
+
+    lines = [f"the cat {name} saw the dog {name}\n" for name in "abcdefgh"]
+    (tmp_path / "train.txt").write_text("".join(lines) * 30)
+    (tmp_path / "new.txt").write_text("".join(reversed(lines)) * 30 + "the zebra saw the dog\n" + "the cat\n" * 200)
+    for name, more in (("kn", {}), ("few", {"vocab_size": 5}), ("mle", {"smoothing": "mle"})):
+        ngrams.train(tmp_path / "train.txt", tmp_path / name, order=2, **more)
+    paths = [tmp_path / name for name in ("kn", "few", "mle", "kn/model.arpa")]
+    found = run(capsys, "compare", *paths, "--data", tmp_path / "new.txt")["data"][str(tmp_path / "new.txt")]
+    (same,) = found["differences"]  # few takes half of the words for one, and mle needs infinitely many bits
+    assert same == str(tmp_path / "kn/model.arpa")
+    assert abs(found["differences"][same]["bits_per_token"]["value"]) < 1e-6
+    assert found["models"][str(tmp_path / "mle")]["perplexity"] is None
+
+
 def test_how_runs_learned_is_read_from_their_logs(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [str(root / name) for name in ("gpt", "lstm")]
     values = run(capsys, "compare", *names)

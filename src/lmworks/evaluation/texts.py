@@ -63,11 +63,15 @@ OF_ALL_TEXT = ("perplexity_per_word", "bits_per_byte")  # mean nothing where som
 
 @dataclass
 class TextScores:
-    """Sums of each block, (N, 6), and the document that it belongs to; `is_whole`: nothing was lost."""
+    """Sums of each block, (N, 6), and the document that it belongs to; `is_whole`: nothing was lost.
+
+    `tokens` says which tokens there are: equal ones are the same.
+    """
 
     numbers: array[float] = field(default_factory=lambda: array("d"))
     documents: array[int] = field(default_factory=lambda: array("q"))
     is_whole: bool = True
+    tokens: str = ""
 
     @property
     def sums(self) -> Float64:
@@ -119,7 +123,10 @@ class TextScores:
         """Return the interval of each measure that has a meaning; none where there are too few units to draw from."""
         _, units = self.units
         known = {name: measure for name, measure in STATISTICS.items() if self.measure(name, units.sum(0)) is not None}
-        return {name: list(span) for name, span in bootstrap_all(units, known, **how).items()} if len(units) > 1 else {}
+        finite = np.where(np.isfinite(units), units, np.nan)  # 0 times infinite would warn
+        return (
+            {name: list(span) for name, span in bootstrap_all(finite, known, **how).items()} if len(units) > 1 else {}
+        )
 
 
 def block_ends(text: str) -> list[int]:
@@ -143,7 +150,7 @@ def score_texts(
     """
     if tokenizer.eos_id is None:
         raise InputError("the tokenizer has no token that ends a document", expected="an eos_token")
-    scores, context = TextScores(), context or runtime.max_length
+    scores, context = TextScores(tokens=tokenizer.backend.to_str()), context or runtime.max_length
     stride = max(1, context // 2)
     chunk = stride * WINDOWS
     held, owners, known = np.array([tokenizer.eos_id]), np.zeros(1, np.int64), 0

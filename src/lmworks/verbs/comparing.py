@@ -22,7 +22,7 @@ from lmworks.base.report import Cell, Report, Table, counted
 from lmworks.evaluation.metrics import score
 from lmworks.evaluation.parts import parts_of
 from lmworks.evaluation.significance import Float64, bootstrap_all, holm, mcnemar, paired_difference
-from lmworks.evaluation.texts import STATISTICS, TOKENS, TextScores, lines_of, score_lines, score_texts
+from lmworks.evaluation.texts import NATS, STATISTICS, TOKENS, TextScores, lines_of, score_lines, score_texts
 from lmworks.verbs.comparing_runs import NGRAM, Subject, read_subjects, run_tables
 from lmworks.verbs.evaluating import read_texts
 
@@ -93,11 +93,15 @@ def on_texts(subjects: Mapping[str, Subject], file: str | Path, column: str | No
     unit, first = scored[names[0]].units
     pairs: Values = {}
     notes: list[str] = []
+    impossible = [name for name, one in scored.items() if not np.isfinite(one.sums[:, NATS]).all()]
+    notes += [f"{name} cannot be compared: it gives something of {file} no chance at all." for name in impossible]
     for name in names[1:]:
+        if {name, names[0]} & set(impossible):
+            continue
         measure = comparable(scored[names[0]], scored[name])
         if measure is None:
             notes.append(f"{name} and {names[0]} cannot be compared: one of them loses something of {file}, "
-                         "and they cut it into different tokens.")  # fmt: skip
+                         "and their tokens differ.")  # fmt: skip
             continue
         found = paired_difference(first, scored[name].units[1], STATISTICS[measure], seed=seed)
         pairs[name] = {measure: {**asdict(found)}}
@@ -124,7 +128,9 @@ def score_ngram(path: Path, file: str | Path, column: str | None) -> TextScores:
     """Score an n-gram model, a document at a time: every line and its end; of words the blanks must be single ones."""
     from lmworks.verbs.ngram_folder import load, split
 
-    opened, scores = load(path), TextScores()
+    opened = load(path)
+    tokens = "\n".join(sorted(opened.names)) if opened.tokenizer is None else opened.tokenizer.backend.to_str()
+    scores = TextScores(tokens=tokens)
     for text in read_texts(file, column):
         lines = lines_of(text)
         coded = [line.encode("utf-8", "replace") for line in lines]
@@ -145,8 +151,8 @@ def comparable(a: TextScores, b: TextScores) -> str | None:
     """Return what two models can be compared by: bits per byte, or per token where they have the same ones."""
     if a.is_whole and b.is_whole:
         return "bits_per_byte"
-    one, two = a.sums[:, TOKENS], b.sums[:, TOKENS]
-    return "bits_per_token" if len(one) == len(two) and (one == two).all() else None
+    alike = a.tokens == b.tokens and np.array_equal(a.sums[:, TOKENS], b.sums[:, TOKENS])
+    return "bits_per_token" if alike else None
 
 
 def on_labels(subjects: Mapping[str, Subject], file: str | Path, columns: Mapping[str, Any], seed: int) -> Values:
