@@ -83,6 +83,9 @@ def test_what_is_no_arpa_file_is_refused(tmp_path: Path) -> None:
         "instead of": good.replace("\\2-grams:", "\\3-grams:"),
         "in the 2-grams": good.replace("\\2-grams:\n", "\\2-grams:\nx y z\n"),
         "is no 1-gram": good.replace("<s> w3\n", "<s> nobody\n"),
+        "1-gram stands there twice": "\\data\\\nngram 1=3\n\n\\1-grams:\n-1\t</s>\n-1\ta\n-2\ta\n\n\\end\\\n",
+        "or weight": re.sub(r"\tw3\t\S+", "\tw3\tnan", good, count=1),
+        "in the 2-grams$": good.replace("<s> w3\n", "<s> w3\t-0.5\n"),
         "no counts": good.replace("ngram 1", "grams 1"),
     }
     for message, text in bad.items():
@@ -91,6 +94,15 @@ def test_what_is_no_arpa_file_is_refused(tmp_path: Path) -> None:
         with pytest.raises(FormatError, match="no whole ARPA file") as caught:
             read_arpa(path)
         assert re.search(message, caught.value.found), (message, caught.value.found)
+
+
+def test_the_longest_ngrams_may_have_a_weight_of_nothing(tmp_path: Path) -> None:
+    file = io.StringIO()
+    write_arpa(NgramModel.train(make_stream(0, 50), order=2, vocab_size=40, eos_id=0), NAMES, file)
+    (tmp_path / "plain.arpa").write_text(file.getvalue())
+    (tmp_path / "zeros.arpa").write_text(re.sub(r"( w\d+)\n", r"\1\t0\n", file.getvalue()))
+    plain, zeros = (read_arpa(tmp_path / f"{name}.arpa")[0] for name in ("plain", "zeros"))
+    np.testing.assert_array_equal(plain.levels[0].logprobs, zeros.levels[0].logprobs)
 
 
 def test_blanks_inside_a_token_are_spelled_out() -> None:

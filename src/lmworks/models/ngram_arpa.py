@@ -110,6 +110,8 @@ def read_arpa(path: Path) -> tuple[NgramModel, list[str]]:
                 for (word,) in texts:
                     if ids.setdefault(word, len(names)) == len(names):
                         names.append(word)
+                if len({word for (word,) in texts}) < count:
+                    raise damaged(path, "a 1-gram stands there twice")
                 V = len(names)
                 unigrams, weights = np.full(V, MISSING * LN10), np.zeros(V)
                 for (word,), p, weight in zip(texts, logprobs.tolist(), own.tolist(), strict=True):
@@ -183,15 +185,15 @@ def read_section(
         number, line = next(lines, (0, ""))
         parts = [part for part in BLANK.split(line) if part]
         try:
-            if len(parts) not in (k + 1, k + 2) or (k == order and len(parts) != k + 1):
-                raise ValueError
             logprobs[i] = float(parts[0])
             weights[i] = float(parts[k + 1]) if len(parts) == k + 2 else 0.0
+            if len(parts) not in (k + 1, k + 2) or (k == order and weights[i] != 0):  # some writers give the longest 0
+                raise ValueError
         except ValueError:
             raise damaged(path, f"line {number}: {line.strip()[:60]!r} in the {k}-grams") from None
         texts.append(parts[1 : k + 1])
-    if not np.isfinite(logprobs).all() or (logprobs > 0).any():
-        raise damaged(path, f"a {k}-gram with no logarithm of a probability")
+    if not np.isfinite(logprobs).all() or (logprobs > 0).any() or not np.isfinite(weights).all():
+        raise damaged(path, f"a {k}-gram with no logarithm of a probability or weight")
     return logprobs * LN10, texts, weights * LN10
 
 

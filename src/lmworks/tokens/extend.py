@@ -137,7 +137,10 @@ def find_words(tokenizer: Tokenizer, texts: Sequence[str], count: int) -> list[s
             if gain > 0 and tokenizer.decode(ids).strip() == word.strip():
                 saved[word] = gain * seen[word]
     if not saved:
-        raise InputError("no word of the training data is cut in pieces more than once", fix="give more text, or do without new tokens")
+        raise InputError(
+            "no word of the training data is cut in pieces more than once",
+            fix="give more text, or do without new tokens",
+        )
     return sorted(saved, key=lambda word: (-saved[word], word))[:count]
 
 
