@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.resources
+import io
 import json
 import random
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,12 @@ def test_files_are_read_in_pieces_and_anew(tmp_path: Path) -> None:
     both = Texts([tmp_path])
     assert "a row \ufffd" in list(both) and "another" in list(both) and "слово" in "".join(both)
     assert len(both.encodings) == 2 and texts.sha256 != both.sha256
+
+
+def test_standard_input_trains_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"to be or not to be\n")))
+    words = ["tokenizer", "train", "-", "--kind", "wordpiece", "--vocab-size", "15", "-o", str(tmp_path / "out")]
+    assert main(words) == 0  # which reads its texts twice
 
 
 def test_a_sample_is_seeded_and_fair(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import random
 import sys
+import threading
 from pathlib import Path
 
 import pyarrow
@@ -146,6 +148,23 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.setattr(opening, "WHOLE", 100)
     give(RUSSIAN.encode() * 100)
     assert "".join(d.text for d in read_all(Path("-"))) == RUSSIAN * 100
+
+
+@pytest.mark.usefixtures("short")
+def test_a_pipe_is_read_once(tmp_path: Path) -> None:
+    pipe, text = tmp_path / "pipe", RUSSIAN * 2000
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(text.encode(),))
+    writer.start()
+    assert "".join(d.text for d in read_all(pipe)) == text
+    writer.join()
+
+
+def test_what_is_not_there_is_said(tmp_path: Path) -> None:
+    (tmp_path / "link.txt").symlink_to(tmp_path / "nowhere")
+    for path, said in ((tmp_path / "link.txt", "is a link to"), (Path("--kindd"), "there is no option --kindd")):
+        with pytest.raises(InputError, match=said):
+            list_files([path])
 
 
 def test_long_texts_are_cut_where_a_reader_would(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

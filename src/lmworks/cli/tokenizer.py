@@ -22,7 +22,12 @@ Sample = Annotated[
 
 
 def train(
-    *files: Annotated[Path, Parameter(help="Files and folders of text, in any usual format; - is standard input.")],
+    *files: Annotated[
+        Path,
+        Parameter(
+            help="Files and folders of text, in any usual format; - is standard input.", allow_leading_hyphen=True
+        ),
+    ],
     out: Out,
     recipe: Annotated[Recipe, Parameter(name="*")] = Recipe(),  # noqa: B008 (frozen)
     column: Column = None,

@@ -113,6 +113,24 @@ class Source(io.RawIOBase):
         super().close()
 
 
+def missing(path: Path) -> InputError:
+    """Return the error for a path that is not there."""
+    if str(path).startswith("--"):
+        return InputError(
+            f"there is no option {path}", fix=f"--help lists the options; a file of that name is ./{path}"
+        )
+    if path.is_symlink():
+        return InputError(f"{path} is a link to what is not there", found=str(path.readlink()), fix="mend the link")
+    known = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = did_you_mean(path.name, known)
+    return InputError(f"there is no file or folder {path}", fix=f"check the path;{near}".rstrip(";"))
+
+
+def is_once(path: Path) -> bool:
+    """Say whether a text can be read only once: standard input, or a pipe such as <(command) makes."""
+    return path == STDIN or (path.exists() and not path.is_file())
+
+
 def open_bytes(path: Path, tell: Callable[[int], None] | None = None) -> BinaryIO:
     """Open a file, or standard input where it is called "-", and unpack it; `tell` hears of each piece of it."""
     if path == STDIN:
@@ -154,7 +172,7 @@ def open_text(
 ) -> tuple[TextIO, str]:
     r"""Return the text, to be read in lines that end in \n and nothing else, and its encoding, told by the bytes.
 
-    A long file is read twice, first for its encoding; of a long standard input the first 16 MB tell.
+    A long file is read twice, first for its encoding; of a long standard input or pipe the first 16 MB tell.
     """
     if encoding is not None:
         check_encoding(encoding)
@@ -169,7 +187,7 @@ def open_text(
             tell(len(head) if path == STDIN else path.stat().st_size)
         return io.StringIO(text, newline="\n"), encoding
     told = None if encoding is None else (encoding, mark_size(head, encoding))
-    if path == STDIN:
+    if is_once(path):
         encoding, mark = told or sniff(iter([head]), name)
         source = Source(file, name, head=head, tell=tell)
     else:

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 from lmworks.base.errors import InputError, did_you_mean, from_os_error
 from lmworks.base.optional import require
 from lmworks.text.html import main_text
-from lmworks.text.open import STDIN, WHOLE, open_text, plain_ending, read_lines
+from lmworks.text.open import STDIN, WHOLE, missing, open_text, plain_ending, read_lines
 
 DEFAULT_COLUMN = "text"
 ROWS = 256  # of a parquet file that are held at a time, beside what its writer packed together
@@ -68,10 +68,7 @@ def read_documents(path: str | Path, *, column: str | None = None) -> list[Docum
     elif path.is_file():
         documents = list(read_file(path, column, Path(path.name)))
     else:
-        known = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise InputError(
-            f"there is no file or folder {path}", fix=f"check the path;{did_you_mean(path.name, known)}".rstrip(";")
-        )
+        raise missing(path)
     if not any(document.text.strip() for document in documents):
         raise InputError(
             "there is no text here", where=str(path), found="nothing but blanks" if documents else "nothing"

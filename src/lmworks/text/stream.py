@@ -9,8 +9,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from lmworks.base.errors import InputError, did_you_mean
-from lmworks.text.open import STDIN
+from lmworks.base.errors import InputError
+from lmworks.text.open import STDIN, is_once, missing
 from lmworks.text.read import READERS, Document, Part, describe, find_files, open_parts
 
 Unit = Literal["file", "paragraph", "line"]
@@ -43,17 +43,14 @@ def list_files(paths: Sequence[Path]) -> list[tuple[Path, str]]:
         elif path.exists():
             found.append((path, path.name))
         else:
-            known = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise InputError(
-                f"there is no file or folder {path}", fix=f"check the path;{did_you_mean(path.name, known)}".rstrip(";")
-            )
+            raise missing(path)
     return found
 
 
 def total_bytes(files: Iterable[tuple[Path, str]]) -> int | None:
-    """Return the bytes of all files on the disk; None where standard input is among them."""
+    """Return the bytes of all files on the disk; None where standard input or a pipe is among them."""
     paths = [path for path, _ in files]
-    return None if STDIN in paths else sum(path.stat().st_size for path in paths)
+    return None if any(map(is_once, paths)) else sum(path.stat().st_size for path in paths)
 
 
 def stream_documents(

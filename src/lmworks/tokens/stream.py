@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from lmworks.base.errors import InputError, did_you_mean
+from lmworks.base.errors import InputError
 from lmworks.text.clean import clean
+from lmworks.text.open import missing
 from lmworks.text.read import READERS, Part, find_files, open_parts
 
 PIECE = 1 << 16  # characters that are handed over at once
@@ -89,9 +90,7 @@ def list_files(path: Path) -> list[Path]:
             raise InputError("no text files here", where=str(path), expected=", ".join(sorted(READERS)))
         return found
     if not path.exists() and str(path) != "-":
-        known = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = did_you_mean(path.name, known)
-        raise InputError(f"there is no file or folder {path}", fix=f"check the path;{near}".rstrip(";"))
+        raise missing(path)
     return [path]
 
 

@@ -20,7 +20,7 @@ from lmworks.base.files import new_folder, write_json, write_text
 from lmworks.base.pool import map_batches, show_progress
 from lmworks.base.report import Report, Table, counted
 from lmworks.text.duplicates import Fingerprints, key, sign
-from lmworks.text.open import STDIN
+from lmworks.text.open import is_once
 from lmworks.text.read import find_column
 from lmworks.text.split import share_out
 from lmworks.text.stream import Record, Unit, cut, list_files, make_batches, stream_documents, total_bytes
@@ -61,8 +61,8 @@ def split(
     """
     out, wanted = Path(out), parse_shares(shares)
     files = list_files([Path(path) for path in paths])
-    if any(path == STDIN for path, _ in files):
-        raise InputError("standard input can be read only once", fix="write it to a file, which is read twice")
+    if any(is_once(path) for path, _ in files):
+        raise InputError("standard input and pipes can be read only once", fix="write a file, which is read twice")
     check(out, overwrite)
     read = partial(stream_documents, files, column=column, encoding=encoding)
     with new_folder(out) as staged:

@@ -17,7 +17,7 @@ from lmworks.base.files import write_text
 from lmworks.base.pool import map_batches, show_progress
 from lmworks.base.report import Report, Table
 from lmworks.text.frequencies import Fit, Zipf, compare, fit_zipf
-from lmworks.text.open import STDIN
+from lmworks.text.open import is_once
 from lmworks.text.statistics import RULES, Measures, measure, to_words
 from lmworks.text.stream import Record, Unit, cut, list_files, make_batches, stream_documents, total_bytes
 
@@ -46,8 +46,8 @@ def stats(
     """
     files = list_files([Path(path) for path in paths])
     read = partial(stream_documents, column=column, encoding=encoding, stdin_ending=f".{stdin.lstrip('.')}")
-    if sample is not None and any(path == STDIN for path, _ in files):
-        raise InputError("standard input can be read only once", fix="write it to a file, which is read twice")
+    if sample is not None and any(is_once(path) for path, _ in files):
+        raise InputError("standard input and pipes can be read only once", fix="write a file, which is read twice")
     with show_progress("measuring", total_bytes(files)) as tell:
         found = add_up(read(files, tell=tell), unit, languages, workers)
     if not found.sizes["words"]:

@@ -13,7 +13,7 @@ from lmworks.base.files import check_output, new_folder, read_json
 from lmworks.base.report import Cell, Report, Table
 from lmworks.base.threads import read_memory
 from lmworks.export.receipt import write_receipt
-from lmworks.text.open import STDIN
+from lmworks.text.open import is_once
 from lmworks.tokens.look import (
     cut_up,
     find_traps,
@@ -54,7 +54,7 @@ def train(
     texts: Texts = Texts(paths, column=column, sample=sample, seed=seed)
     values: dict[str, Any] = {"out": str(out), **asdict(plan), "special": plan.specials}
     given: Any = texts
-    if STDIN in texts.files:  # which cannot be read again
+    if any(map(is_once, texts.files)):  # which cannot be read again
         given = list(texts)
         size = texts.characters
     else:
