@@ -5,6 +5,7 @@
 // { modules, folders: [{ folder, texts, pairs, windows: [[before, text, length, overlap]] }] } -> [{ texts, pairs, windows, decoded }]
 // { modules, pictures: [{ image, steps }] } -> [[number of pixel_values]]
 // { modules, comparisons: [[task, answers, items, options]] } -> [what compareTask says]
+// { modules, folder, context, prompts: [[text, room]] } -> [{ ids, cut, back }]: where writing starts, and the ids as text again
 // { modules, folder, chats: [{ messages, template, tokens, room }] } -> [{ text, ids, dropped } | { error, name }]
 
 import { createRequire } from "node:module";
@@ -107,6 +108,13 @@ async function converse() {
     tryTo(() => ({ text: renderChat(tokenizer, messages, how), ...engine.converse(messages, how) }))));
 }
 
-const run = work.chats ? converse : work.layers ? attendLayers : work.jobs ? runJobs : work.folders ? encode : work.pictures ? preparePictures : compareAll;
+async function begin() {
+  const { Engine } = await load("engine");
+  const tokenizer = await library.AutoTokenizer.from_pretrained(work.folder);
+  const engine = new Engine(library, tokenizer, { config: { max_position_embeddings: work.context, eos_token_id: 0 } });
+  return work.prompts.map(([one, room]) => ({ ...engine.prompt(one, { room }), back: engine.decode(engine.encode(one)) }));
+}
+
+const run = work.prompts ? begin : work.chats ? converse : work.layers ? attendLayers : work.jobs ? runJobs : work.folders ? encode : work.pictures ? preparePictures : compareAll;
 const result = await run().catch((error) => ({ error: error?.stack ?? String(error) }));
 process.stdout.write(JSON.stringify(result), () => process.exit(0));

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from js_engine import ask
+from js_engine import ODD, ask, byte_level
 from page_browser import DONE, Visit, served, shoot
 from playwright.sync_api import Browser, expect
 from tiny_page import copy_folder, facts
+from tokenizers import processors
 
 from lmworks.export.web import describe_task, write_page
 from lmworks.runtime.decoding import generate
@@ -66,6 +67,24 @@ def test_a_long_conversation_loses_its_oldest_questions_and_a_template_may_refus
     assert (given[0]["ids"], given[0]["dropped"]) == (ours.encode(short), 4)
     assert given[1]["name"] == given[2]["name"] == "InputError"
     assert "too long" in given[1]["error"] and "Roles must alternate" in given[2]["error"]
+
+
+@pytest.mark.node
+def test_a_prompt_begins_as_the_model_expects(data_folder: Path, tmp_path: Path) -> None:
+    """Python's ids, with the tokens that a tokenizer puts first (Llama's <s>), which a prompt that is cut keeps."""
+    backend = byte_level(data_folder)
+    first = [("<s>", backend.token_to_id("<s>"))]
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=first)
+    tokenizer = Tokenizer(backend, config={"tokenizer_class": "PreTrainedTokenizerFast"})
+    tokenizer.save(tmp_path)
+    texts = ["", " ", "Once upon a time", *ODD]
+    given = ask({"folder": str(tmp_path), "context": 400, "prompts": [[text, 8] for text in texts]})
+    for text, found in zip(texts, given, strict=True):
+        ids = tokenizer.encode_prompt(text)
+        assert found == {"ids": ids, "cut": 0, "back": tokenizer.decode(ids)}, text
+    long = tokenizer.encode_prompt("one two three four five")
+    (cut,) = ask({"folder": str(tmp_path), "context": 8, "prompts": [["one two three four five", 6]]})
+    assert (cut["ids"], cut["cut"]) == ([long[0], *long[-2:]], len(long) - 3)
 
 
 def make_page(folder: Path) -> Path:

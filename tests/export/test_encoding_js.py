@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+import sentencepiece
 import tokenizers
 from js_engine import ODD, ask, byte_level, questions, sentences, tweets, wordpiece
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
@@ -51,6 +54,25 @@ def pieces(data: Path, *, prepend: bool) -> tokenizers.Tokenizer:
     return backend
 
 
+def unigram(data: Path) -> tokenizers.Tokenizer:
+    """SentencePiece's Unigram with its table of rewritings, as XLM-RoBERTa has it."""
+    lines = (data / "udhr/eng.txt").read_text("utf-8").splitlines()
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*lines, *KANA]), model_writer=out, vocab_size=600, minloglevel=2,
+        normalization_rule_name="nmt_nfkc",
+    )  # fmt: skip
+    with TemporaryDirectory() as place:
+        (Path(place) / "sentencepiece.bpe.model").write_bytes(out.getvalue())
+        return legacy.make_backend(Path(place), {"tokenizer_class": "XLMRobertaTokenizer"})[0]
+
+
+def compatible(data: Path) -> tokenizers.Tokenizer:
+    backend = byte_level(data, nfc=True)
+    backend.normalizer = normalizers.NFKC()
+    return backend
+
+
 TOKENIZERS: dict[str, Callable[[Path], tokenizers.Tokenizer]] = {
     "uncased": lambda _: wordpiece(),
     "cased": lambda _: wordpiece(lowercase=False),
@@ -61,7 +83,13 @@ TOKENIZERS: dict[str, Callable[[Path], tokenizers.Tokenizer]] = {
     "qwen2": qwen,
     "llama": lambda data: pieces(data, prepend=False),
     "llama, legacy": lambda data: pieces(data, prepend=True),
+    "nfkc": compatible,
+    "xlm-roberta": unigram,
 }
+KANA = [  # what half-width kana, Korean letters and joined characters become is more than each alone becomes
+    "ｶﾞｷﾞ ﾊﾟｿｺﾝ", "ﾞｶ ガ", "ㅎㅏㄴ ㅋㅋㅋ", "가\u11a8나\u11ab", "👨\u200d👩\u200d👧 🏳️\u200d🌈",
+    "a\xadb\u034fc\u061cd x\u200d\u200cy", "a\u0300\u0301\u0323b", "\u200b\u200c ﬁne ½ ㌔ ﷺ", "１２３４　５６ ～",
+]  # fmt: skip
 
 
 def show(encoding: Any) -> list[list[Any]]:
@@ -84,10 +112,10 @@ def count_words(rows: list[list[Any]]) -> list[list[Any]]:
 def encoded(data_folder, tmp_path_factory) -> dict[str, tuple[Tokenizer, dict[str, Any], dict[str, Any]]]:
     """Each tokenizer, what it was asked, and what JavaScript said."""
     draw = random.Random(0)
-    texts = [*ODD, *sentences(data_folder), *tweets(data_folder)]
+    texts = [*ODD, *KANA, *sentences(data_folder), *tweets(data_folder)]
     for language in ("en", "zh", "ru", "tr"):
         texts += [text for pair in questions(data_folder, language, count=2) for text in pair]
-    texts += ["".join(draw.choice(ODD)[:9] + draw.choice(["", " ", "  "]) for _ in range(6)) for _ in range(60)]
+    texts += ["".join(draw.choice(ODD + KANA)[:9] + draw.choice(["", " ", "  "]) for _ in range(6)) for _ in range(60)]
     pairs = [(draw.choice(texts), draw.choice(texts)) for _ in range(20)]
     long = [draw.choice(texts) for _ in range(20)]
     windows = [[draw.choice([None, "Où est-il ?"]), text, 40, draw.choice([0, 8])] for text in long]

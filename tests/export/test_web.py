@@ -225,7 +225,6 @@ STREAM = """
 import { Engine } from %s;
 const text = %s;
 const bytes = new TextEncoder().encode(text);
-const tokenizer = { decode: %s };
 const model = {
   config: { max_position_embeddings: 1000 },
   generate: async ({ streamer }) => {
@@ -236,7 +235,8 @@ const model = {
 };
 class Tensor {}
 const pieces = [];
-const engine = new Engine({ Tensor }, tokenizer, model);
+const engine = new Engine({ Tensor }, null, model);
+engine.decode = %s;
 const done = await engine.generate([7], { tokens: bytes.length, onText: (piece) => pieces.push(piece) });
 process.stdout.write(JSON.stringify({ pieces, tokens: done.tokens.length, reason: done.reason }));
 """

@@ -276,9 +276,10 @@ function makeModel(config, own) {
         bytes.forEach((token, i) => found.push({ id: ids.get(token), token, ...place(run, chars[i], chars[i] + 1) }));
       } else if (open && (own.fuse_unk || config.fuse_unk)) {
         found.at(-1).end = run.to[at - 1];
+        if (!own.bpe) found.at(-1).token += piece;
         continue;
       } else if (unknown.id !== undefined) {
-        found.push({ ...unknown, ...place(run, start, at) });
+        found.push({ ...unknown, ...(own.bpe ? {} : { token: piece }), ...place(run, start, at) }); // Unigram spells it
         open = true;
         continue;
       }

@@ -3,6 +3,9 @@
 // The same file runs in the page's worker (transformers.js on WASM or WebGPU) and in Node (transformers.js on the
 // native ONNX Runtime); the library comes in as an argument. Ids are plain arrays of numbers, logits Float32Arrays.
 
+const version = new URL(import.meta.url).search;
+const { Encoder } = await import(`./encoding.js${version}`);
+
 export const DTYPES = { // our name -> transformers.js's, which finds the file by it
   fp32: "fp32", fp16: "fp16", int8: "q8", uint8: "uint8", q4: "q4", q4f16: "q4f16", bnb4: "bnb4",
 };
@@ -39,20 +42,27 @@ export class Engine {
     return new Engine(library, tokenizer, model);
   }
 
+  get encoder() {
+    return (this.made ??= new Encoder(this.tokenizer));
+  }
+
+  // The ids of a text that is to be continued, after those that the model expects at a start.
   encode(text) {
-    return this.tokenizer.encode(text, { add_special_tokens: false }).map(Number);
+    return this.encoder.encode(text).map(({ id }) => id);
   }
 
   decode(ids) {
-    return this.tokenizer.decode(ids, { skip_special_tokens: true, clean_up_tokenization_spaces: false });
+    return this.encoder.decode(ids);
   }
 
   // The ids to start from: an empty text begins a new document, and a long one keeps its last part.
   prompt(text, { room = 1 } = {}) {
-    let ids = this.encode(text);
-    if (ids.length === 0) ids = this.ends.slice(0, 1);
+    const tokens = this.encoder.encode(text);
+    const ids = tokens.length ? tokens.map(({ id }) => id) : this.ends.slice(0, 1);
     const most = Math.max(1, this.context - room + 1);
-    return { ids: ids.slice(-most), cut: Math.max(0, ids.length - most) };
+    const cut = Math.max(0, ids.length - most);
+    const first = Math.max(0, tokens.findIndex(({ special }) => !special)); // what every text begins with stays
+    return { ids: cut ? [...ids.slice(0, first), ...ids.slice(first + cut)].slice(-most) : ids, cut };
   }
 
   // The ids of a conversation in the model's chat template. One that is too long loses its oldest messages, a question and
@@ -61,7 +71,7 @@ export class Engine {
     const first = messages[0]?.role === "system" ? 1 : 0;
     for (let dropped = 0; ; dropped += 2) {
       const kept = messages.filter((_, i) => i < first || i >= first + dropped);
-      const ids = this.encode(renderChat(this.tokenizer, kept, { template, tokens }));
+      const ids = this.encoder.ids(renderChat(this.tokenizer, kept, { template, tokens })); // it writes what a text begins with
       if (ids.length + room - 1 <= this.context) return { ids, dropped };
       if (kept.length < first + 3) {
         throw refuse(`The message is too long: ${ids.length} tokens; the model reads ${this.context - room + 1} and answers with ${room}.`);

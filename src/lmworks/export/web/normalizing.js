@@ -3,7 +3,11 @@
 //
 // A Run is a piece of text: chars[i] is a code point, text[from[i]:to[i]] in code points is what it was made of. The
 // rules are those of Hugging Face's Rust tokenizers, which Python uses; the JavaScript library's own keep no places,
-// and differ where they lower-case a whole text (a final sigma) or meet characters beyond U+FFFF.
+// and differ where they lower-case a whole text (a final sigma), meet characters beyond U+FFFF, or guess at
+// SentencePiece's table.
+
+const version = new URL(import.meta.url).search;
+const { readTable, rewrite } = await import(`./precompiled.js${version}`);
 
 export class Run {
   constructor(chars, from, to) {
@@ -105,9 +109,26 @@ export function makeNormalizer(config, own) {
       return (run) => run.prepend(config.prepend);
     case "Replace":
       return (run) => replace(run, own.pattern, config.content);
+    case "Precompiled": {
+      const table = readTable(config.precompiled_charsmap);
+      return (run) => follow(run, rewrite(run, table));
+    }
     default:
-      return (run) => compose(run, own); // Precompiled: what the library makes of it
+      throw new Error(`This page cannot follow a tokenizer that rewrites texts by ${config.type}.`);
   }
+}
+
+// Make the changes of precompiled.js: a character that is added stands for what the one before it does.
+function follow(run, changes) {
+  if (changes === null) return run;
+  const made = new Run([], [], []);
+  let next = 0; // of the run
+  for (const [char, change] of changes) {
+    const at = change > 0 ? next - 1 : Math.min(next, run.length - 1);
+    made.push(char, run.from[at] ?? 0, run.to[at] ?? 0);
+    if (change <= 0) next += 1 - change;
+  }
+  return made;
 }
 
 function normalizeBert(run, { clean_text, handle_chinese_chars, strip_accents, lowercase }) {
@@ -145,13 +166,20 @@ function decompose(run, form) {
 }
 
 // Compose a character with the marks after it. What comes out first stands for the first of them, as in Rust, and the
-// others for the last ones. `form` is a Unicode form, or a normalizer of the library.
+// others for the last ones. `form` is a Unicode form.
 function compose(run, form) {
-  const write = typeof form === "string" ? (text) => text.normalize(form) : (text) => form.normalize(text);
+  const write = (text) => text.normalize(form);
   const whole = run.text;
   if (write(whole) === whole) return run;
   const made = new Run([], [], []);
+  const parts = [];
   for (const [start, end] of run.find(/[\u1100-\u115f\ua960-\ua97c]+[\u1160-\u11ff\ud7b0-\ud7fb]*\p{M}*|\P{M}\p{M}*|\p{M}+/gu)) {
+    const last = parts.at(-1); // half-width kana and Korean letters go together though no mark follows
+    const [one, two] = [last ? run.slice(...last).text : "", run.slice(start, end).text];
+    if (last && write(one + two) !== write(one) + write(two)) last[1] = end;
+    else parts.push([start, end]);
+  }
+  for (const [start, end] of parts) {
     const chars = Array.from(write(run.slice(start, end).text));
     const same = chars.length === end - start && chars.every((char, i) => char === run.chars[start + i]);
     chars.forEach((char, i) => {
