@@ -19,6 +19,9 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
 
 from lmworks.base.errors import FormatError, InputError, LmworksError
+from lmworks.models.checkpoint import load_model
+from lmworks.verbs.compress_knobs import Pruning, Quantizing
+from lmworks.verbs.compressing import prune, quantize
 from lmworks.verbs.inspection import inspect_folder
 
 SMALL = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
@@ -274,6 +277,22 @@ def test_our_own_folders_show_receipt_graphs_and_certificate(tmp_path: Path) -> 
     assert found["receipt"]["scores"] == scores
     assert found["certificate"]["runtimes"] == {"torch fp32": "passed", "onnx int8": "failed", "node fp32": "skipped"}
     assert any("lmworks verify" in warning for warning in found["warnings"])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_model_in_a_form_of_ours_is_its_family_s(tmp_path: Path, bits: Any) -> None:
+    """Whole numbers count once, however they are packed, and their scales do not; heads are those that are left."""
+    make("BertForSequenceClassification", tmp_path / "model")
+    known = values(tmp_path / "model")
+    prune(tmp_path / "model", tmp_path / "small", how=Pruning(structured=True, heads=0.5, sparsity=0.5))
+    small = sum(p.numel() for p in load_model(tmp_path / "small").parameters())
+    quantize(tmp_path / "small", tmp_path / "smaller", how=Quantizing(bits=bits))
+    for name in ("small", "smaller"):
+        found = values(tmp_path / name)
+        assert (found["model_type"], found["family"], found["supported"]) == ("lmworks-compact", "bert", True)
+        assert (found["num_attention_heads"], known["num_attention_heads"]) == (2, 4)
+        assert found["parameters"]["total"] == small < known["parameters"]["total"]
+        assert not any("not supported" in warning for warning in found["warnings"])
 
 
 def test_what_is_no_model_folder_is_refused(tmp_path: Path) -> None:

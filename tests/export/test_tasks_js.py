@@ -10,14 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from js_engine import CLOSE, ODD, ask, differ, make_model, plain, queries, questions, sentences, tweets
+from js_engine import CLOSE, ODD, ask, differ, make_model, plain, queries, questions, sentences, tweets, wordpiece
 from minilm_heads import make_head
+from tiny import save_reference
 
 import lmworks
-from lmworks.base.errors import LmworksError
+from lmworks.base.errors import InputError, LmworksError
 from lmworks.export.onnx_folder import export_graphs
 from lmworks.export.selftest import from_base64, measure_gaps
 from lmworks.export.verify_js import find_modules, find_node
+from lmworks.verbs.compress_knobs import Pruning
+from lmworks.verbs.compressing import prune
 
 pytestmark = pytest.mark.node
 Call = tuple[Any, dict[str, Any]]  # an example of Python's predictor, and options
@@ -302,3 +305,22 @@ def test_refusals_of_python_are_refusals_here(data_folder, tmp_path):
         with pytest.raises(LmworksError):
             predictor(text, **options)
         assert given["name"] == "InputError", given
+
+
+def test_fewer_heads_than_published_configs_can_say(data_folder, tmp_path):
+    """Positions of RoBERTa still begin after the padding's; a cache of other heads is refused."""
+    how = Pruning(structured=True, sparsity=0.1, heads=0.5)
+    prune(make_model("roberta", "SequenceClassification", tmp_path / "model", data_folder), tmp_path / "small", how=how)
+    small = tmp_path / "web"
+    export_graphs(tmp_path / "small", small, to="web", dtypes=["fp32"])
+    text = " ".join(sentences(data_folder))
+    job = {"folder": str(small), "task": "text-classification", "dtype": "fp32"}
+    (found,) = ask({"jobs": [{**job, "calls": [{"input": {"text": text}, "options": {"long": "window"}}]}]})
+    known = lmworks.load(small, runtime="onnx", dtype="fp32")(text, long="window")
+    assert differ(found[0], plain(known)) < CLOSE
+    writer = tmp_path / "writer"
+    save_reference("gpt2", writer)
+    wordpiece().save(str(writer / "tokenizer.json"))
+    prune(writer, tmp_path / "writes", how=how)
+    with pytest.raises(InputError, match="cache"):
+        export_graphs(tmp_path / "writes", tmp_path / "none", to="web", dtypes=["fp32"])

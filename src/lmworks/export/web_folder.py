@@ -14,7 +14,7 @@ from lmworks.export.selftest import record_selftest
 from lmworks.export.selftest_items import COUNT, read_lines, spread
 from lmworks.export.selftest_tasks import record_task
 from lmworks.export.web import GRAPHS, write_page
-from lmworks.models.families import TASKS
+from lmworks.models.families import TASKS, unsayable
 from lmworks.models.folder import has_tokenizer
 from lmworks.models.heads import Model
 from lmworks.models.recurrent import Sequential
@@ -42,6 +42,12 @@ def check_page(model: Model, source: Path, dtypes: Sequence[str]) -> None:
     if isinstance(model.transformer, Sequential):
         raise InputError("the web page runs Transformers only", where=str(source), found=model.config.model_type,
                          fix="export with --to onnx")  # fmt: skip
+    if model.kind == TASKS[WRITES] and unsayable(model.config, model.kind):
+        raise InputError(
+            "the web page's library makes a cache for as many heads as published configs can say", where=str(source),
+            found=f"{model.config.num_attention_heads} heads of {model.config.head_dim} numbers in "
+            f"{model.config.hidden_size}", fix="export with --to onnx, or leave out lmworks prune --heads",
+        )  # fmt: skip
     if model.config.vision:
         require("PIL.Image", extra="vision")
     if find_task(model, source) is None:

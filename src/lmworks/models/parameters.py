@@ -24,10 +24,12 @@ TIED_BIAS = {
     "cls.predictions.decoder.bias": "cls.predictions.bias", "predictions.decoder.bias": "predictions.bias",
     "lm_head.decoder.bias": "lm_head.bias",
 }  # fmt: skip
+PACKED = re.compile(r"^lmworks\..*\.q$")  # a matrix of whole numbers, of four bits two in a byte
+GRIDS = re.compile(r"^lmworks\..*\.(scale|zero|span)$")  # what its numbers mean
 
 
 def count_parameters(tensors: Mapping[str, TensorInfo], tied: bool) -> dict[str, int] | None:
-    """Return the parameters of each component and their total; masks are none, and what is tied counts once."""
+    """Return the parameters of each component and their total; masks and scales are none, what is tied counts once."""
     if not tensors:
         return None
     found = dict.fromkeys(("embeddings", "layers", "head", "rest"), 0)
@@ -37,5 +39,8 @@ def count_parameters(tensors: Mapping[str, TensorInfo], tied: bool) -> dict[str,
             continue
         if (tied and TIED_HEAD.search(name) and info.shape in embeddings) or TIED_BIAS.get(name) in tensors:
             continue
-        found[next(part for part, pattern in COMPONENTS.items() if re.search(pattern, name))] += info.size
+        if GRIDS.search(name):
+            continue
+        size = 2 * info.size if PACKED.search(name) and info.dtype == "U8" else info.size
+        found[next(part for part, pattern in COMPONENTS.items() if re.search(pattern, name))] += size
     return {**found, "total": sum(found.values())}

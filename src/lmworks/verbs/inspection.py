@@ -11,7 +11,7 @@ from lmworks.base.errors import InputError, LmworksError
 from lmworks.base.files import read_json
 from lmworks.base.report import Cell, Report, Table
 from lmworks.base.safetensors_header import TensorInfo, check_header
-from lmworks.models.families import FAMILIES, LABELLED, TASKS, read_config
+from lmworks.models.families import FAMILIES, LABELLED, OWN_KEYS, TASKS, read_config
 from lmworks.models.parameters import TOKENS, count_parameters
 from lmworks.runtime.choice import list_choices
 
@@ -117,7 +117,9 @@ def describe_config(
     """Return what config.json says about the structure and the labels."""
     model_type, named = config.get("model_type"), config.get("architectures")
     architecture = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
-    supported, tied = str(model_type) in FAMILIES, config.get("tie_word_embeddings") is not False
+    own = as_dict(config.get(OWN_KEYS.get(str(model_type), "")))  # of a published type, held in a form of ours
+    family = str(own.get("model_type", model_type))
+    supported, tied = family in FAMILIES, config.get("tie_word_embeddings") is not False
     if not config:
         warnings.append("config.json is missing")
     elif not supported:
@@ -134,12 +136,14 @@ def describe_config(
         name: next((p[key] for p in places for key in keys if isinstance(p.get(key), int)), None)
         for name, keys in NAMES.items()
     }
-    if model_type in ("roberta", "xlm-roberta") and sizes["context_length"]:
+    sizes |= {name: own["sizes"][name] for name in sizes if name in as_dict(own.get("sizes"))}
+    if family in ("roberta", "xlm-roberta") and sizes["context_length"]:
         padding = config.get("pad_token_id")
         sizes["context_length"] -= (padding if isinstance(padding, int) else 1) + 1  # positions start after padding's
     labels = as_dict(config.get("id2label"))
     return {
         "model_type": model_type,
+        "family": family if supported else None,
         "architecture": architecture,
         "supported": supported,
         "task": "feature-extraction" if "modules.json" in files else find_task(architecture),
@@ -298,8 +302,9 @@ def tables(values: Mapping[str, Any]) -> tuple[Table, ...]:
     tokenizer, receipt, certificate = (values[key] or {} for key in ("tokenizer", "receipt", "certificate"))
     special = " ".join(dict.fromkeys((tokenizer.get("special_tokens") or {}).values()))
     labels, shown = values["labels"], ", ".join(values["labels"][:12])
+    same, kind = values["model_type"] == values["family"], f" ({values['family'] or 'not supported'})"
     facts: dict[str, Cell] = {
-        "model type": f"{values['model_type']}{'' if values['supported'] else ' (not supported)'}",
+        "model type": f"{values['model_type']}{'' if same else kind}",
         "architecture": values["architecture"],
         "task": values["task"],
         **{name.replace("_", " ").removeprefix("num "): values[name] for name in NAMES},

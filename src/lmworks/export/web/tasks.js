@@ -198,7 +198,8 @@ export function meanOfHeads(weights, size) {
 function readFacts(config) {
   const named = Object.entries(config.id2label ?? {}).sort(([a], [b]) => a - b);
   const labels = named.length ? named.map(([, label]) => label) : Array.from({ length: config.num_labels ?? 2 }, (_, i) => `LABEL_${i}`);
-  const offset = OFFSETS.includes(config.model_type) ? (config.pad_token_id ?? 1) + 1 : 0;
+  const type = config.lmworks_quantization?.model_type ?? config.model_type; // of fewer heads than published configs can say
+  const offset = OFFSETS.includes(type) ? (config.pad_token_id ?? 1) + 1 : 0;
   const length = (config.max_position_embeddings ?? config.n_positions ?? 512) - offset;
   return { labels, problemType: config.problem_type ?? null, length };
 }
