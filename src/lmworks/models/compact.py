@@ -135,6 +135,10 @@ class Quantized(nn.Module):
         self.ready = None
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what was prepared out of a copy: packed matrices cannot be copied."""
+        return {**self.__dict__, "ready": None}
+
 
 class QuantizedLinear(Quantized):
     """A Linear over such a matrix; its input too is rounded to 8 bits where the grid says so.

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmworks.base.errors import InputError
+from lmworks.models.compact import LowRankLinear, QuantizedLinear
 from lmworks.models.heads import NoDraw
 from lmworks.models.layers import ACTIVATIONS
 from lmworks.models.prefix import PrefixSlot
-from lmworks.training.int8 import Int8Linear
 
 T = TypeVar("T", bound=nn.Module)
 
@@ -125,8 +125,8 @@ class Adapted(nn.Module, Generic[T]):
     def merged(self) -> nn.Module:
         """Return the plain layer that does what this one does."""
         base: nn.Module = self.base
-        if isinstance(base, Int8Linear):
-            out, inner = base.q.shape
+        if isinstance(base, QuantizedLinear | LowRankLinear):
+            out, inner = self.frozen.shape
             with NoDraw():
                 base = nn.Linear(inner, out, bias=base.bias is not None)
             base.bias = self.base.bias  # type: ignore[assignment]
