@@ -117,6 +117,7 @@ def test_a_budget_picks_a_folder_or_refuses(root: Path, tmp_path: Path, capsys: 
     assert check_receipt(tmp_path / "out")["passed"]
 
     words[3] = str(tmp_path / "none")
+    (tmp_path / "none.try.staged" / "int8").mkdir(parents=True)  # as a killed run leaves it
     assert main([*words, "--budget", "accuracy>=+0%, speed>=500x"]) == 1
     values = json.loads(capsys.readouterr().out)
     assert values["picked"] is None and values["broken"]["int8"] == ["speed>=500x"]

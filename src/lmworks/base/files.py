@@ -231,6 +231,20 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(staged, ignore_errors=True)
 
 
+@contextmanager
+def scratch_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path` for what is made on the way to it; what a killed run left goes first."""
+    out = Path(path).absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    place = out.with_name(f"{out.name}.try{STAGED}")
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
 def put_in_place(staged: Path, out: Path) -> None:
     """Flush the finished folder `staged` and rename it to `out`, replacing what is there."""
     sync_tree(staged)

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lmworks.base.errors import InputError, LmworksError, did_you_mean
-from lmworks.base.files import check_output, new_folder, write_json, write_text
+from lmworks.base.files import check_output, new_folder, scratch_folder, write_json, write_text
 from lmworks.base.report import Report
 from lmworks.compress.budget import Clause, read_budget
 from lmworks.compress.candidates import (
@@ -142,9 +142,8 @@ def compress(
     source = open_source(model, data, validation, columns, seed=how.seed, revision=revision)
     assert source.held_out is not None
     check_also(also, source.task)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as place:
-        made = measure_all(source, Path(place), names, also, how, demands)
+    with scratch_folder(out) as place:
+        made = measure_all(source, place, names, also, how, demands)
         base = made[0]
         metric = main_score(dict(base.found))
         picked = choose(made, base, demands, metric)
