@@ -23,9 +23,10 @@ from lmworks.base.errors import InputError
 from lmworks.compress.plain import plain_examples
 from lmworks.evaluation.masked import EVERY, hide, score_masked
 from lmworks.runtime.predictor import load
+from lmworks.text.labelled import Labelled
 from lmworks.verbs import compress_trial
 from lmworks.verbs.compress_budget import compress, report_path
-from lmworks.verbs.compress_trial import compare_answers
+from lmworks.verbs.compress_trial import compare_answers, examples_to_time
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 END = "<|endoftext|>"
@@ -105,6 +106,16 @@ def test_a_budget_holds_for_every_task(
     if task != "text-generation":
         assert rows["fp32"]["agreement"] == 1 > 0.3 < rows["onnx-int8"]["agreement"]
     load(tmp_path / "out", task)
+
+
+def test_a_book_is_timed_by_its_passages(data_folder: Path) -> None:
+    """A text file is one text: read whole in every turn, a megabyte of it took half an hour."""
+    book = (data_folder / "books/botchan.txt").read_text(encoding="utf-8")
+    found = examples_to_time(Labelled("text-generation", [book, "To be", {"prompt": "x"}], [], (), "book.txt"), seed=0)
+    assert len(found) == compress_trial.TIMED and all(len(text) <= compress_trial.PASSAGE for text in found)
+    assert all(text in book for text in found) and len(set(found)) == len(found)
+    short = ["To be", "or not"]
+    assert sorted(examples_to_time(Labelled("text-generation", short, [], (), "two.txt"), seed=0)) == sorted(short)
 
 
 def test_a_refusal_shows_the_frontier(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ WEIGHTS = ("*.safetensors", "onnx/*")
 ONE, BATCHES, MANY, ROUNDS = 12, 2, 32, 5  # texts one at a time, batches of many, and how often each
 COMPARED = 256  # texts whose vectors are compared
 TIMED = 48  # examples that are drawn for it
+PASSAGE = 1000  # characters of a text to go on with
 NEW_TOKENS = 16  # that a model which writes is timed for
 WINDOWS = 8  # of text that it reads at once
 
@@ -94,8 +95,11 @@ def folder_bytes(folder: Path) -> int:
 
 
 def examples_to_time(data: Labelled, seed: int) -> list[Any]:
-    """Return some examples, of every length."""
-    examples = [example for example in data.examples if data.task != "text-generation" or isinstance(example, str)]
+    """Return some examples, of every length; of a text to go on with, which may be a whole book, passages."""
+    examples: Sequence[Any] = data.examples
+    if data.task == "text-generation":
+        texts = [example for example in examples if isinstance(example, str)]
+        examples = [text[i : i + PASSAGE] for text in texts for i in range(0, len(text), PASSAGE)]
     return random.Random(seed).sample(examples, min(len(examples), TIMED))
 
 
