@@ -1,6 +1,6 @@
 """N-grams, feed-forward, RNN, LSTM, GRU and Transformer on the same tokens, in one table.
 
-    python benchmarks/language_models.py OUT [--steps 1000] [--rates 1e-3 3e-3 1e-2] [--parameters 1000000] [--tiny]
+    python benchmarks/language_models.py OUT [--steps 1000] [--parameters 1000000] [--vocab 2048] [--tiny]
 
 LMWORKS_DATA names the data. Writes OUT/table.md, OUT/results.json and OUT/samples.md. Trains on WikiText-2's validation
 text and scores its test text: every line that is not blank is a document, its end counted, so that all models predict
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from lmworks.base.errors import InputError
+from lmworks.base.errors import InputError, TrainingError
 from lmworks.base.files import write_json, write_text
 from lmworks.base.types import Batch, Ints
 from lmworks.evaluation.perplexity import bits_per_byte, perplexity, token_logprobs
@@ -52,6 +52,7 @@ BOOK = (
 )  # fmt: skip
 PROMPTS = ("The first", "In 2005 ,", "He was")
 CONTEXT, BATCH, EPOCHS = 128, 16, 10
+RATES, START = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), 3
 
 
 class Sentences:
@@ -125,9 +126,10 @@ def fit_width(arch: str, vocab_size: int, wanted: int) -> Settings:
 def train_network(
     arch: str, train: Ints, held: Ints, tokenizer: Tokenizer, out: Path, args: Any
 ) -> tuple[CausalLM, dict[float, float]]:
-    """Train one network on the stream at each rate; leave the best in OUT/arch, where the command line reads it.
+    """Train one network on the stream; leave the best in OUT/arch, where the command line reads it.
 
-    Return it, and the held-out loss by rate.
+    The rate goes up by half a power of ten while that helps on held-out text, or else down. What is trained already is
+    not trained again. Return the best network, and the held-out loss by rate.
     """
     settings = fit_width(arch, tokenizer.vocab_size, args.parameters)
     eos = tokenizer.eos_id
@@ -135,7 +137,10 @@ def train_network(
         settings, vocab_size=tokenizer.vocab_size, bos_token_id=eos, eos_token_id=eos, pad_token_id=tokenizer.pad_id
     )
     every, losses = max(1, args.steps // 10), {}
-    for lr in args.rates:
+    best = CausalLM(shape, seed=0)
+
+    def improves(lr: float) -> bool:
+        nonlocal best
         model = CausalLM(shape, seed=0)
         data = TokenWindows(train, held, context=CONTEXT, batch_size=args.batch, seed=0)
         config = TrainConfig(
@@ -144,9 +149,22 @@ def train_network(
         )  # fmt: skip
         folder = out / arch / f"rate-{lr:g}"
         trainer = Trainer(model, objective=CausalLoss(), data=data, config=config, folder=folder, stream=sys.stderr)
-        losses[lr] = trainer.fit().best_loss
-        if losses[lr] == min(losses.values()):
+        before = min(losses.values(), default=float("inf"))
+        try:
+            losses[lr] = trainer.fit().best_loss
+        except TrainingError:  # too fast: its numbers are no longer finite
+            return False
+        if losses[lr] < before:
             best = model
+        return losses[lr] < before
+
+    improves(RATES[START])
+    up = START + 1
+    while up < len(RATES) and improves(RATES[up]):
+        up += 1
+    down = START - 1
+    while min(losses, key=losses.__getitem__) == min(losses) and down >= 0 and improves(RATES[down]):
+        down -= 1
     save_model(best, out / arch)
     tokenizer.save(out / arch, max_length=CONTEXT)
     return best.eval(), losses
@@ -158,11 +176,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     for name, value in (("steps", 1000), ("parameters", 1_000_000), ("vocab", 2048), ("batch", BATCH)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
     parser.add_argument("--tiny", action="store_true", help="a few steps on a few lines, to see that it runs")
     args = parser.parse_args()
     if args.tiny:
-        args.steps, args.parameters, args.vocab, args.batch, args.rates = 3, 60_000, 400, 2, [1e-3, 1e-2]
+        args.steps, args.parameters, args.vocab, args.batch = 3, 60_000, 400, 2
     args.out.mkdir(parents=True, exist_ok=True)
     data = Path(os.environ["LMWORKS_DATA"]) / "wikitext-2"
     train_lines, test_lines = (
