@@ -134,6 +134,8 @@ def test_a_page_that_is_one_form_has_its_text() -> None:
         ("mask-phone", "06 12 34 56 78 or 01.23.45.67.89", "[PHONE] or [PHONE]"),
         ("mask-phone", "1-800-555-1234, 555 213 4567 (Tel.+15551234567)", "[PHONE], [PHONE] (Tel.[PHONE])"),
         ("mask-phone", "Lee (2003) 1234 of 100 200 3000, (1999) 20 30 40", None),
+        ("mask-phone", "DE89 3704 0044 0532 0130 00, 0301 234567", "DE89 3704 0044 0532 0130 00, [PHONE]"),
+        ("mask-phone", "a slope of +0.1234567 a year", None),
         ("mask-id", "192.168.0.1:8080 from 00-1A-2B-3C-4D-5E", "[ID]:8080 from [ID]"),
         ("mask-id", "C::D ab::cd std::vector ba::ad 1.2.3.4.5", None),
     ],

@@ -26,7 +26,7 @@ IP = re.compile(
     r"(?i)(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}(?!\.?\d|\w)|[0-9a-f]{0,4}(?::[0-9a-f]{0,4}){2,7}(?![\w:]|\.\d))"
 )
 PHONE = re.compile(
-    r"(?:(?<![\w,/-])\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,5}(?:[ ./-]?\d{2,5}){1,5}|(?<![\w.,/-])(?:"
+    r"(?:(?<![\w,/-])\+[1-9]\d{0,2}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{1,5}(?:[ ./-]?\d{2,5}){1,5}|(?<![\w.,/-])(?:"
     r"\((?!(?:1[89]|20)\d\d\))\d{2,5}\)[ .-]?\d{2,5}(?:[ .-]?\d{2,5}){1,3}"
     r"|0\d{1,5}[ /-]\d{3,8}(?:[ -]\d{1,5}){0,3}"
     r"|0[1-9]([ .-])\d\d(?:\1\d\d){3}"
@@ -45,8 +45,18 @@ def mask_urls(text: str) -> str:
 
 
 def mask_phones(text: str) -> str:
-    """Return the text with [PHONE] for each telephone number."""
-    return PHONE.sub(lambda m: "[PHONE]" if 7 <= sum(c.isdigit() for c in m[0]) <= 15 else m[0], text)
+    """Return the text with [PHONE] for each telephone number; the digits of an IBAN are none."""
+    parts, end = [], 0
+    for found in IBAN.finditer(text):
+        if is_iban(found[0]):
+            parts += [PHONE.sub(mask_phone, text[end : found.start()]), found[0]]
+            end = found.end()
+    return "".join([*parts, PHONE.sub(mask_phone, text[end:])])
+
+
+def mask_phone(found: re.Match[str]) -> str:
+    """Return [PHONE] for as many digits as a telephone number has, else what was found."""
+    return "[PHONE]" if 7 <= sum(c.isdigit() for c in found[0]) <= 15 else found[0]
 
 
 def mask_identifiers(text: str) -> str:
