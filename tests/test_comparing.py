@@ -123,6 +123,12 @@ def test_models_whose_scores_mean_different_things_are_not_compared(
     (same,) = found["differences"]  # few takes half of the words for one, and mle needs infinitely many bits
     assert same == str(tmp_path / "kn/model.arpa")
     assert abs(found["differences"][same]["bits_per_token"]["value"]) < 1e-6
+    files = [tmp_path / name for name in ("new.txt", "train.txt")]
+    (tmp_path / "train.txt").write_text("".join(lines) * 30 + "an emu\n")
+    values = run(capsys, "compare", paths[0], paths[3], "--data", *files)  # both lose words, by the same tokens
+    new, old = (values["data"][str(file)]["models"][str(paths[0])]["bits_per_token"] for file in files)
+    assert values["across"]["score"] == "bits_per_token"
+    assert values["across"]["models"][str(paths[0])]["domain_gap"][str(files[1])] == pytest.approx(old - new)
     assert found["models"][str(tmp_path / "mle")]["perplexity"] is None
 
 
