@@ -173,6 +173,17 @@ def test_figures_of_a_comparison(tmp_path: Path, data_folder: Path) -> None:
     assert "eng" in report.to_html() and "Unknown words, by language" in report.to_html()
 
 
+def test_files_of_one_name_in_two_folders_are_two_texts(tmp_path: Path) -> None:
+    for name, text in (("de", "ein Hund\n"), ("en", "a dog\na cat\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part.txt").write_text(text * 30)
+    files = [tmp_path / name / "part.txt" for name in ("de", "en")]
+    train(files, tmp_path / "word", recipe=Recipe(kind="word"))
+    values = compare([tmp_path / "word"], files).values
+    assert values["tokenizers"][str(tmp_path / "word")]["lines"] == 90
+    assert [values["languages"][str(file)][str(tmp_path / "word")]["lines"] for file in files] == [30, 60]
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_models_trained_on_each(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exercise 9.1: bits per byte compare; they are null where the tokenizer loses blanks."""
@@ -217,6 +228,13 @@ def test_a_model_is_extended_and_proved(tmp_path: Path) -> None:
         assert torch.allclose(rows[larger.encode(word)[0]], old[tokenizer.encode(word)].mean(0), atol=1e-6), word
     receipt = json.loads((tmp_path / "out/lmworks.json").read_text())
     assert receipt["extended"]["proved"] and receipt["base"] == str(folder)
+
+
+def test_a_word_of_unknown_letters_begins_as_the_mean_of_all(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a dog\na cat\n" * 9)
+    train([tmp_path / "a.txt"], tmp_path / "word", recipe=Recipe(kind="word"))
+    report = extend(tmp_path / "word", "zebra,a dog", tmp_path / "out")
+    assert [row[2] for row in report.tables[-1].rows] == ["all tokens", "'a' + 'dog'"]
 
 
 def test_words_of_a_corpus_become_tokens(tmp_path: Path, data_folder: Path) -> None:

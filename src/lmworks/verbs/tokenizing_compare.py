@@ -83,10 +83,11 @@ def is_plain(file: Path) -> bool:
 
 
 def short_names(files: Sequence[Path]) -> dict[Path, str]:
-    """Return a name for each file: what is before the first point, or all of it where two would be alike."""
+    """Return a name for each file: what is before the first point, its name, or its path where two would be alike."""
     stems = [file.name.split(".")[0] for file in files]
-    alike = len(set(stems)) < len(stems)
-    return {file: file.name if alike else stem for file, stem in zip(files, stems, strict=True)}
+    choices = (stems, [file.name for file in files], [str(file) for file in files])
+    chosen = next((names for names in choices if len(set(names)) == len(files)), choices[-1])
+    return dict(zip(files, chosen, strict=True))
 
 
 def first_lines(lines: Sequence[str], characters: int) -> list[str]:

@@ -189,8 +189,7 @@ def describe(
         found = "holds" if proof.largest_difference <= SAME else f"they differ by {proof.largest_difference:.1e}"
         checks.append(("the model's numbers are the same", RUN, found))
     shown = tuple(
-        (id, new.decode([id], skip_special_tokens=False), " + ".join(repr(old.decode([i])) for i in pieces[id]))
-        for id in sorted(pieces)[:SHOWN]
+        (id, new.decode([id], skip_special_tokens=False), name_pieces(old, pieces[id])) for id in sorted(pieces)[:SHOWN]
     )
     tables = (
         Table("Before and after", ("what", "before", "after"), tuple(facts)),
@@ -204,6 +203,11 @@ def describe(
     return Report(
         f"{values['out']}: {values['base']} with {len(pieces):,} more tokens", values, tables, notes=tuple(notes)
     )
+
+
+def name_pieces(old: Tokenizer, ids: Sequence[int]) -> str:
+    """Return the tokens whose rows a new row is the mean of."""
+    return " + ".join(repr(old.decode([i])) for i in ids) or "all tokens"
 
 
 def say(failures: Sequence[str]) -> str:
