@@ -7,7 +7,8 @@ import pytest
 from small import BATCH, CONTEXT, make_data, make_stream
 
 from lmworks.base.errors import InputError
-from lmworks.training.data import IGNORED, TokenWindows, draw
+from lmworks.training.data import IGNORED, LEAST_CONTEXT, TokenWindows, draw
+from lmworks.verbs.settings import RANGES
 
 
 def test_a_batch_depends_on_seed_and_step_only() -> None:
@@ -77,6 +78,11 @@ def test_a_text_shorter_than_a_window_is_refused_with_both_counts() -> None:
         TokenWindows(make_stream(CONTEXT), context=CONTEXT, batch_size=1)
     assert f"{CONTEXT} tokens" in error.value.found
     assert f"{CONTEXT + 1}" in error.value.expected
+    for tokens, fix in ((60, "--context 15"), (9, "--context 8"), (8, "more text")):  # what is advised can be done
+        with pytest.raises(InputError) as error:
+            TokenWindows(make_stream(tokens), context=64, batch_size=1)
+        assert error.value.fix.endswith(fix)
+    assert RANGES["context"][0] == LEAST_CONTEXT
     with pytest.raises(InputError, match="validation text is too short"):
         TokenWindows(make_stream(50), make_stream(1), context=CONTEXT, batch_size=1)
 

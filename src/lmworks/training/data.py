@@ -18,6 +18,7 @@ from lmworks.base.types import Batch, Ints
 from lmworks.evaluation.perplexity import windows
 
 IGNORED = -100  # the label of a token that is not scored
+LEAST_CONTEXT = 8  # tokens of the shortest window that the settings allow
 
 
 class DataSource(Protocol):
@@ -48,7 +49,7 @@ class TokenWindows:
                 "the training text is shorter than one window",
                 found=f"{len(train)} tokens",
                 expected=f"at least {context + 1}: the context of {context} and the token after it",
-                fix=f"give more text, or --context {max(1, len(train) // 4)}",
+                fix=advise(len(train), least=LEAST_CONTEXT + 1),
             )
         if held_out is not None and len(held_out) < 2:
             raise InputError(
@@ -85,6 +86,11 @@ class TokenWindows:
             if stream is not None:
                 digest.update(np.ascontiguousarray(stream).data)
         return digest.hexdigest()
+
+
+def advise(count: int, *, least: int) -> str:
+    """Return what to do where so many tokens are fewer than a window: a shorter one, if `least` tokens fill it."""
+    return f"give more text, or --context {max(LEAST_CONTEXT, count // 4)}" if count >= least else "give more text"
 
 
 def draw(seed: int, step: int, count: int, *, stream: int = 0) -> NDArray[np.uint64]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from lmworks.base.errors import InputError
 from lmworks.base.types import Batch, Ints
-from lmworks.training.data import draw
+from lmworks.training.data import LEAST_CONTEXT, advise, draw
 from lmworks.training.examples import HELD_MASKS, MASKS, Masking
 
 Stream = tuple[Ints, Ints]  # tokens (N,), and the word that each belongs to, -1 for what is never hidden
@@ -35,7 +35,7 @@ class MaskedWindows:
         if len(train[0]) < self.room:
             raise InputError("the training text is shorter than one window", found=f"{len(train[0])} tokens",
                              expected=f"at least {self.room}",
-                             fix=f"give more text, or --context {max(8, len(train[0]) // 4)}")  # fmt: skip
+                             fix=advise(len(train[0]), least=LEAST_CONTEXT - len(frame)))  # fmt: skip
         self.train, self.held_out, self.frame = train, held_out, frame
         self.context, self.batch_size, self.seed = context, batch_size, seed
         self.masking = Masking(mask_id, vocab_size, whole_words=whole_words)
