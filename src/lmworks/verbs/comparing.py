@@ -238,7 +238,8 @@ def across(names: Sequence[str], found: Values, values: Values) -> list[Table]:
     """Return what each model is worth on each file: against the first file, and against the first model."""
     files = list(found)
     key = "bits_per_byte" if "bits_per_byte" in found[files[0]]["models"][names[0]] else "accuracy"
-    if all("bits_per_token" in found[file]["differences"].get(name, {}) for file in files for name in names[1:]):
+    others = [found[file]["differences"].get(name, {}) for file in files for name in names[1:]]
+    if others and all("bits_per_token" in one for one in others):
         key = "bits_per_token"  # something is lost, but all have the same tokens
     if any(key not in found[file]["models"][name] for file in files for name in names):
         return []
