@@ -15,8 +15,9 @@ from parity import zoo
 from lmworks.base.errors import InputError
 from lmworks.export.onnx import export_onnx
 from lmworks.models.families import read_config
-from lmworks.runtime import choice
+from lmworks.runtime import choice, predictor
 from lmworks.runtime.choice import Way, choose, content_hash, find_ways, kept_decisions, list_choices, make_work
+from lmworks.runtime.onnx_runtime import OnnxRuntime
 from lmworks.runtime.predictor import open_runtime
 from lmworks.verbs.inspection import inspect_folder
 
@@ -184,6 +185,30 @@ def test_load_opens_what_was_chosen_with_equal_answers(folder: Path, monkeypatch
     monkeypatch.setattr(choice, "measure", None)  # remembered by now
     assert open_runtime(folder, "auto", "auto", 1, 1, head="SequenceClassification")[0].name == "torch"
     assert open_runtime(folder, "onnx", "auto", 1, 1, head="SequenceClassification")[0].dtype == "fp32"
+
+
+def test_what_is_remembered_is_measured_for_many_texts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks for a few texts has a graph that opens sooner and runs slower: it must not stand for the graph."""
+    opened: list[bool] = []
+
+    class Seen(OnnxRuntime):
+        def __init__(self, *args: Any, once: bool = False, **options: Any) -> None:
+            opened.append(once)
+            super().__init__(*args, once=once, **options)
+
+    monkeypatch.setattr(predictor, "OnnxRuntime", Seen)
+    monkeypatch.setattr(choice, "START", {"onnx": 0.0, "torch": 9.0})
+    open_runtime(folder, "auto", "auto", 1, 1, head="SequenceClassification", once=True)
+    assert opened == [False, True]
+    open_runtime(folder, "auto", "auto", 1, 1, head="SequenceClassification", once=True)
+    assert opened == [False, True, True]
+
+
+def test_a_graph_that_is_not_there_is_named(folder: Path) -> None:
+    """A dtype that only graphs have is refused as one, not as torch's."""
+    with pytest.raises(InputError, match="q4") as caught:
+        open_runtime(folder, "auto", "q4", 1, 1, head="SequenceClassification")
+    assert "torch" not in str(caught.value) and "fp32, int8" in str(caught.value)
 
 
 def test_any_dtype_lets_lossy_ways_win(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

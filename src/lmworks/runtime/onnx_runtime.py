@@ -268,11 +268,13 @@ def find_graph(folder: Path, dtype: str) -> Path:
         raise InputError("this dtype is not known to the onnx runtime", found=dtype, expected=", ".join(FILES))
     path = folder / "onnx" / FILES[dtype]
     if not path.is_file():
+        torch = 'use runtime="torch", or ' if dtype == "fp32" else ""
         raise InputError(
             f"the {dtype} graph is missing",
             where=str(path),
-            expected="a folder with onnx files" if folder.is_dir() else "a folder that exists",
-            fix=f'use runtime="torch", or write it: lmworks export MODEL --to onnx --dtype {dtype} -o OUT',
+            found=", ".join(name for name, file in FILES.items() if path.with_name(file).is_file()) or "no graph",
+            expected=f"a folder that holds {FILES[dtype]}" if folder.is_dir() else "a folder that exists",
+            fix=f"{torch}write it: lmworks export MODEL --to onnx --dtype {dtype} -o OUT",
         )
     return path
 

@@ -222,7 +222,7 @@ def open_runtime(
             )  # fmt: skip
         graphs = []
 
-    def open_way(way: Way) -> Runtime:
+    def open_way(way: Way, once: bool = False) -> Runtime:
         if way.runtime == "onnx":
             return OnnxRuntime(folder, dtype=way.dtype, slots=slots, threads=threads, once=once)
         require("torch", extra="torch")
@@ -235,12 +235,13 @@ def open_runtime(
     if runtime != "auto":
         ways = [way for way in ways if way.runtime == runtime] if dtype == ANY else []
     if not ways:  # what was named, or nothing that is here: opening it says what is missing
-        named = runtime if runtime != "auto" else "torch"
+        lossy = bool(graphs) and dtype in FILES and dtype != "fp32"  # a graph's: torch does not read it
+        named = runtime if runtime != "auto" else "onnx" if lossy else "torch"
         default = graphs[0] if named == "onnx" and graphs else "fp32"
-        return open_way(Way(named, default if dtype in ("auto", ANY) else dtype)), "as asked"
-    with trace.paused():  # what is measured is no part of the answer
+        return open_way(Way(named, default if dtype in ("auto", ANY) else dtype), once), "as asked"
+    with trace.paused():  # what is measured is no part of the answer; it is not `once`, as it is remembered for all
         choice = choose(folder, ways, open_way, head=head, threads=threads)
-    return open_way(choice.way), choice.why
+    return open_way(choice.way, once), choice.why
 
 
 def read_eos_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:
