@@ -221,8 +221,8 @@ def test_images_and_papers_are_copied(tmp_path: Path) -> None:
     assert same[0] == same[1]
 
 
-def test_a_module_that_is_the_network_itself_is_not_copied(tmp_path: Path) -> None:
-    """Old names of the checkpoint must not come back through sentence-transformers' list of modules."""
+def test_a_module_that_is_the_network_itself_is_not_copied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Old names must not come back through sentence-transformers' list of modules; a pickle is told of."""
     zoo.make_reference("bert", "Model").save_pretrained(tmp_path / "in")
     rewrite(tmp_path / "in", old_names)
     for name in ("1_Pooling", "2_Dense"):
@@ -234,6 +234,11 @@ def test_a_module_that_is_the_network_itself_is_not_copied(tmp_path: Path) -> No
     found = export(tmp_path / "in", tmp_path / "out").values
     assert not any("gamma" in key for key in load_file(tmp_path / "out" / "model.safetensors"))
     assert [name for name in found["files"] if "/" in name] == ["1_Pooling/config.json", "2_Dense/config.json"]
+    assert "2_Dense/pytorch_model.bin: a pickle is not copied" in caplog.text
+    caplog.clear()
+    (tmp_path / "in" / "2_Dense" / "model.safetensors").write_bytes(b"the same weights")
+    export(tmp_path / "in", tmp_path / "again")
+    assert not caplog.text and (tmp_path / "again" / "2_Dense" / "model.safetensors").is_file()
 
 
 def test_an_output_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

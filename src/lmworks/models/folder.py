@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ COPIED = (  # as they are, where they are
     "sentence_*_config.json", "tokenizer.model", "spiece.model", "spm.model", "sentencepiece*.model", "README*",
     "LICENSE*", "NOTICE*",
 )  # fmt: skip
+log = logging.getLogger("lmworks")
 
 
 def write_folder(model: Model, folder: Path, staged: Path) -> None:
@@ -40,6 +42,11 @@ def write_folder(model: Model, folder: Path, staged: Path) -> None:
         for path in sorted([*source.glob("*.json"), *source.glob("*.safetensors")]):
             target.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(own_file(path), target / path.name)
+        pickles = [f"{name}/{path.name}" for path in sorted(source.glob("*.bin"))]
+        if pickles and not any(source.glob("*.safetensors")):
+            log.warning("%s: a pickle is not copied, and sentence-transformers needs these weights: begin with a "
+                        "model.safetensors beside it, which `lmworks convert %s -o NEW` makes",
+                        ", ".join(pickles), source)  # fmt: skip
 
 
 def list_modules(folder: Path) -> list[str]:
