@@ -82,6 +82,7 @@ def test_what_is_no_arpa_file_is_refused(tmp_path: Path) -> None:
         "ends before|in the": good[: len(good) // 2],
         "instead of": good.replace("\\2-grams:", "\\3-grams:"),
         "in the 2-grams": good.replace("\\2-grams:\n", "\\2-grams:\nx y z\n"),
+        "'' in the 1-grams": good.replace(good.split("\\1-grams:\n")[1].splitlines()[1] + "\n", ""),  # one line is gone
         "is no 1-gram": good.replace("<s> w3\n", "<s> nobody\n"),
         "1-gram stands there twice": "\\data\\\nngram 1=3\n\n\\1-grams:\n-1\t</s>\n-1\ta\n-2\ta\n\n\\end\\\n",
         "or weight": re.sub(r"\tw3\t\S+", "\tw3\tnan", good, count=1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import queue
 import resource
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import psutil
@@ -73,6 +75,34 @@ def test_an_engine_that_is_killed_or_frozen_is_replaced() -> None:
             assert again.json()["text"] == expected
         metrics = httpx.get(f"{one.base}/metrics").text
         assert "lmworks_engine_restarts_total 2.0" in metrics
+
+
+def test_a_pipe_is_closed_when_nobody_writes_to_it() -> None:
+    """Closed under the writing thread, its number might be another connection's by then."""
+    said: list[str] = []
+
+    class Pipe:
+        def __init__(self) -> None:
+            self.writing = threading.Event()
+
+        def recv(self) -> None:
+            self.writing.wait(5)
+            raise EOFError
+
+        def send(self, message: tuple[str]) -> None:
+            self.writing.set()
+            time.sleep(0.2)
+            said.append(message[0])
+
+        def close(self) -> None:
+            said.append("closed")
+
+    pipe, outbox, one = Pipe(), queue.SimpleQueue[Any](), object.__new__(Supervisor)
+    sender = threading.Thread(target=one.send, args=(pipe, outbox))
+    sender.start()
+    outbox.put(("written",))
+    one.listen(pipe, outbox, sender)
+    assert said == ["written", "closed"] and not sender.is_alive()
 
 
 def test_counts_go_on_where_nobody_looked_between_two_engines() -> None:

@@ -189,7 +189,7 @@ def read_section(
             weights[i] = float(parts[k + 1]) if len(parts) == k + 2 else 0.0
             if len(parts) not in (k + 1, k + 2) or (k == order and weights[i] != 0):  # some writers give the longest 0
                 raise ValueError
-        except ValueError:
+        except (ValueError, IndexError):
             raise damaged(path, f"line {number}: {line.strip()[:60]!r} in the {k}-grams") from None
         texts.append(parts[1 : k + 1])
     if not np.isfinite(logprobs).all() or (logprobs > 0).any() or not np.isfinite(weights).all():

@@ -127,8 +127,9 @@ class Supervisor:
         there.close()
         self.pipe, self.process = here, process  # one that was not started would be nobody's to end
         self.outbox: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
-        threading.Thread(target=self.listen, args=(here,), daemon=True).start()
-        threading.Thread(target=self.send, args=(here, self.outbox), daemon=True).start()
+        sender = threading.Thread(target=self.send, args=(here, self.outbox), daemon=True)
+        sender.start()
+        threading.Thread(target=self.listen, args=(here, self.outbox, sender), daemon=True).start()
 
     def send(self, pipe: Any, outbox: queue.SimpleQueue[tuple[Any, ...] | None]) -> None:
         """Send what is said: an engine that does not read must not hold up the event loop."""
@@ -138,12 +139,16 @@ class Supervisor:
             except (OSError, ValueError):
                 return  # it is gone, will be replaced, and asked again
 
-    def listen(self, pipe: Any) -> None:
-        """Hand what the engine tells to the event loop, until it is gone."""
+    def listen(
+        self, pipe: Any, outbox: queue.SimpleQueue[tuple[Any, ...] | None], sender: threading.Thread
+    ) -> None:  # fmt: skip
+        """Hand what the engine tells to the event loop, until it is gone; close the pipe when nobody writes to it."""
         while True:
             try:
                 message = pipe.recv()
             except (EOFError, OSError):
+                outbox.put(None)
+                sender.join()
                 pipe.close()
                 return
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
