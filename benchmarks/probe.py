@@ -1,9 +1,10 @@
 """How far back each network remembers, and how far back its gradient reaches.
 
-    python benchmarks/probe.py OUT [--steps 1500] [--tiny]
+    python benchmarks/probe.py OUT [--steps 200 500 1500] [--tiny]
 
 Recall: one of eight symbols, then k tokens of noise, then a question mark: which symbol was it? Trained on k from 1 to
-64, asked for each k; chance is 1/8. Writes OUT/recall.md and OUT/results.json, and OUT/report.html with the curves.
+64 for so many steps, each time from the beginning; asked for each k; chance is 1/8. Writes OUT/recall.md and
+OUT/results.json, and OUT/report.html with the curves.
 
 Gradients: the norm of d loss(T) / d h(t) by T − t, where the loss is that of the last token and h(t) is what the first
 layer says at t. In an RNN it is a product of T − t matrices: it vanishes, and explodes where the recurrent matrix is
@@ -135,16 +136,26 @@ def backward(model: CausalLM, ids: Tensor) -> list[float]:
     return KEPT[0].grad.norm(dim=-1).mean(0).flip(0).tolist()
 
 
+def learn(name: str, steps: int, args: argparse.Namespace) -> dict[int, float]:
+    """Train a fresh network for so many steps; return the share of symbols that it recalls by their distance."""
+    model = network(name)
+    config = TrainConfig(steps=steps, lr=3e-3, min_lr=3e-4, warmup=min(50, steps), eval_every=steps, dtype="fp32",
+                         compile="never", weight_decay=0.0, max_grad_norm=1.0, seed=0)  # fmt: skip
+    Trainer(model, objective=CausalLoss(), data=Recall(args.batch), config=config,
+            folder=args.out / f"{name}-{steps}").fit()  # fmt: skip
+    return {k: accuracy(model, k, 8 if args.tiny else 500) for k in DISTANCES}
+
+
 def main() -> None:
     """Train and ask."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, nargs="+", default=[200, 500, 1500])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--tiny", action="store_true", help="a few steps, to see that it runs")
     args = parser.parse_args()
     if args.tiny:
-        args.steps, args.batch = 2, 2
+        args.steps, args.batch = [2, 3], 2
     results: dict[str, Any] = {"steps": args.steps, "batch": args.batch, "recall": {}, "gradients": {}}
     for name in NETWORKS:
         model = network(name)
@@ -155,19 +166,13 @@ def main() -> None:
                 wild.transformer.layers[0].cell.weight_hh_l0.mul_(4.0)
             wild.transformer.embeddings.tokens.weight.data.mul_(0.01)  # where tanh is nearly straight
             results["gradients"]["rnn, recurrent matrix × 4"] = gradient_norms(wild)
-        config = TrainConfig(steps=args.steps, lr=3e-3, min_lr=3e-4, warmup=min(50, args.steps), eval_every=args.steps,
-                             dtype="fp32", compile="never", weight_decay=0.0, max_grad_norm=1.0, seed=0)  # fmt: skip
-        data = Recall(args.batch)
-        Trainer(model, objective=CausalLoss(), data=data, config=config, folder=args.out / name).fit()
-        rows = 8 if args.tiny else 500
-        results["recall"][name] = {
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "accuracy": {k: accuracy(model, k, rows) for k in DISTANCES},
-        }
-        write_json(args.out / "results.json", results)
-    columns = ("network", "parameters", *(f"{k} tokens" for k in DISTANCES))
-    table = tuple((name, r["parameters"], *(round(r["accuracy"][k], 3) for k in DISTANCES))
-                  for name, r in results["recall"].items())  # fmt: skip
+        results["recall"][name] = {"parameters": sum(p.numel() for p in model.parameters()), "accuracy": {}}
+        for steps in args.steps:
+            results["recall"][name]["accuracy"][steps] = learn(name, steps, args)
+            write_json(args.out / "results.json", results)
+    columns = ("network", "parameters", "steps", *(f"k = {k}" for k in DISTANCES))
+    table = tuple((name, r["parameters"], steps, *(round(found[k], 3) for k in DISTANCES))
+                  for name, r in results["recall"].items() for steps, found in r["accuracy"].items())  # fmt: skip
     norms = {name: [max(n, 1e-30) for n in values] for name, values in results["gradients"].items()}
     lines = tuple(
         (name, tuple((float(t), float(np.log10(n))) for t, n in enumerate(values))) for name, values in norms.items()
